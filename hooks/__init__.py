@@ -1,0 +1,1 @@
+"""The plugin face: hook specifications and thin built-in implementations."""

@@ -1,0 +1,17 @@
+"""Built-in pruners."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rankadaptor_plugin import hookimpl
+
+if TYPE_CHECKING:
+    from rankadaptor_plugin.context import Pruner
+    from rankadaptor_plugin.registry import Registry
+
+
+@hookimpl
+def rankadaptor_register_pruners(register: Registry[Pruner]) -> None:
+    """Registers LLM-Pruner's width pruning."""
+    register("width", "rankadaptor_plugin.pruning:prune_width")

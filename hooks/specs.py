@@ -1,0 +1,112 @@
+"""The hook specifications, and nothing else.
+
+A plugin is a module or object with functions of these names, marked with
+``rankadaptor_plugin.hookimpl``; a function may take fewer arguments than its specification. Every
+built-in feature comes in through these same hooks. A third party names its plugin under the
+entry-point group ``rankadaptor_plugin``. A misspelt hook name is an error when the program starts.
+
+``register`` is called as ``register(name, target)``, where the target is an object or a string
+``"module:object"`` that is imported on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rankadaptor_plugin import hookspec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import click
+
+    from rankadaptor_plugin.context import (
+        OracleFactory,
+        PerformanceModelFactory,
+        Pruner,
+        Recovered,
+        RunContext,
+        SamplerFactory,
+    )
+    from rankadaptor_plugin.pruned_model import PrunedModel
+    from rankadaptor_plugin.registry import Registry
+    from rankadaptor_plugin.trials import Trial
+
+
+@hookspec
+def rankadaptor_register_pruners(register: Registry[Pruner]) -> None:
+    """Registers pruners for ``[prune] method``.
+
+    Called once at the start. A pruner is ``(model, tokenizer, samples, config) -> PrunedModel``
+    and may change the model in place. Example: ``register("width", "my_package.cut:prune")``.
+    """
+
+
+@hookspec
+def rankadaptor_register_oracles(register: Registry[OracleFactory]) -> None:
+    """Registers oracles for ``[oracle] name``.
+
+    Called once at the start. A factory is ``(OracleSettings) -> Oracle``; the oracle scores a
+    model on the search or on the report documents.
+    """
+
+
+@hookspec
+def rankadaptor_register_performance_models(register: Registry[PerformanceModelFactory]) -> None:
+    """Registers performance models Q for ``[performance_model] name``.
+
+    Called once at the start. A factory is ``(RankSpace, PerformanceModelConfig, seed) ->
+    PerformanceModel``.
+    """
+
+
+@hookspec
+def rankadaptor_register_samplers(register: Registry[SamplerFactory]) -> None:
+    """Registers samplers for ``[search] sampler``.
+
+    Called once at the start. A factory is ``(SamplerSettings) -> optuna.samplers.BaseSampler``; it
+    is called before every trial with that trial's own seed, so a resumed search proposes what an
+    uninterrupted one would have.
+    """
+
+
+@hookspec
+def rankadaptor_lm_eval_task_paths() -> Path:
+    """Returns a folder with lm-eval task YAML that run files may name tasks from.
+
+    Called when the oracle is built; all folders are joined into one ``TaskManager``.
+    """
+
+
+@hookspec
+def rankadaptor_register_commands(cli: click.Group) -> None:
+    """Adds commands to the ``rankadaptor-plugin`` command line.
+
+    Called once at the start; import what is heavy inside the command.
+    """
+
+
+@hookspec(firstresult=True)
+def rankadaptor_post_prune(pruned: PrunedModel, context: RunContext) -> Recovered | None:
+    """Recovers a pruned model: the stage after the pruner.
+
+    Called once a run, and after ``step()`` of a user's own torch-pruning pruner. The first result
+    that is not None wins; the built-in stage ``rankadaptor`` comes last, so any plugin can replace
+    it. An exception ends the run; what is on disk stays resumable.
+    """
+
+
+@hookspec
+def rankadaptor_on_progress(stage: str, done: int, total: int) -> None:
+    """Observes progress: ``done`` of ``total`` units of work of a stage are finished.
+
+    Called with ``done = 0`` when a stage begins and after each unit. Return values are ignored.
+    """
+
+
+@hookspec
+def rankadaptor_after_trial(trial: Trial, context: RunContext) -> None:
+    """Observes a finished trial of the search, complete or failed, after it is stored.
+
+    Called once per trial; loggers and dashboards hang here. Return values are ignored.
+    """

@@ -1,0 +1,147 @@
+"""From a rank allocation to a PEFT adapter on the resident pruned model.
+
+One base model stays in memory; adapters are swapped under it. The initial weights are drawn per
+module from a seed and its name, and nested: rank r takes the first r rows of one draw. So two
+allocations that agree on a layer start from the same weights there, whatever the others' ranks
+(common random numbers), and a difference in score is due to the ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zlib
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from rankadaptor_plugin.errors import RankSpaceError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+    from rankadaptor_plugin.ranks import RankAllocation
+
+PROJECTIONS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+"""The seven projections of a Llama block that LLM-Pruner and the paper adapt."""
+
+ADAPTER = "default"
+_BLOCK = 32  # rows drawn at a time; fixed, or a higher rank would change the rows before it
+
+
+def rank_costs(model: PreTrainedModel) -> tuple[int, ...]:
+    """Returns the trainable parameters that one unit of rank adds, one number per layer.
+
+    A LoRA pair on a matrix of shape (out, in) has r * (in + out) parameters, so the costs of an
+    unevenly pruned model differ from layer to layer.
+    """
+    costs = []
+    for layer in model.get_decoder().layers:
+        matrices = [layer.get_submodule(name) for name in PROJECTIONS]
+        costs.append(sum(m.in_features + m.out_features for m in matrices))
+    return tuple(costs)
+
+
+def lora_config(
+    allocation: RankAllocation, *, alpha_over_rank: float, dropout: float = 0.0
+) -> LoraConfig:
+    """Returns PEFT's description of an allocation.
+
+    PEFT matches a pattern against the whole module name, so each key spells out its layer up to
+    the dot: ``layers.1`` would match nothing, ``layers.1.*`` the layers 10 to 19 as well.
+    """
+    ranks = dict(enumerate(allocation.ranks))
+    return LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=alpha_over_rank * max(ranks.values()),
+        rank_pattern={rf"model\.layers\.{i}\..*": r for i, r in ranks.items()},
+        alpha_pattern={rf"model\.layers\.{i}\..*": alpha_over_rank * r for i, r in ranks.items()},
+        target_modules=[f"model.layers.{i}.{name}" for i in ranks for name in PROJECTIONS],
+        lora_dropout=dropout,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def attach(
+    base: PreTrainedModel | PeftModel,
+    allocation: RankAllocation,
+    *,
+    seed: int,
+    alpha_over_rank: float,
+    dropout: float = 0.0,
+) -> PeftModel:
+    """Puts a fresh adapter on the base model, in the place of the one before.
+
+    Args:
+        base: The pruned model, or what this function returned for it.
+        allocation: One rank per decoder layer.
+        seed: Seed of the initial weights.
+        alpha_over_rank: LoRA scaling alpha / r, the same in every layer.
+        dropout: LoRA dropout.
+
+    Raises:
+        RankSpaceError: If the allocation has not one rank per layer.
+    """
+    layers = len(base.get_decoder().layers)
+    if len(allocation.ranks) != layers:
+        raise RankSpaceError(
+            f"The allocation {allocation} has {len(allocation.ranks)} ranks for {layers} layers. "
+            "Give one rank per decoder layer."
+        )
+    config = lora_config(allocation, alpha_over_rank=alpha_over_rank, dropout=dropout)
+    if isinstance(base, PeftModel):
+        base.delete_adapter(ADAPTER)
+        base.add_adapter(ADAPTER, config)
+        base.set_adapter(ADAPTER)  # after delete and add nothing would be trainable otherwise
+        model = base
+    else:
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks for an attribute that transformers 5.23 has renamed.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            model = get_peft_model(base, config)
+    initialize(model, seed)
+    return model
+
+
+@torch.no_grad()
+def initialize(model: PeftModel, seed: int) -> None:
+    """Sets the adapter's weights: A uniform in +-1/sqrt(in) as in PEFT, B zero."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
+            down: nn.Linear = module.lora_A[ADAPTER]
+            rank, features = down.weight.shape
+            rows = nested_rows(rank, features, seed, name)
+            down.weight.copy_(rows / math.sqrt(features))
+            nn.init.zeros_(module.lora_B[ADAPTER].weight)
+
+
+def nested_rows(rank: int, features: int, seed: int, name: str) -> torch.Tensor:
+    """Draws rows uniform in [-1, 1); a smaller rank gets the first of the same rows.
+
+    Returns:
+        Shape (rank, features), float32.
+    """
+    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    blocks: Sequence[torch.Tensor] = [
+        torch.rand(_BLOCK, features, generator=generator) for _ in range(0, rank, _BLOCK)
+    ]
+    return torch.cat(list(blocks))[:rank] * 2 - 1
+
+
+def trainable_parameters(model: PeftModel) -> list[nn.Parameter]:
+    """Returns the adapter's parameters."""
+    return [p for p in model.parameters() if p.requires_grad]

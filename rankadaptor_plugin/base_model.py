@@ -1,0 +1,131 @@
+"""Loads the base model of a run from a local folder, and says plainly what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from rankadaptor_plugin.errors import ConfigError, UnsupportedModelError
+from rankadaptor_plugin.structures import SUPPORTED_FAMILIES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def resolve_device(device: str) -> torch.device:
+    """Returns the device of a run file.
+
+    Raises:
+        ConfigError: If there is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        resolved = torch.device("meta")
+    if resolved.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {device!r}. Allowed: auto, cpu, cuda, cuda:0 and so on.")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device is {device!r}, but torch sees {torch.cuda.device_count()} GPUs. "
+            'Set device = "auto" or "cpu".'
+        )
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Returns the dtype of the base model's weights."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+def check_folder(folder: Path) -> str:
+    """Checks, before any weight is read, that a folder holds a model that we can prune.
+
+    Returns:
+        The model type.
+
+    Raises:
+        ConfigError: If the folder or its config.json is missing.
+        UnsupportedModelError: If it is no causal LM, of another family, or has no safetensors.
+    """
+    if not folder.is_dir():
+        raise ConfigError(
+            f"The model folder {folder} does not exist. Set model to a local folder with "
+            "config.json and safetensors weights."
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(
+            f"The model folder {folder} has no readable config.json ({error}). "
+            "Set model to a Hugging Face model folder."
+        ) from error
+    family = config.get("model_type", "")
+    architectures = config.get("architectures") or []
+    causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
+    if not causal and (architectures or family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        raise UnsupportedModelError(
+            f"The model in {folder} is no causal language model (architecture "
+            f"{', '.join(architectures) or family or 'unknown'}). Set model to a decoder such as "
+            "Llama."
+        )
+    if family not in SUPPORTED_FAMILIES:
+        raise UnsupportedModelError(
+            f"The model in {folder} is of the family {family!r}. Supported: "
+            f"{', '.join(SUPPORTED_FAMILIES)}."
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise UnsupportedModelError(
+            f"The model folder {folder} has no *.safetensors file. Convert its weights with "
+            "save_pretrained(..., safe_serialization=True); pickled weights are not read."
+        )
+    return str(family)
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Loads a model's tokenizer; one without a padding token pads with its end of text.
+
+    Raises:
+        UnsupportedModelError: If there is none, or it is torn.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers and tokenizers raise all kinds
+        raise _unloadable("tokenizer", folder, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_model(
+    folder: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Loads a model, in evaluation mode.
+
+    Raises:
+        UnsupportedModelError: If its weights are torn or do not fit its config.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except Exception as error:  # transformers and safetensors raise all kinds
+        raise _unloadable("model", folder, error) from error
+    return model.to(device).eval()
+
+
+def _unloadable(what: str, folder: Path, error: Exception) -> UnsupportedModelError:
+    lines = str(error).strip().splitlines()
+    reason = lines[0].rstrip(".") if lines else type(error).__name__
+    return UnsupportedModelError(
+        f"The {what} in {folder} cannot be loaded: {reason}. Check that all its files are whole."
+    )

@@ -1,0 +1,101 @@
+"""The ``rankadaptor-plugin`` command line.
+
+A command parses, calls one function and prints. What is heavy is imported inside the command, so
+that help answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rankadaptor_plugin import __version__, plugins
+from rankadaptor_plugin.errors import RankAdaptorError
+
+if TYPE_CHECKING:
+    import pluggy
+
+
+class _Group(click.Group):
+    """Shows our errors as one line and ends with their exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RankAdaptorError as error:
+            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            ctx.exit(error.exit_code)
+
+
+def build_cli(manager: pluggy.PluginManager) -> click.Group:
+    """Returns the command group with the commands of all plugins."""
+    group = _Group(
+        "rankadaptor-plugin",
+        help="Recover pruned LLMs with per-layer LoRA ranks, and say honestly what it gained.",
+        context_settings={"help_option_names": ["-h", "--help"], "obj": manager},
+    )
+    group = click.version_option(__version__, prog_name="rankadaptor-plugin")(group)
+    for command in (run, init, task_path):
+        group.add_command(command)
+    manager.hook.rankadaptor_register_commands(cli=group)
+    return group
+
+
+@click.command()
+@click.argument("run_file", type=click.Path(path_type=Path), required=False, metavar="[RUN.toml]")
+@click.option("--output", type=click.Path(path_type=Path), help="Run folder, instead of output.")
+@click.option("--quiet", "-q", is_flag=True, help="Print the verdict alone.")
+@click.pass_obj
+def run(
+    manager: pluggy.PluginManager, run_file: Path | None, output: Path | None, quiet: bool
+) -> None:
+    """Prune, search ranks, recover, evaluate, report.
+
+    Without RUN.toml, runs the embedded default: a tiny Llama on seven small tasks. A run that was
+    broken off goes on when the same command is given again.
+    """
+    began = time.perf_counter()
+    from rankadaptor_plugin.run_command import run_file_or_embedded
+
+    click.echo(run_file_or_embedded(manager, run_file, output, quiet=quiet, began=began))
+
+
+@click.command()
+@click.argument("run_file", type=click.Path(path_type=Path), metavar="RUN.toml")
+@click.option("--model", help="Model folder to write into it; the embedded model if left out.")
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
+def init(run_file: Path, model: str | None, force: bool) -> None:
+    """Write a commented run file with every setting."""
+    from rankadaptor_plugin.run_file_template import write_template
+
+    write_template(run_file, model=model, force=force)
+    click.echo(f"Wrote {run_file}. Start it with: rankadaptor-plugin run {run_file}")
+
+
+@click.command("task-path")
+def task_path() -> None:
+    """Print the folder of our lm-eval tasks, for lm_eval --include_path."""
+    from rankadaptor_plugin.tasks import task_dir
+
+    click.echo(task_dir())
+
+
+def main() -> None:
+    """Runs the command line."""
+    # Progress bars and notices of the libraries below would tear our own display apart.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        manager = plugins.plugin_manager()
+    except RankAdaptorError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(error.exit_code)
+    build_cli(manager)()

@@ -1,0 +1,186 @@
+"""What a run needs to know: one frozen dataclass per table of the run file.
+
+Every field carries its help text, so the commented run file that ``init`` writes, the checks and
+the documentation cannot drift apart. Types come from the annotations; values that only need a
+range have it in the field's metadata; rules across fields stand in ``__post_init__``. Reading
+and writing is the business of `rankadaptor_plugin.run_file`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rankadaptor_plugin.errors import ConfigError
+from rankadaptor_plugin.scores import METRICS
+
+EMBEDDED = "embedded"
+"""Stands for the model and the corpus that ship with the package."""
+
+
+def _f(default: Any, help_: str, **rule: Any) -> Any:
+    """A field with its help text; `rule` is ``low``, ``high`` (inclusive) or ``choices``."""
+    return field(default=default, metadata={"help": help_, **rule})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """Stage 1: which units of the base model are removed (paper, section 2)."""
+
+    method: str = _f("width", "registered pruner; width removes attention heads and MLP channels")
+    importance: str = _f("taylor", "unit score: taylor, first order, sum of |gradient * weight|")
+    ratio: float = _f(0.5, "share of the units removed in each pruned layer", low=0.01, high=0.99)
+    keep_first: int = _f(4, "layers at the bottom that are not pruned (paper: 4 of 32)", low=0)
+    keep_last: int = _f(2, "layers at the top that are not pruned (paper: 2 of 32)", low=0)
+    calibration_samples: int = _f(10, "sequences for the gradients (paper: 10 or 50)", low=1)
+    calibration_tokens: int = _f(64, "tokens per calibration sequence, at most", low=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSpaceConfig:
+    """The solution space S (paper, section 4.1)."""
+
+    candidates: tuple[int, ...] = _f((2, 4, 6, 8, 10, 12), "ranks a searched layer may take", low=1)
+    default_rank: int = _f(8, "rank of layers that are not searched, and of uniform LoRA", low=1)
+    search: str = _f(
+        "pruned", "layers whose rank is searched: pruned or all", choices=("pruned", "all")
+    )
+    budget: str = _f(
+        "uniform",
+        "uniform: as many trainable parameters as uniform LoRA; free: no limit (paper)",
+        choices=("uniform", "free"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """The recovery corpus: JSON or JSONL in Alpaca form, JSONL with "text", or plain text."""
+
+    path: str = _f(EMBEDDED, 'file to fine-tune on; "embedded" is the one in the package')
+    template: str = _f(
+        "alpaca",
+        'prompt of instruction rows: alpaca ("Below is an instruction ...") or plain (as it is)',
+        choices=("alpaca", "plain"),
+    )
+    max_tokens: int = _f(256, "longest training sequence, in tokens", low=2)
+    limit: int = _f(0, "use the first rows only; 0 uses all", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryConfig:
+    """One fine-tune: LoRA on the pruned model, the same seeds and batches for every allocation."""
+
+    steps: int = _f(600, "optimizer steps", low=1)
+    batch_size: int = _f(64, "sequences per optimizer step", low=1)
+    micro_batch_size: int = _f(16, "sequences per forward pass (paper: 16)", low=1)
+    learning_rate: float = _f(1e-4, "peak learning rate of AdamW", low=0.0)
+    warmup_steps: int = _f(20, "steps of linear warm-up", low=0)
+    schedule: str = _f(
+        "linear", "after the warm-up: linear to 0, or constant", choices=("linear", "constant")
+    )
+    weight_decay: float = _f(0.0, "decoupled weight decay", low=0.0)
+    max_grad_norm: float = _f(1.0, "gradient norm is clipped to this; 0 turns it off", low=0.0)
+    alpha_over_rank: float = _f(
+        2.0, "LoRA scaling alpha / r, the same in every layer (r 8, alpha 16 in the paper)", low=0.0
+    )
+    dropout: float = _f(0.0, "LoRA dropout", low=0.0, high=0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleConfig:
+    """How a recovered model is scored: lm-eval tasks, on search and on report documents."""
+
+    name: str = _f("lm-eval", "registered oracle")
+    tasks: tuple[str, ...] = _f((), "lm-eval task or group names")
+    task_path: str = _f("", "folder with more task YAML files; empty for none")
+    search_documents: int = _f(100, "documents per task that the search sees", low=1)
+    report_documents: int = _f(
+        200, "documents per task for the report, never seen by the search; 0 uses the rest", low=0
+    )
+    objective: str = _f(
+        "clp",
+        "what the search maximizes: clp, margin (both less noisy) or accuracy (paper)",
+        choices=METRICS,
+    )
+    target: str = _f("", "search for this one task; empty for the weighted mean of all")
+    weights: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "weight per task in the mean; tasks left out weigh 1", "low": 0},
+    )
+    batch_size: int = _f(16, "requests per forward pass", low=1)
+    max_length: int = _f(0, "longest request in tokens; 0 takes the model's limit", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerformanceModelConfig:
+    """Q, which predicts the score of an allocation (paper, section 3.2)."""
+
+    name: str = _f("mlp", "registered performance model; mlp is the paper's")
+    hidden: tuple[int, ...] = _f(
+        (32, 32, 32), "widths of the hidden layers (paper: 32-32-32)", low=1
+    )
+    learning_rate: float = _f(0.01, "learning rate of its training", low=0.0)
+    meta_epochs: int = _f(200, "epochs of the offline meta-learning on all tasks; 0: none", low=0)
+    epochs: int = _f(200, "epochs of each incremental refit on all target data", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Initialization, iteration and convergence (paper, section 3.3)."""
+
+    sampler: str = _f("paper", "registered sampler: paper, random, or tpe (Optuna's)")
+    initial_trials: int = _f(10, "random allocations of the initialization phase", low=2)
+    max_trials: int = _f(30, "most fine-tunes of the search, initial ones included", low=2)
+    candidates: int = _f(10_000, "allocations scored by the performance model per step", low=1)
+    tolerance: float = _f(
+        0.0, "stop when |predicted - measured| stays below this; 0 uses the whole budget", low=0.0
+    )
+    patience: int = _f(2, "steps in a row below the tolerance", low=1)
+    max_failures: int = _f(3, "failed trials in a row that end the run", low=1)
+
+    def __post_init__(self) -> None:
+        if self.initial_trials > self.max_trials:
+            raise ConfigError(
+                f"[search] initial_trials {self.initial_trials} is more than max_trials "
+                f"{self.max_trials}. Raise max_trials or lower initial_trials."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfirmConfig:
+    """Finalists against uniform LoRA, with fresh seeds, judged on the report documents."""
+
+    finalists: int = _f(2, "best allocations of the search that are run again", low=1)
+    seeds: int = _f(5, "fresh seeds per allocation", low=2)
+    confidence: float = _f(0.95, "confidence of the intervals", low=0.5, high=0.999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run, as its run file describes it. Paths are relative to the run file."""
+
+    model: str = _f(EMBEDDED, 'folder of a Hugging Face causal LM; "embedded" is the tiny Llama')
+    output: str = _f("runs/embedded", "run folder; the same command continues a broken-off run")
+    seed: int = _f(0, "seed of everything that is random", low=0)
+    device: str = _f("auto", "auto, cpu, or cuda[:index]")
+    dtype: str = _f(
+        "auto",
+        "weights of the base model; auto: bfloat16 on a GPU, else float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    trust_remote_code: bool = _f(False, "run Python code that comes with the model folder")
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    rank_space: RankSpaceConfig = field(default_factory=RankSpaceConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    oracle: OracleConfig = field(default_factory=OracleConfig)
+    performance_model: PerformanceModelConfig = field(default_factory=PerformanceModelConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    confirm: ConfirmConfig = field(default_factory=ConfirmConfig)
+
+    def __post_init__(self) -> None:
+        if not self.oracle.tasks:
+            raise ConfigError(
+                "[oracle] tasks is empty. Name at least one lm-eval task, for example "
+                'tasks = ["tiny_boolq"].'
+            )

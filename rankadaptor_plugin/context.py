@@ -1,0 +1,155 @@
+"""The types that plugins and stages hand to each other.
+
+Protocols, not base classes: a plugin needs no import from here to satisfy them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rankadaptor_plugin.registry import Registry
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from optuna.samplers import BaseSampler
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rankadaptor_plugin.config import (
+        OracleConfig,
+        PerformanceModelConfig,
+        PruneConfig,
+        RunConfig,
+    )
+    from rankadaptor_plugin.corpus import Corpus
+    from rankadaptor_plugin.performance_model import PerformanceModel
+    from rankadaptor_plugin.pruned_model import PrunedModel
+    from rankadaptor_plugin.ranks import RankAllocation, RankSpace
+    from rankadaptor_plugin.scores import Score
+
+
+class Pruner(Protocol):
+    """Removes units from a model."""
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        samples: Sequence[torch.Tensor],
+        config: PruneConfig,
+    ) -> PrunedModel:
+        """Prunes a model, in place or not.
+
+        Args:
+            model: The base model.
+            tokenizer: Its tokenizer.
+            samples: Calibration sequences, each of shape (t,), int64.
+            config: The ``[prune]`` table.
+        """
+        ...
+
+
+class Oracle(Protocol):
+    """P of the paper: measures a model."""
+
+    def score(self, model: PreTrainedModel, documents: str) -> Score:
+        """Scores a model on the ``"search"`` or the ``"report"`` documents."""
+        ...
+
+    def weights(self) -> dict[str, float]:
+        """Returns the weight of each task in the reported mean."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what fixes the scores.
+
+        Returns:
+            ``documents``: ids by purpose (``search``, ``report``) and task; ``digest``: a hash of
+            their content.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleSettings:
+    """What an oracle is built from."""
+
+    config: OracleConfig
+    tokenizer: PreTrainedTokenizerBase
+    task_paths: tuple[Path, ...]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSettings:
+    """What a sampler is built from, anew for every trial.
+
+    Attributes:
+        space: The rank space.
+        seed: A seed of this trial alone.
+        initial_trials: Random allocations before the performance model is asked.
+        candidates: Allocations that the performance model scores per proposal.
+        performance_model: Makes a fresh, untrained performance model.
+    """
+
+    space: RankSpace
+    seed: int
+    initial_trials: int
+    candidates: int
+    performance_model: Callable[[], PerformanceModel]
+
+
+OracleFactory = Callable[[OracleSettings], Oracle]
+PerformanceModelFactory = Callable[["RankSpace", "PerformanceModelConfig", int], "PerformanceModel"]
+SamplerFactory = Callable[[SamplerSettings], "BaseSampler"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovered:
+    """What a recovery stage hands back.
+
+    Attributes:
+        adapter: PEFT folder of the delivered adapter.
+        allocation: Its ranks.
+        summary: What the report needs, plain values only.
+    """
+
+    adapter: Path
+    allocation: RankAllocation
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Registries:
+    """All names that plugins registered."""
+
+    pruners: Registry[Pruner] = field(default_factory=lambda: Registry("pruner"))
+    oracles: Registry[OracleFactory] = field(default_factory=lambda: Registry("oracle"))
+    performance_models: Registry[PerformanceModelFactory] = field(
+        default_factory=lambda: Registry("performance model")
+    )
+    samplers: Registry[SamplerFactory] = field(default_factory=lambda: Registry("sampler"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """What a stage or plugin may know of the run.
+
+    Attributes:
+        config: The run file.
+        folder: The run folder.
+        registries: All registered names.
+        hook: The relay to call further hooks.
+        oracle: P of the paper.
+        corpus: The recovery corpus.
+    """
+
+    config: RunConfig
+    folder: Path
+    registries: Registries
+    hook: Any
+    oracle: Oracle
+    corpus: Corpus

@@ -1,0 +1,241 @@
+"""The recovery corpus: what the pruned model is fine-tuned on, and calibrated with.
+
+Three forms are read, told apart by their content: JSON or JSONL rows in Alpaca form
+(``instruction``, ``input``, ``output``), JSON or JSONL rows with ``text``, and plain text files.
+Instruction rows are trained on their response alone; running text is joined, cut into blocks of
+`max_tokens` and trained on every token.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rankadaptor_plugin.errors import CorpusError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+"""Label of a token without loss, as torch's cross-entropy takes it."""
+
+ALPACA = {
+    True: (
+        "Below is an instruction that describes a task, paired with an input that provides "
+        "further context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    ),
+    False: (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+    ),
+}
+"""The prompts of Stanford Alpaca, with and without an input, as LLM-Pruner uses them."""
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """One training sequence.
+
+    Attributes:
+        tokens: Token ids, shape (t,), int64.
+        labels: The same ids, `IGNORED` where no loss is taken, shape (t,), int64.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Tokenized training sequences.
+
+    Attributes:
+        sequences: At least one.
+        dropped: Rows without a single trainable token within the length limit.
+    """
+
+    sequences: Sequence[TrainingSequence]
+    dropped: int
+
+
+def load_corpus(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str = "alpaca",
+    max_tokens: int = 256,
+    limit: int = 0,
+) -> Corpus:
+    """Reads and tokenizes a recovery corpus.
+
+    Args:
+        path: A ``.json``, ``.jsonl`` or text file.
+        tokenizer: Tokenizer of the model.
+        template: ``alpaca`` or ``plain``, the prompt around instruction rows.
+        max_tokens: Longest sequence in tokens; longer ones lose their end.
+        limit: Use the first rows only; 0 uses all.
+
+    Raises:
+        CorpusError: If the file is missing, malformed, or yields no training sequence.
+    """
+    rows = read_rows(path)
+    if limit:
+        rows = rows[:limit]
+    sequences: list[TrainingSequence] = []
+    running: list[int] = []
+    dropped = 0
+    for number, row in enumerate(rows, start=1):
+        if "text" in row:
+            running += _encode(tokenizer, row["text"]) + _end(tokenizer)
+            continue
+        sequence = _instruction(row, tokenizer, template, max_tokens, f"{path}, row {number}")
+        if sequence is None:
+            dropped += 1
+        else:
+            sequences.append(sequence)
+    for start in range(0, len(running), max_tokens):
+        block = torch.tensor(running[start : start + max_tokens])
+        if len(block) > 1:
+            sequences.append(TrainingSequence(block, block))
+    if not sequences:
+        raise CorpusError(
+            f"The corpus {path} gives no training sequence ({len(rows)} rows, {dropped} longer "
+            f"than {max_tokens} tokens or without a response). Give a file with rows, or raise "
+            "[corpus] max_tokens."
+        )
+    if dropped:
+        logger.warning(
+            "%d of %d rows of %s have no response within %d tokens and are left out",
+            dropped,
+            len(rows),
+            path,
+            max_tokens,
+        )
+    return Corpus(sequences=sequences, dropped=dropped)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Reads the rows of a corpus file.
+
+    Returns:
+        Dictionaries with either ``text`` or ``instruction``, ``input`` and ``output``.
+
+    Raises:
+        CorpusError: If the file is missing or malformed.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CorpusError(
+            f"The corpus {path} cannot be read: {error.strerror}. Correct [corpus] path."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"The corpus {path} is not UTF-8 text: {error}. Convert it.") from error
+    if not content.strip():
+        raise CorpusError(f"The corpus {path} is empty. Give a file with at least one row.")
+    if path.suffix.lower() == ".json":
+        rows = _parse(content, path, line=None)
+        if not isinstance(rows, list):
+            raise CorpusError(f"The corpus {path} is not a JSON list of rows. Wrap it in [ ].")
+        numbered = list(enumerate(rows, start=1))
+    elif path.suffix.lower() == ".jsonl":
+        numbered = [
+            (number, _parse(line, path, line=number))
+            for number, line in enumerate(content.splitlines(), start=1)
+            if line.strip()
+        ]
+    else:
+        return [{"text": content}]
+    return [_row(row, f"{path}, row {number}") for number, row in numbered]
+
+
+def calibration_samples(corpus: Corpus, count: int, tokens: int, seed: int) -> list[torch.Tensor]:
+    """Draws sequences for pruning, at random and without repetition.
+
+    Args:
+        corpus: The recovery corpus.
+        count: Number of sequences; all of them if the corpus has fewer.
+        tokens: Each sequence is cut to this length.
+        seed: Seed of the draw.
+
+    Returns:
+        Token ids, each of shape (t,), 2 <= t <= tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    usable = [s.tokens[:tokens] for s in corpus.sequences if len(s.tokens) > 1]
+    order = torch.randperm(len(usable), generator=generator)[:count]
+    return [usable[int(i)] for i in order]
+
+
+def _parse(content: str, path: Path, line: int | None) -> Any:
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        where = f"line {line}" if line else f"line {error.lineno}"
+        raise CorpusError(
+            f"The corpus {path} is not valid JSON in {where}: {error.msg}. Correct it."
+        ) from error
+
+
+def _row(row: Any, where: str) -> dict[str, str]:
+    keys = ("text",) if isinstance(row, dict) and "text" in row else ("instruction", "output")
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
+        shown = ", ".join(map(str, row)) if isinstance(row, dict) else repr(row)[:60]
+        raise CorpusError(
+            f"{where} has ({shown}); a row needs the texts instruction and output (and may have "
+            "input), or text. Correct the row."
+        )
+    if keys == ("text",):
+        return {"text": row["text"]}
+    return {
+        "instruction": row["instruction"],
+        "input": row.get("input") or "",
+        "output": row["output"],
+    }
+
+
+def _instruction(
+    row: dict[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_tokens: int,
+    where: str,
+) -> TrainingSequence | None:
+    """Tokenizes prompt and response together; the loss begins where the prompt alone ends."""
+    if template == "alpaca":
+        prompt = ALPACA[bool(row["input"])].format(**row)
+        response = row["output"]
+    else:
+        prompt = f"{row['instruction']} {row['input']}".strip()
+        response = f" {row['output']}"
+    if not row["output"].strip():
+        return None
+    head = len(_encode(tokenizer, prompt))
+    tokens = (_encode(tokenizer, prompt + response) + _end(tokenizer))[:max_tokens]
+    if len(tokens) <= head:
+        logger.debug("%s: the prompt alone fills %d tokens", where, max_tokens)
+        return None
+    ids = torch.tensor(tokens)
+    labels = ids.clone()
+    labels[:head] = IGNORED
+    return TrainingSequence(ids, labels)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids with the tokenizer's own beginning, but without an end that it may add."""
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

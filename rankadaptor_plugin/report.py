@@ -1,0 +1,199 @@
+"""The report of a run: report.json, and the same for people as Markdown and as an HTML page.
+
+`rankadaptor_plugin.report_data.ReportData` is the schema of report.json. Everything else is a pure
+function of it, so an old report.json can be rendered again. The verdict comes first: what was
+gained over uniform LoRA at equal parameters, or that nothing was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from typing import TYPE_CHECKING, Any, cast
+
+from rankadaptor_plugin import report_tables as tables
+from rankadaptor_plugin.errors import ArtifactError
+from rankadaptor_plugin.report_html import page
+from rankadaptor_plugin.report_numbers import METRIC_UNITS, number
+from rankadaptor_plugin.report_reading import READING, config_text, search_line
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from rankadaptor_plugin.report_data import ReportData
+    from rankadaptor_plugin.report_tables import Table
+    from rankadaptor_plugin.statistics import Comparison
+
+BAR_WIDTH = 24  # characters of the longest bar in Markdown
+EIGHTHS = "▏▎▍▌▋▊▉█"
+MOST_DECIMALS = 6
+
+
+def baseline_label(uniform: Sequence[int]) -> str:
+    """Names the baseline: ``uniform rank 8``, or that its ranks are mixed."""
+    if len(set(uniform)) == 1:
+        return f"uniform rank {uniform[0]}"
+    return "the most even allocation"
+
+
+def verdict_sentence(comparison: Comparison | None, uniform: Sequence[int]) -> str:
+    """Says in one sentence what the search gained.
+
+    Differences are in points of accuracy, with one decimal; more only where rounding would hide
+    that an interval excludes zero.
+
+    Args:
+        comparison: Searched minus uniform allocation in accuracy; None where no finalist differs
+            from the uniform one.
+        uniform: Ranks of the baseline, one per layer.
+    """
+    label = baseline_label(uniform)
+    if comparison is None:
+        return f"the search found nothing better than {label}: uniform is delivered"
+    estimate, half = 100 * comparison.estimate, 100 * comparison.half_width
+    if comparison.is_gain:
+        return f"gain of {_points(estimate, half)} points over {label} at equal parameters"
+    if comparison.is_loss:
+        return (
+            f"no gain: the searched allocation is worse than {label} by {_points(-estimate, half)} "
+            "points: uniform is delivered"
+        )
+    size = f"{number(estimate, 1)} +- {number(half, 1)} points over {label} at equal parameters"
+    return f"no gain beyond noise: uniform is delivered ({size})"
+
+
+def write_report(folder: Path, data: ReportData) -> tuple[Path, Path, Path]:
+    """Writes report.json, report.md and report.html, each at once or not at all.
+
+    Numbers that are not finite become null, so that every JSON reader can read the file.
+
+    Returns:
+        The paths, in this order.
+
+    Raises:
+        ArtifactError: If the folder cannot be written.
+    """
+    text = json.dumps(_plain(data), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    # Rendered from what was written: rendering report.json again gives the same bytes.
+    plain = cast("ReportData", json.loads(text))
+    contents = {"json": text + "\n", "md": markdown(plain), "html": page(plain)}
+    paths = [folder / f"report.{suffix}" for suffix in contents]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, content in zip(paths, contents.values(), strict=True):
+            _write(path, content)
+    except OSError as error:
+        raise ArtifactError(
+            f"The report cannot be written to {folder}: {error}. Check the folder and its rights."
+        ) from error
+    return paths[0], paths[1], paths[2]
+
+
+def markdown(data: ReportData) -> str:
+    """Renders the report as Markdown (GitHub flavour)."""
+    verdict = data["verdict"]
+    metrics = [m for m in METRIC_UNITS if m != "accuracy"]
+    parts = [
+        f"# {_escape(verdict['sentence'])}",
+        f"Delivered: {_escape(verdict['delivered'])} allocation. "
+        f"Device: {_escape(data['device'])}. Time: {tables.total_time(data)}.",
+        "## Scores",
+        _table(tables.scores(data, "accuracy")),
+    ]
+    if verdict["comparisons"]:
+        parts += ["### The comparison that decides", _table(tables.comparisons(data))]
+    parts += ["## Ranks by layer", _code(_bars(data)), _table(tables.parameters(data))]
+    parts += [
+        "## Search",
+        _escape(search_line(data)),
+        _table(tables.trials(data)),
+        _table(tables.finalists(data)),
+        "## Cost",
+        *(_table(table) for table in tables.costs(data)),
+        "## How to read this",
+        "\n".join(f"- **{_escape(name)}:** {_escape(text)}" for name, text in READING),
+        _table(tables.documents(data)),
+        "## Details",
+        *(_table(tables.scores(data, metric)) for metric in metrics),
+        _table(tables.layers(data)),
+        _table(tables.pairs("versions", data["versions"])),
+        _table(tables.pairs("seeds", data["seeds"])),
+        "Inputs (run file)",
+        _code(config_text(data["config"])),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _points(estimate: float, half: float) -> str:
+    """Writes an estimate whose interval excludes zero so that it still does when rounded."""
+    for digits in range(1, MOST_DECIMALS):
+        if float(f"{estimate:.{digits}f}") > float(f"{half:.{digits}f}"):
+            break
+    return f"{number(estimate, digits)} +- {number(half, digits)}"
+
+
+def _bars(data: ReportData) -> str:
+    """Draws the ranks as horizontal bars of block characters, one line per layer."""
+    found = {n: data["allocations"][n] for n in ("uniform", "searched") if n in data["allocations"]}
+    top = max((rank for ranks in found.values() for rank in ranks), default=1)
+    scale = min(1.0, BAR_WIDTH / top)
+    column = round(top * scale) + len(str(top)) + 3
+    lines = ["layer  " + "".join(f"{name} rank".ljust(max(column, 15)) for name in found)]
+    for layer in range(max((len(ranks) for ranks in found.values()), default=0)):
+        cells = (_bar(ranks[layer], scale) for ranks in found.values() if layer < len(ranks))
+        lines.append(f"{layer:5}  " + "".join(cell.ljust(max(column, 15)) for cell in cells))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _bar(rank: int, scale: float) -> str:
+    whole, part = divmod(max(1, round(8 * rank * scale)), 8)
+    return "█" * whole + (EIGHTHS[part - 1] if part else "") + f" {rank}"
+
+
+def _table(table: Table | None) -> str:
+    if table is None or not table.rows:
+        return ""
+    rule = ["---" if i in table.left else "--:" for i in range(len(table.header))]
+    rows = [map(_escape, table.header), rule, *(map(_escape, row) for row in table.rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return f"{_escape(table.caption)}\n\n" + "\n".join(lines)
+
+
+def _code(text: str) -> str:
+    # A fence longer than any in the text cannot be closed by it.
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _escape(text: str) -> str:
+    """Makes text safe inside a line of Markdown; underscores inside words stay readable."""
+    text = " ".join(text.split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*\[\]|#~])", r"\\\1", text)
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _write(path: Path, content: str) -> None:
+    # Beside its target: only there is os.replace atomic. Opened plainly, it obeys the umask.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

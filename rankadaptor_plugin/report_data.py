@@ -1,0 +1,148 @@
+"""What a report says: the schema of report.json.
+
+Plain values only. Accuracy and shares are fractions in [0, 1], clp and margin in nats, times in
+seconds, memory in bytes, layers counted from 0 = bottom. None stands for "not known", such as the
+half width of an interval from a single document.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, TypedDict
+
+Column = dict[str, dict[str, dict[str, float | None]]]
+"""The scores of one model: task, and ``mean`` for the weighted mean, then metric, to ``mean`` and
+``half_width``, as `rankadaptor_plugin.statistics.score_cells` returns them."""
+
+
+class Verdict(TypedDict):
+    """What came out.
+
+    Attributes:
+        sentence: What `rankadaptor_plugin.report.verdict_sentence` returned.
+        delivered: ``uniform`` or ``searched``: the allocation of the delivered adapter.
+        baseline: What `rankadaptor_plugin.report.baseline_label` returned.
+        comparisons: Searched minus uniform by metric, as `Comparison.to_json` writes it; empty
+            where there was nothing to compare.
+    """
+
+    sentence: str
+    delivered: str
+    baseline: str
+    comparisons: dict[str, dict[str, Any]]
+
+
+class Parameters(TypedDict):
+    """Numbers of parameters; ``trainable`` by name of the allocation."""
+
+    base: int
+    pruned: int
+    trainable: dict[str, int]
+
+
+class Objective(TypedDict):
+    """What the search maximized: a metric, of the ``mean`` over the tasks or of one task."""
+
+    metric: str
+    target: str
+
+
+class SearchSummary(TypedDict):
+    """How the search went: why it stopped, and numbers of trials by how they ended."""
+
+    stop_reason: str
+    initial_trials: int
+    complete: int
+    failed: int
+    interrupted: int
+
+
+class Finalist(TypedDict):
+    """An allocation that was run again with fresh seeds.
+
+    Attributes:
+        ranks: One rank per layer.
+        search_objective: Mean of ``per_seed``.
+        per_seed: Objective on the search documents, one per seed of `Confirm`.
+    """
+
+    ranks: list[int]
+    search_objective: float | None
+    per_seed: list[float | None]
+
+
+class Confirm(TypedDict):
+    """The final comparison: fresh seeds, confidence of all intervals, and who took part."""
+
+    seeds: list[int]
+    confidence: float
+    finalists: list[Finalist]
+
+
+class Cost(TypedDict):
+    """What the run took, in seconds and bytes.
+
+    Attributes:
+        stages: Seconds by stage.
+        fine_tuning: Seconds in fine-tunes, over all stages.
+        evaluation: Seconds in evaluations, over all stages.
+        other: All other seconds.
+        per_trial: Mean seconds of a complete trial, None if there is none.
+        peak_memory_bytes: Most memory in use on the device (on the CPU: of the process).
+    """
+
+    stages: dict[str, float]
+    fine_tuning: float
+    evaluation: float
+    other: float
+    per_trial: float | None
+    peak_memory_bytes: int | None
+
+
+class Documents(TypedDict):
+    """Documents by task that the search saw, and that the report was made from."""
+
+    search: dict[str, int]
+    report: dict[str, int]
+
+
+class ReportData(TypedDict):
+    """All of report.json.
+
+    Attributes:
+        verdict: What came out.
+        tasks: Task names in the order of the tables. None may be called ``mean``.
+        scores: Column by model: ``base``, ``pruned``, ``uniform``, ``searched``, ``recovered``
+            (what is delivered: the uniform or the searched one). Absent ones are left out.
+        allocations: Ranks by ``uniform``, ``searched``, ``recovered``. Absent ones are left out.
+        parameters: Numbers of parameters.
+        widths: ``[heads, kv_heads, channels]`` per layer of the pruned model.
+        trials: Trials as `Trial.to_json` writes them, by position.
+        objective: What the search maximized.
+        search: How the search went.
+        confirm: The final comparison.
+        cost: What it took.
+        versions: Version by name of the software.
+        seeds: Seed or list of seeds by what it was used for.
+        documents: Numbers of documents.
+        config: The run file's values, tables as dictionaries.
+        device: Name of the device, such as ``cpu`` or ``cuda:0 (NVIDIA H100)``.
+        weights: Weight per task in the mean; equal if absent.
+    """
+
+    verdict: Verdict
+    tasks: list[str]
+    scores: dict[str, Column]
+    allocations: dict[str, list[int]]
+    parameters: Parameters
+    widths: list[list[int]]
+    trials: list[dict[str, Any]]
+    objective: Objective
+    search: SearchSummary
+    confirm: Confirm
+    cost: Cost
+    versions: dict[str, str]
+    seeds: dict[str, int | list[int]]
+    documents: Documents
+    config: dict[str, Any]
+    device: str
+    weights: NotRequired[dict[str, float]]

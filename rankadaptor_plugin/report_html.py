@@ -1,0 +1,192 @@
+"""The report as one HTML page that stands alone: no scripts, no other files, no network.
+
+All text passes through `html.escape`; a content security policy forbids anything to be loaded.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+from rankadaptor_plugin import report_svg as svg
+from rankadaptor_plugin import report_tables as tables
+from rankadaptor_plugin.report_numbers import METRIC_UNITS
+from rankadaptor_plugin.report_reading import READING, config_text, search_line
+from rankadaptor_plugin.report_style import STYLE
+
+if TYPE_CHECKING:
+    from rankadaptor_plugin.report_data import ReportData
+    from rankadaptor_plugin.report_tables import Table
+
+
+def page(data: ReportData) -> str:
+    """Renders the report as an HTML page."""
+    sentence = _text(data["verdict"]["sentence"])
+    body = [
+        '<p class="kind">RankAdaptor report</p>',
+        f"<h1>{sentence}</h1>",
+        _facts(data),
+        "<h2>Scores</h2>",
+        _table(tables.scores(data, "accuracy"), total="mean"),
+        _decision(data),
+        "<h2>Ranks by layer</h2>",
+        _ranks(data),
+        _table(tables.parameters(data)),
+        "<h2>Search</h2>",
+        f"<p>{_text(search_line(data))}</p>",
+        _pictures(data),
+        _details(f"All {len(data['trials'])} trials", _table(tables.trials(data))),
+        _table(tables.finalists(data)),
+        "<h2>Cost</h2>",
+        _cost(data),
+        "<h2>How to read this</h2>",
+        _reading(),
+        _table(tables.documents(data)),
+        "<h2>Details</h2>",
+        *(
+            _details(f"Scores: {metric}", _table(tables.scores(data, metric), total="mean"))
+            for metric in METRIC_UNITS
+            if metric != "accuracy"
+        ),
+        _details("Layers", _table(tables.layers(data))),
+        _details("Versions", _table(tables.pairs("versions", data["versions"]))),
+        _details("Seeds", _table(tables.pairs("seeds", data["seeds"]))),
+        _details("Inputs (run file)", f"<pre>{escape(config_text(data['config']))}</pre>"),
+    ]
+    content = "\n".join(part for part in body if part)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "style-src 'unsafe-inline'\">\n"
+        f"<title>RankAdaptor: {sentence}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n<main>\n{content}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _facts(data: ReportData) -> str:
+    delivered = data["verdict"]["delivered"]
+    count = data["parameters"]["trainable"].get("recovered")
+    facts = {
+        "Delivered": f"{delivered} allocation",
+        "Trainable parameters": "n/a" if count is None else f"{count:,}",
+        "Compared with": data["verdict"]["baseline"],
+        "Run time": tables.total_time(data),
+        "Device": data["device"],
+    }
+    items = "".join(f"<div><dt>{k}</dt><dd>{_text(v)}</dd></div>" for k, v in facts.items())
+    return f'<dl class="facts">{items}</dl>'
+
+
+def _decision(data: ReportData) -> str:
+    if not data["verdict"]["comparisons"]:
+        return ""
+    parts = ["<h3>The comparison that decides</h3>"]
+    found = data["verdict"]["comparisons"].get("accuracy")
+    if found and found["low"] is not None and found["high"] is not None:
+        middle, low, high = (100 * found[name] for name in ("estimate", "low", "high"))
+        picture = svg.difference(middle, low, high, "points of accuracy")
+        parts.append(_figure(picture, "", "small"))
+    return "\n".join([*parts, _table(tables.comparisons(data))])
+
+
+def _ranks(data: ReportData) -> str:
+    uniform, searched = (data["allocations"].get(n, []) for n in ("uniform", "searched"))
+    legend = _legend({"uniform": "uniform allocation", "searched": "best searched allocation"})
+    return _figure(svg.ranks(uniform, searched), legend, "broad")
+
+
+def _pictures(data: ReportData) -> str:
+    metric = data["objective"]["metric"]
+    percent = metric == "accuracy"
+    scale, digits = (100.0, 1) if percent else (1.0, 3)
+    unit = f"{metric}, {METRIC_UNITS.get(metric, '')}"
+    points = []
+    for trial in data["trials"]:
+        values = (trial.get("objective"), trial.get("predicted"))
+        measured, predicted = (None if v is None else scale * v for v in values)
+        initial = trial["phase"] == "initialization"
+        points.append(svg.Point(trial["position"], initial, measured, predicted))
+    steps = svg.best_so_far(points, unit, digits)
+    scatter = svg.scatter(points, unit, digits)
+    legend = _legend({"phase": "initialization phase"})
+    first = _figure(steps, f"Best so far (line) and every trial (dots; cross: failed). {legend}")
+    second = _figure(scatter, "Predicted against measured. Dashed: predicted equals measured.")
+    return (
+        f'<div class="pair">{first or "<p>No trial is complete.</p>"}'
+        f"{second or '<p>No trial has both a prediction and a measured value.</p>'}</div>"
+    )
+
+
+def _cost(data: ReportData) -> str:
+    shares = tables.shares(data)
+    legend = _legend({f"part{i}": name for i, (name, _, _) in enumerate(shares)})
+    bar = _figure(svg.share_bar(shares), legend)
+    listed = "".join(f"<div>{_table(table)}</div>" for table in tables.costs(data))
+    return f'{bar}<div class="pair">{listed}</div>'
+
+
+def _reading() -> str:
+    items = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in READING)
+    return f'<dl class="reading">{items}</dl>'
+
+
+def _legend(entries: dict[str, str]) -> str:
+    return "".join(
+        f'<span class="legend"><span class="key {kind}"></span>{_text(name)}</span>'
+        for kind, name in entries.items()
+    )
+
+
+def _figure(picture: str, caption: str, kind: str = "") -> str:
+    if not picture:
+        return ""
+    caption = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return f'<figure class="{kind}"><div class="scroll">{picture}</div>{caption}</figure>'
+
+
+def _details(summary: str, content: str) -> str:
+    return f"<details><summary>{_text(summary)}</summary>{content}</details>" if content else ""
+
+
+def _table(table: Table | None, total: str = "") -> str:
+    """Renders a table; the row that starts with `total` is set apart."""
+    if table is None or not table.rows:
+        return ""
+    words = ['class="words"' if i in table.left else "" for i in range(len(table.header))]
+    head = "".join(
+        f'<th scope="col" {kind}>{_text(cell)}</th>'
+        for kind, cell in zip(words, table.header, strict=True)
+    )
+    rows = []
+    for row in table.rows:
+        first, *rest = row
+        cells = "".join(
+            f"<td {_wide(w, c)}>{_cell(c)}</td>" for w, c in zip(words[1:], rest, strict=True)
+        )
+        kind = ' class="total"' if total and row is table.rows[-1] and row[0] == total else ""
+        rows.append(f'<tr{kind}><th scope="row" {words[0]}>{_cell(first)}</th>{cells}</tr>')
+    caption = _text(table.caption)
+    return (
+        f'<p class="caption">{caption}</p>'
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}">'
+        f'<table aria-label="{caption}"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _wide(kind: str, text: str) -> str:
+    # Ranks of many layers need room, or a row becomes taller than the screen.
+    many = 20
+    return 'class="words long"' if kind and len(text) > many and " " not in text else kind
+
+
+def _cell(text: str) -> str:
+    value, sign, half = text.partition(" +- ")
+    if not sign:
+        return escape(text)
+    return f'{escape(value)} <span class="pm">± {escape(half)}</span>'
+
+
+def _text(text: str) -> str:
+    return escape(" ".join(text.split())).replace("+-", "±")

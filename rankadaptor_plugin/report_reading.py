@@ -1,0 +1,81 @@
+"""The words of a report around its tables, the same in Markdown and HTML."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from rankadaptor_plugin.report_numbers import METRIC_UNITS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from rankadaptor_plugin.report_data import ReportData
+
+READING = (
+    (
+        "How sure",
+        "a +- b is a value and the half width of its interval. Base and pruned model: over "
+        "documents. Recovered models: over seeds and documents, counted so that the interval is "
+        "rather too wide than too narrow.",
+    ),
+    (
+        "What decides",
+        "the paired comparison in accuracy: searched minus uniform allocation, same seeds, same "
+        "documents. Two intervals in the score table may overlap although the paired one excludes "
+        "zero. Unless the paired one lies above zero, uniform LoRA is delivered.",
+    ),
+    (
+        "Search documents",
+        "the only ones that the search saw. The best of many trials looks better on them than it "
+        "is.",
+    ),
+    (
+        "Report documents",
+        "kept from the search. The score table and the verdict come from these, with seeds that "
+        "the search did not use.",
+    ),
+    (
+        "Metrics",
+        "accuracy: share of documents answered rightly. clp: log-probability of the right choice "
+        "among the choices. margin: log-likelihood of the right choice minus that of the best "
+        "wrong one. Higher is better for all. clp and margin are in nats and less noisy.",
+    ),
+    (
+        "Ranks",
+        "the LoRA rank of each decoder layer; layer 0 is at the bottom. Equal parameters: the "
+        "uniform allocation has as many trainable parameters as the searched one, as nearly as "
+        "whole ranks allow.",
+    ),
+)
+
+
+def search_line(data: ReportData) -> str:
+    """Says in one line how the search went."""
+    search = data["search"]
+    return (
+        f"{search['complete']} trials complete, {search['failed']} failed, "
+        f"{search['interrupted']} interrupted; the first {search['initial_trials']} were planned "
+        f"as initialization phase. Stopped: {search['stop_reason']}. "
+        f"Objective: {objective_label(data)}, on the search documents."
+    )
+
+
+def objective_label(data: ReportData) -> str:
+    """Names what the search maximized, such as ``clp, mean of the tasks (nats)``."""
+    metric, target = data["objective"]["metric"], data["objective"]["target"]
+    place = "mean of the tasks" if target in ("", "mean") else f"task {target}"
+    return f"{metric}, {place} ({METRIC_UNITS.get(metric, '')})"
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """Writes the run file's values in the form of a run file."""
+    plain = [(k, v) for k, v in config.items() if not isinstance(v, dict)]
+    blocks = [_block("", plain)] if plain else []
+    blocks += [_block(k, list(v.items())) for k, v in config.items() if isinstance(v, dict)]
+    return "\n\n".join(blocks)
+
+
+def _block(name: str, values: Sequence[tuple[str, Any]]) -> str:
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values]
+    return "\n".join(([f"[{name}]"] if name else []) + lines)

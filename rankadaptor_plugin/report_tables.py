@@ -1,0 +1,245 @@
+"""The tables of a report as plain text, the same for Markdown and HTML.
+
+A table is built once from report.json and rendered twice, so the two cannot differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rankadaptor_plugin.report_numbers import (
+    METRIC_UNITS,
+    MODELS,
+    UNKNOWN,
+    duration,
+    interval,
+    number,
+    scored,
+)
+from rankadaptor_plugin.report_reading import objective_label
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rankadaptor_plugin.report_data import ReportData
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        caption: What it shows, with the unit.
+        header: Column names.
+        rows: Cells.
+        left: Columns that hold words and not numbers.
+    """
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    left: tuple[int, ...] = (0,)
+
+
+def total_time(data: ReportData) -> str:
+    """Writes the time of the whole run."""
+    return duration(sum(seconds for _, seconds, _ in shares(data)))
+
+
+def scores(data: ReportData, metric: str) -> Table | None:
+    """Tabulates a metric by task and model; None where no model has it."""
+    shown = [m for m in MODELS if any(metric in row for row in data["scores"].get(m, {}).values())]
+    if data["verdict"]["delivered"] == "searched" and "recovered" in shown:
+        # The recovered model is the searched one then; one column is enough.
+        shown = [model for model in shown if model != "searched"]
+    if not shown:
+        return None
+    rows = []
+    for task in (*data["tasks"], "mean"):
+        cells = [data["scores"][model].get(task, {}).get(metric) for model in shown]
+        rows.append(
+            (task, *(interval(c["mean"], c["half_width"], metric) if c else UNKNOWN for c in cells))
+        )
+    names = [MODELS[m] for m in shown]
+    if names[-1] == "recovered":
+        names[-1] = f"recovered ({data['verdict']['delivered']})"
+    confidence = f"{100 * data['confirm']['confidence']:g} %"
+    return Table(
+        f"{metric} in {METRIC_UNITS.get(metric, '')} on the report documents, "
+        f"+- half width of the {confidence} interval",
+        ("task", *names),
+        tuple(rows),
+    )
+
+
+def comparisons(data: ReportData) -> Table:
+    """Tabulates the paired differences by metric."""
+    rows = []
+    for metric, found in data["verdict"]["comparisons"].items():
+        unit = "points" if metric == "accuracy" else METRIC_UNITS.get(metric, "")
+        ends = f"{scored(found['low'], metric)} to {scored(found['high'], metric)}"
+        rows.append(
+            (
+                metric,
+                unit,
+                interval(found["estimate"], found["half_width"], metric),
+                ends,
+                f"{100 * found['confidence']:g} %",
+                str(found["seeds"]),
+                str(found["documents"]),
+            )
+        )
+    return Table(
+        f"searched minus {data['verdict']['baseline']}, paired by seed and document",
+        ("metric", "unit", "difference", "interval", "confidence", "seeds", "documents"),
+        tuple(rows),
+        (0, 1),
+    )
+
+
+def layers(data: ReportData) -> Table:
+    """Tabulates widths and ranks per layer."""
+    uniform, searched = (data["allocations"].get(n, []) for n in ("uniform", "searched"))
+    rows = []
+    for layer in range(max(len(data["widths"]), len(uniform), len(searched))):
+        widths = data["widths"][layer] if layer < len(data["widths"]) else [UNKNOWN] * 3
+        ranks = [r[layer] if layer < len(r) else UNKNOWN for r in (uniform, searched)]
+        rows.append(tuple(str(cell) for cell in (layer, *widths, *ranks)))
+    header = ("layer", "heads", "KV heads", "MLP channels", "uniform rank", "searched rank")
+    return Table("the pruned model and its ranks by layer", header, tuple(rows), ())
+
+
+def parameters(data: ReportData) -> Table:
+    """Tabulates parameter counts and their share of the base model."""
+    counts, base = data["parameters"], data["parameters"]["base"]
+    named = {"base": base, "pruned": counts["pruned"]}
+    for name, label in MODELS.items():
+        if name in counts["trainable"]:
+            named[f"{label}, trainable"] = counts["trainable"][name]
+    rows = (
+        (label, f"{count:,}", number(100 * count / base if base else None, 2))
+        for label, count in named.items()
+    )
+    return Table("parameters", ("model", "parameters", "% of base"), tuple(rows))
+
+
+def trials(data: ReportData) -> Table:
+    """Tabulates the trials in the order of the search."""
+    metric = data["objective"]["metric"]
+    rows = []
+    for trial in data["trials"]:
+        measured, predicted = trial.get("objective"), trial.get("predicted")
+        off = None if measured is None or predicted is None else measured - predicted
+        seconds = trial.get("seconds")
+        state = trial["state"] + (f": {trial['reason']}" if trial.get("reason") else "")
+        rows.append(
+            (
+                str(trial["position"]),
+                trial["phase"],
+                scored(measured, metric),
+                scored(predicted, metric),
+                scored(off, metric),
+                number(trial.get("train_loss")),
+                number(sum(seconds.values()) if seconds else None, 1),
+                state,
+                "-".join(map(str, trial["ranks"])),
+            )
+        )
+    return Table(
+        f"objective: {objective_label(data)}, on the search documents; error: measured minus "
+        "predicted; training loss in nats per token",
+        (
+            "trial",
+            "phase",
+            "measured",
+            "predicted",
+            "error",
+            "training loss",
+            "seconds",
+            "state",
+            "ranks, layer 0 first",
+        ),
+        tuple(rows),
+        (1, 7, 8),
+    )
+
+
+def finalists(data: ReportData) -> Table:
+    """Tabulates the allocations that were run again with fresh seeds."""
+    metric, entries = data["objective"]["metric"], data["confirm"]["finalists"]
+    seeds = data["confirm"]["seeds"]
+    rows = []
+    for entry in entries:
+        own = [n for n in ("uniform", "searched") if data["allocations"].get(n) == entry["ranks"]]
+        values = [*entry["per_seed"], *[None] * len(seeds)][: len(seeds)]
+        rows.append(
+            (
+                ", ".join(own) or "finalist",
+                scored(entry["search_objective"], metric),
+                *(scored(value, metric) for value in values),
+                "-".join(map(str, entry["ranks"])),
+            )
+        )
+    return Table(
+        f"run again with fresh seeds: {objective_label(data)}, on the search documents",
+        ("allocation", "mean", *(f"seed {seed}" for seed in seeds), "ranks, layer 0 first"),
+        tuple(rows),
+        (0, len(seeds) + 2),
+    )
+
+
+def shares(data: ReportData) -> list[tuple[str, float, float]]:
+    """Returns (name, seconds, share in [0, 1]) of what the time was spent on."""
+    cost = data["cost"]
+    parts = (
+        ("fine-tuning", cost["fine_tuning"]),
+        ("evaluation", cost["evaluation"]),
+        ("everything else", cost["other"]),
+    )
+    total = sum(seconds for _, seconds in parts)
+    return [(name, seconds, seconds / total if total > 0 else 0.0) for name, seconds in parts]
+
+
+def costs(data: ReportData) -> list[Table]:
+    """Tabulates time by stage, the longest first, and what the time was spent on."""
+    cost = data["cost"]
+    stages = sorted(cost["stages"].items(), key=lambda item: (-item[1], item[0]))
+    memory = cost["peak_memory_bytes"]
+    rows = [(n, duration(s), number(100 * share, 1) + " %") for n, s, share in shares(data)]
+    rows.append(("mean of a complete trial", duration(cost["per_trial"]), ""))
+    rows.append(("peak memory", UNKNOWN if memory is None else f"{memory / 2**30:.2f} GiB", ""))
+    return [
+        Table(
+            "time by stage",
+            ("stage", "time", "seconds"),
+            tuple((name, duration(s), number(s, 1)) for name, s in stages),
+        ),
+        Table("what it was spent on", ("part", "amount", "share"), tuple(rows)),
+    ]
+
+
+def documents(data: ReportData) -> Table:
+    """Tabulates numbers of documents, and the weight of each task in the mean."""
+    found, weights = data["documents"], data.get("weights") or dict.fromkeys(data["tasks"], 1.0)
+    rows = (
+        (
+            task,
+            str(found["search"].get(task, UNKNOWN)),
+            str(found["report"].get(task, UNKNOWN)),
+            f"{weights.get(task, 0.0):g}",
+        )
+        for task in data["tasks"]
+    )
+    return Table(
+        "documents by task", ("task", "search", "report", "weight in the mean"), tuple(rows)
+    )
+
+
+def pairs(caption: str, values: Mapping[str, Any]) -> Table:
+    """Tabulates names and values, such as versions and seeds."""
+    rows = tuple(
+        (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        for name, value in sorted(values.items())
+    )
+    return Table(caption, ("name", "value"), rows, (0, 1))

@@ -1,0 +1,86 @@
+"""What ``rankadaptor-plugin run`` does around a run: its run file, its display, its last lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from rankadaptor_plugin import pipeline, run_file
+from rankadaptor_plugin.embedded_default import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.hooks.progress import Progress
+
+if TYPE_CHECKING:
+    import pluggy
+
+    from rankadaptor_plugin.config import RunConfig
+
+
+def load_config(path: Path | None, output: Path | None) -> RunConfig:
+    """Returns the config of a run file, or of the embedded default.
+
+    Args:
+        path: The run file; None for the embedded default, which writes below the current folder.
+        output: Run folder to use in place of the run file's.
+    """
+    config = run_file.load(path or EMBEDDED_RUN_FILE)
+    if path is None:
+        config = dataclasses.replace(config, output=str(Path.cwd() / "runs" / "embedded"))
+    if output is not None:
+        config = dataclasses.replace(config, output=str(Path.cwd() / output))
+    return config
+
+
+def run_file_or_embedded(
+    manager: pluggy.PluginManager,
+    path: Path | None,
+    output: Path | None,
+    *,
+    quiet: bool,
+    began: float,
+) -> str:
+    """Runs a run file and returns the last lines to print: the verdict, and where things are.
+
+    Args:
+        manager: Plugins.
+        path: The run file; None for the embedded default.
+        output: Run folder to use in place of the run file's.
+        quiet: Show nothing while it runs and return the verdict alone.
+        began: ``time.perf_counter()`` at the start of the program.
+    """
+    config = load_config(path, output)
+    console = Console(stderr=True)
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=console, show_time=False, show_path=False)],
+    )
+    if quiet:
+        return pipeline.run(config, manager, began=began).verdict
+    fine_tunes = {
+        "search": config.search.max_trials,
+        "confirm": (config.confirm.finalists + 1) * config.confirm.seeds,
+    }
+    with Progress(console, fine_tunes) as progress:
+        manager.register(progress, name="progress")
+        try:
+            result = pipeline.run(config, manager, began=began)
+        finally:
+            manager.unregister(progress)
+    return (
+        f"Verdict: {result.verdict}\n"
+        f"Report:  {_near(result.folder / 'report.html')} (also .md, .json)\n"
+        f"Adapter: {_near(result.adapter)}"
+    )
+
+
+def _near(path: Path) -> Path:
+    """Returns a path as seen from the current folder where it lies below it."""
+    try:
+        return path.resolve().relative_to(Path.cwd())
+    except ValueError:
+        return path

@@ -1,0 +1,199 @@
+"""The run folder: one artefact per stage, written whole or not at all.
+
+    inputs.json       what the run was made from; another run may not continue it
+    pruned/           the pruned model
+    evaluations/      scores with per-document values, one JSON file per evaluated model
+    study.db          every trial, an Optuna study in SQLite
+    adapters/         adapters of the finalists and of uniform LoRA
+    adapter/          the delivered adapter, a PEFT folder
+    report.{md,json,html}
+    timings.json      wall seconds per stage, over all sessions
+
+A stage whose artefact is there is skipped, so running again *is* resuming.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from rankadaptor_plugin.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+_HASHED_WHOLE = 256 * 2**20
+_BLOCK = 2**20
+
+
+class RunFolder:
+    """Paths in a run folder, and atomic reading and writing there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.pruned = path / "pruned"
+        self.adapter = path / "adapter"
+        self.study_url = f"sqlite:///{(path / 'study.db').resolve().as_posix()}"
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Creates the folder and holds its lock; the lock ends with the process, however it ends.
+
+        Raises:
+            ArtifactError: If the folder cannot be written or is in use.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+            lock = FileLock(self.path / ".lock")
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ArtifactError(
+                f"The run folder {self.path} is in use by another process. Wait for it, or set "
+                "another output."
+            ) from None
+        except OSError as error:
+            raise ArtifactError(
+                f"The run folder {self.path} cannot be written: {error.strerror or error}. Set "
+                "output to a folder where you may write."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def claim(self, inputs: dict[str, Any]) -> None:
+        """Records what the run is made from, or checks that it is the same as before.
+
+        Raises:
+            ArtifactError: If the folder was made from other inputs; the message names them.
+        """
+        before = self.read_json("inputs.json")
+        if before is None:
+            self.write_json("inputs.json", inputs)
+            return
+        then, now = _flat(before), _flat(json.loads(json.dumps(inputs)))
+        changed = [
+            f"{key} was {then.get(key, 'unset')!s:.40}, now {now.get(key, 'unset')!s:.40}"
+            for key in sorted(then.keys() | now.keys())
+            if then.get(key) != now.get(key)
+        ]
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""  # noqa: PLR2004
+            raise ArtifactError(
+                f"The run folder {self.path} was made from other inputs ({'; '.join(changed[:3])}"
+                f"{more}). Set another output, change the inputs back, or delete the folder."
+            )
+
+    def read_json(self, name: str) -> Any | None:
+        """Returns the content of a JSON file, or None if it is not there.
+
+        Raises:
+            ArtifactError: If the file is torn.
+        """
+        path = self.path / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise ArtifactError(
+                f"The file {path} cannot be read ({error}). Delete it and run again."
+            ) from error
+
+    def write_json(self, name: str, data: Any) -> None:
+        """Writes a JSON file whole or not at all.
+
+        Raises:
+            ArtifactError: If it cannot be written.
+        """
+        path = self.path / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.partial")
+            partial.write_text(json.dumps(data), encoding="utf-8")
+            os.replace(partial, path)
+        except OSError as error:
+            raise ArtifactError(
+                f"The file {path} cannot be written: {error.strerror}. Free some space or set "
+                "another output, then run again."
+            ) from error
+
+    def write_folder(self, name: str, fill: Callable[[Path], None]) -> Path:
+        """Fills a temporary folder and moves it into place, replacing what is there.
+
+        Raises:
+            ArtifactError: If it cannot be written.
+        """
+        path = self.path / name
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            fill(partial)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(partial, path)
+        except OSError as error:
+            raise ArtifactError(
+                f"The folder {path} cannot be written: {error.strerror}. Free some space or set "
+                "another output, then run again."
+            ) from error
+        return path
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the wall seconds of a block to a stage's; nothing is added if the block fails."""
+        began = time.perf_counter()
+        yield
+        self.add_seconds(stage, time.perf_counter() - began)
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Adds wall seconds to a stage."""
+        timings = self.timings()
+        timings[stage] = timings.get(stage, 0.0) + seconds
+        self.write_json("timings.json", timings)
+
+    def timings(self) -> dict[str, float]:
+        """Returns the wall seconds per stage, over all sessions."""
+        return dict(self.read_json("timings.json") or {})
+
+
+def digest(path: Path) -> str:
+    """Returns a hash of a file, or of the files right inside a folder.
+
+    Files above 256 MiB are hashed at their beginning, middle and end, with their size.
+    """
+    sha = hashlib.sha256()
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    for file in files:
+        size = file.stat().st_size
+        sha.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            if size <= _HASHED_WHOLE:
+                while block := stream.read(_BLOCK):
+                    sha.update(block)
+            else:
+                for position in (0, size // 2, size - _BLOCK):
+                    stream.seek(position)
+                    sha.update(stream.read(_BLOCK))
+    return sha.hexdigest()[:16]
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict):
+        return {prefix: data}
+    return {
+        key: value
+        for name, item in data.items()
+        for key, value in _flat(item, f"{prefix}.{name}" if prefix else str(name)).items()
+    }

@@ -1,0 +1,228 @@
+"""The trial store: an Optuna study, one record per trial.
+
+By default an SQLite file in the run folder; any storage that Optuna can open will do. There is one
+writer, the driver of the search. A process that is killed leaves a trial running; it is marked
+when the search goes on, and counts as if it had never been.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import optuna
+from optuna.storages import InMemoryStorage, RDBStorage
+from optuna.trial import TrialState as OptunaState
+
+from rankadaptor_plugin.errors import ArtifactError
+from rankadaptor_plugin.samplers import allocation_from, distributions
+from rankadaptor_plugin.trials import RECORD, Trial, TrialState
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial
+
+    from rankadaptor_plugin.ranks import RankAllocation, RankSpace
+
+logger = logging.getLogger(__name__)
+
+REASON = "reason"
+"""User attribute of a failed Optuna trial that has no record; its only value is `INTERRUPTED`."""
+
+INTERRUPTED = "interrupted"
+
+
+@runtime_checkable
+class PredictingSampler(Protocol):
+    """A sampler that can say which value it expects of what it proposed."""
+
+    def predicted(self, number: int) -> float | None:
+        """Returns the value expected of trial `number`, None if nothing was predicted."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PendingTrial:
+    """A trial that was begun.
+
+    Attributes:
+        proposal: What the sampler asked for; it may know nothing of the budget.
+        predicted: The value that the sampler expects of it, None if it said nothing.
+        number: Number of the trial in the Optuna study.
+    """
+
+    proposal: RankAllocation
+    predicted: float | None
+    number: int
+
+
+class TrialStore:
+    """The trials of one search. A context manager: leaving it closes the database.
+
+    Args:
+        storage: Optuna's storage.
+        name: Name of the study in it; made if absent.
+
+    Raises:
+        ArtifactError: If the study is there and does not maximize one value.
+    """
+
+    def __init__(self, storage: BaseStorage, name: str) -> None:
+        self._storage = storage
+        self._study = _study(storage, name)
+        if self._study.directions != [optuna.study.StudyDirection.MAXIMIZE]:
+            raise ArtifactError(
+                f"The study {name!r} was not made by this plugin: its directions are "
+                f"{[d.name.lower() for d in self._study.directions]}, not maximize. Remove it or "
+                "choose another run folder."
+            )
+
+    @classmethod
+    def open(cls, storage_url: str, name: str) -> TrialStore:
+        """Opens the study of a storage, making what is absent.
+
+        Args:
+            storage_url: Any storage URL of Optuna, for example ``sqlite:///runs/a/trials.db``.
+            name: Name of the study.
+
+        Raises:
+            ArtifactError: If the storage cannot be opened or its study is not ours.
+        """
+        storage = None
+        try:
+            storage = RDBStorage(storage_url)
+            return cls(storage, name)
+        except Exception as error:  # every database driver has error types of its own
+            if storage is not None:
+                storage.engine.dispose()
+            if isinstance(error, ArtifactError):
+                raise
+            cause = str(error).strip().partition("\n")[0].rstrip(".")
+            raise ArtifactError(
+                f"The trial store {_without_password(storage_url)!r} cannot be opened: {cause}. "
+                "Give a storage URL of Optuna, such as sqlite:///trials.db, and check that its "
+                "folder is there and writable."
+            ) from error
+
+    def close(self) -> None:
+        """Closes the database; nothing may be called afterwards."""
+        self._storage.remove_session()
+        if isinstance(self._storage, RDBStorage):
+            self._storage.engine.dispose()
+
+    def __enter__(self) -> TrialStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def trials(self) -> list[Trial]:
+        """Returns the finished trials in order of position."""
+        done = filter(_is_ours, self._study.get_trials(deepcopy=False))
+        records = [trial.user_attrs[RECORD] for trial in done]
+        return sorted(map(Trial.from_json, records), key=lambda trial: trial.position)
+
+    def interrupted(self) -> int:
+        """Returns how many trials a killed process left behind, now or earlier."""
+        return sum(
+            trial.state == OptunaState.RUNNING or trial.user_attrs.get(REASON) == INTERRUPTED
+            for trial in self._study.get_trials(deepcopy=False)
+        )
+
+    def settle(self) -> None:
+        """Ends the trials that a killed process left running. For the one driver only.
+
+        A trial whose record was written already is finished; all others are marked as
+        interrupted, which is told apart from failures by the user attribute ``reason``.
+        """
+        for trial in self._study.get_trials(deepcopy=False, states=(OptunaState.RUNNING,)):
+            if RECORD in trial.user_attrs:
+                self._tell(trial.number, Trial.from_json(trial.user_attrs[RECORD]))
+                continue
+            logger.info("Optuna trial %d was interrupted and is left out.", trial.number)
+            self._set_attribute(trial.number, REASON, INTERRUPTED)
+            self._study.tell(trial.number, state=OptunaState.FAIL)
+
+    def begin(self, sampler: BaseSampler, space: RankSpace) -> PendingTrial:
+        """Asks a sampler for the next allocation and stores that the trial is running.
+
+        The sampler sees a copy of the study in memory, without interrupted trials. Asked in the
+        study itself, it would store each layer's rank in a transaction of its own.
+        """
+        copy = _study(InMemoryStorage(), self._study.study_name)
+        copy.sampler = self._study.sampler = sampler
+        copy.add_trials([t for t in self._study.get_trials(deepcopy=False) if _is_ours(t)])
+        asked = copy.ask(distributions(space))
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                state=OptunaState.RUNNING,
+                params=asked.params,
+                distributions=asked.distributions,
+                # Some samplers keep their state here.
+                system_attrs=copy.get_trials(deepcopy=False)[-1].system_attrs,
+            )
+        )
+        return PendingTrial(
+            proposal=allocation_from(space, asked.params),
+            predicted=(
+                sampler.predicted(asked.number) if isinstance(sampler, PredictingSampler) else None
+            ),
+            number=self._study.get_trials(deepcopy=False)[-1].number,
+        )
+
+    def finish(self, pending: PendingTrial, trial: Trial) -> None:
+        """Stores the record of a trial that was begun."""
+        self._set_attribute(pending.number, RECORD, trial.to_json())
+        self._tell(pending.number, trial)
+
+    def _set_attribute(self, number: int, key: str, value: Any) -> None:
+        # Optuna's study has no way to write to a running trial that another process began.
+        study_id = self._storage.get_study_id_from_name(self._study.study_name)
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        self._storage.set_trial_user_attr(trial_id, key, value)
+
+    def add(self, trial: Trial) -> None:
+        """Stores a finished trial that no sampler proposed, in one transaction."""
+        complete = trial.state is TrialState.COMPLETE
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                state=OptunaState.COMPLETE if complete else OptunaState.FAIL,
+                value=trial.objective,
+                user_attrs={RECORD: trial.to_json()},
+            )
+        )
+
+    def _tell(self, number: int, trial: Trial) -> FrozenTrial:
+        if trial.state is TrialState.COMPLETE:
+            return self._study.tell(number, trial.objective)
+        return self._study.tell(number, state=OptunaState.FAIL)
+
+
+def _study(storage: BaseStorage, name: str) -> optuna.Study:
+    # Optuna announces every study on stderr; there is no switch but the global one.
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return optuna.create_study(
+            storage=storage, study_name=name, direction="maximize", load_if_exists=True
+        )
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+def _is_ours(trial: FrozenTrial) -> bool:
+    return RECORD in trial.user_attrs and trial.state.is_finished()
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"://[^@/]*@", "://***@", url)

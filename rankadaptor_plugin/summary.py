@@ -1,0 +1,198 @@
+"""From what the stages found to what the report says (`rankadaptor_plugin.report_data`)."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from rankadaptor_plugin import run_file
+from rankadaptor_plugin.report import baseline_label, verdict_sentence
+from rankadaptor_plugin.scores import METRICS, Score
+from rankadaptor_plugin.statistics import score_cells
+from rankadaptor_plugin.trials import TrialState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from rankadaptor_plugin.config import RunConfig
+    from rankadaptor_plugin.confirmation import Confirmed
+    from rankadaptor_plugin.context import Recovered, RunContext
+    from rankadaptor_plugin.pruned_model import PrunedModel
+    from rankadaptor_plugin.ranks import RankAllocation, RankSpace
+    from rankadaptor_plugin.search import SearchResult
+    from rankadaptor_plugin.statistics import Comparison
+
+PACKAGES = (
+    "rankadaptor-plugin",
+    "torch",
+    "transformers",
+    "peft",
+    "lm-eval",
+    "torch-pruning",
+    "optuna",
+)
+
+
+def stage_summary(
+    found: SearchResult,
+    confirmed: Confirmed,
+    comparisons: Mapping[str, Comparison],
+    delivered: RankAllocation,
+    space: RankSpace,
+    config: RunConfig,
+    weights: Mapping[str, float],
+) -> dict[str, Any]:
+    """Returns the parts of the report that the recovery stage knows."""
+    named = {"uniform": confirmed.baseline, "recovered": delivered}
+    if confirmed.searched is not None:
+        named["searched"] = confirmed.searched
+    complete = [t for t in found.trials if t.state is TrialState.COMPLETE]
+    runs = [run for several in confirmed.runs.values() for run in several]
+    seconds = [t.seconds for t in found.trials] + [run.seconds for run in runs]
+    return {
+        "verdict": {
+            "sentence": verdict_sentence(comparisons.get("accuracy"), confirmed.baseline.ranks),
+            "delivered": "uniform" if delivered == confirmed.baseline else "searched",
+            "baseline": baseline_label(confirmed.baseline.ranks),
+            "comparisons": {metric: c.to_json() for metric, c in comparisons.items()},
+        },
+        "scores": {
+            name: score_cells(
+                [run.report for run in confirmed.runs[allocation]],
+                METRICS,
+                weights,
+                confidence=config.confirm.confidence,
+            )
+            for name, allocation in named.items()
+        },
+        "allocations": {name: list(a.ranks) for name, a in named.items()},
+        "trainable": {name: space.parameters(a) for name, a in named.items()},
+        "trials": [trial.to_json() for trial in found.trials],
+        "objective": {"metric": config.oracle.objective, "target": config.oracle.target or "mean"},
+        "search": {
+            "stop_reason": found.stop.value,
+            "initial_trials": config.search.initial_trials,
+            "complete": len(complete),
+            "failed": len(found.trials) - len(complete),
+            "interrupted": found.interrupted,
+        },
+        "confirm": {
+            "seeds": list(confirmed.seeds),
+            "confidence": config.confirm.confidence,
+            "finalists": [
+                {
+                    "ranks": list(allocation.ranks),
+                    "search_objective": confirmed.mean_objective(allocation),
+                    "per_seed": [run.objective for run in several],
+                }
+                for allocation, several in confirmed.runs.items()
+                if allocation != confirmed.baseline
+            ],
+        },
+        "cost": {
+            "fine_tuning": sum(s.get("recovery", 0.0) for s in seconds),
+            "evaluation": sum(s.get("oracle", 0.0) for s in seconds),
+            "per_trial": sum(sum(t.seconds.values()) for t in complete) / len(complete),
+        },
+        "seeds": {"run": config.seed, "search": config.seed, "confirm": list(confirmed.seeds)},
+    }
+
+
+def report_data(
+    pruned: PrunedModel,
+    recovered: Recovered,
+    scores: Mapping[str, Sequence[Score]],
+    context: RunContext,
+    *,
+    timings: Mapping[str, float],
+    evaluation_seconds: float,
+    peak_memory_bytes: int | None,
+    device: str,
+) -> dict[str, Any]:
+    """Returns all of report.json.
+
+    Args:
+        pruned: The pruned model.
+        recovered: What the recovery stage handed back; a foreign stage may leave its summary
+            empty, the report then shows what the run itself measured.
+        scores: Scores on the report documents that the run itself measured, by model.
+        context: The run.
+        timings: Seconds by stage.
+        evaluation_seconds: Seconds of evaluations outside the recovery stage.
+        peak_memory_bytes: Most memory in use.
+        device: Name of the device.
+    """
+    summary, config = recovered.summary, context.config
+    weights = context.oracle.weights()
+    documents = context.oracle.describe()["documents"]
+    cost = summary.get("cost", {})
+    fine_tuning = cost.get("fine_tuning", 0.0)
+    evaluation = cost.get("evaluation", 0.0) + evaluation_seconds
+    columns = {
+        name: score_cells(list(several), METRICS, weights, confidence=config.confirm.confidence)
+        for name, several in scores.items()
+    }
+    ranks = list(recovered.allocation.ranks)
+    return {
+        "verdict": summary.get(
+            "verdict",
+            {
+                "sentence": "recovered by another stage; it was not compared with uniform LoRA",
+                "delivered": "searched",
+                "baseline": "none",
+                "comparisons": {},
+            },
+        ),
+        "tasks": list(weights),
+        "weights": dict(weights),
+        "scores": columns | summary.get("scores", {}),
+        "allocations": summary.get("allocations", {"recovered": ranks}),
+        "parameters": {
+            "base": pruned.base_parameters,
+            "pruned": pruned.parameters,
+            "trainable": summary.get("trainable", {}),
+        },
+        "widths": [[w.heads, w.kv_heads, w.channels] for w in pruned.widths],
+        "trials": summary.get("trials", []),
+        "objective": summary.get(
+            "objective",
+            {"metric": config.oracle.objective, "target": config.oracle.target or "mean"},
+        ),
+        "search": summary.get(
+            "search",
+            {
+                "stop_reason": "none",
+                "initial_trials": 0,
+                "complete": 0,
+                "failed": 0,
+                "interrupted": 0,
+            },
+        ),
+        "confirm": summary.get(
+            "confirm", {"seeds": [], "confidence": config.confirm.confidence, "finalists": []}
+        ),
+        "cost": {
+            "stages": dict(timings),
+            "fine_tuning": fine_tuning,
+            "evaluation": evaluation,
+            "other": max(0.0, sum(timings.values()) - fine_tuning - evaluation),
+            "per_trial": cost.get("per_trial"),
+            "peak_memory_bytes": peak_memory_bytes,
+        },
+        "versions": versions(),
+        "seeds": summary.get("seeds", {"run": config.seed}),
+        "documents": {
+            purpose: {task: len(ids) for task, ids in by_task.items()}
+            for purpose, by_task in documents.items()
+        },
+        "config": run_file.to_dict(config),
+        "device": device,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that shape a result."""
+    found = {"python": platform.python_version(), "platform": sys.platform}
+    return found | {package: version(package) for package in PACKAGES}

@@ -1,0 +1,108 @@
+"""One trial of the search: a rank allocation, really fine-tuned and really evaluated."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rankadaptor_plugin.ranks import RankAllocation
+from rankadaptor_plugin.scores import Score
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+RECORD = "rankadaptor_trial"
+"""User attribute of an Optuna trial that holds the record of a finished `Trial`."""
+
+
+class TrialState(enum.StrEnum):
+    """How a trial ended."""
+
+    COMPLETE = "complete"
+    FAILED = "failed"
+
+
+class Phase(enum.StrEnum):
+    """The phase in which a trial was made: two of the paper's (section 3.3), then our own check."""
+
+    INITIALIZATION = "initialization"
+    ITERATION = "iteration"
+    CONFIRMATION = "confirmation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What evaluating an allocation gives back to the search.
+
+    Attributes:
+        score: Scores per task on the search documents.
+        train_loss: Mean training loss over the last tenth of the fine-tune, in nats per token.
+        seconds: Wall time by part: ``recovery`` and ``oracle``.
+    """
+
+    score: Score
+    train_loss: float
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A finished trial.
+
+    Attributes:
+        position: Place in the search, from 0; interrupted trials do not count.
+        phase: Initialization or iteration.
+        allocation: The ranks.
+        seed: Seed of the fine-tune, the same for all trials of a search.
+        fidelity: Share of the fine-tuning steps, in (0, 1].
+        state: Complete or failed.
+        score: Scores per task and metric, None if failed.
+        objective: What the search maximizes, P of the paper; None if failed.
+        predicted: What the performance model said before, Q of the paper; None if it said nothing.
+        train_loss: See `Outcome`.
+        seconds: See `Outcome`, plus ``search``: time to propose the allocation.
+        reason: Why the trial failed.
+    """
+
+    position: int
+    phase: Phase
+    allocation: RankAllocation
+    seed: int
+    fidelity: float
+    state: TrialState
+    score: Score | None = None
+    objective: float | None = None
+    predicted: float | None = None
+    train_loss: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    reason: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values, without per-document scores."""
+        return {
+            "position": self.position,
+            "phase": self.phase.value,
+            "ranks": list(self.allocation.ranks),
+            "seed": self.seed,
+            "fidelity": self.fidelity,
+            "state": self.state.value,
+            "score": None if self.score is None else self.score.to_json(),
+            "objective": self.objective,
+            "predicted": self.predicted,
+            "train_loss": self.train_loss,
+            "seconds": self.seconds,
+            "reason": self.reason,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Trial:
+        """Builds a trial from what `to_json` returned."""
+        values = dict(data)
+        values["allocation"] = RankAllocation(tuple(values.pop("ranks")))
+        values["phase"] = Phase(values["phase"])
+        values["state"] = TrialState(values["state"])
+        if values["score"] is not None:
+            values["score"] = Score.from_json(values["score"])
+        return cls(**values)

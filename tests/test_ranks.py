@@ -1,0 +1,165 @@
+"""The rank space: property tests over random spaces, and one case per error message."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rankadaptor_plugin.errors import RankSpaceError
+from rankadaptor_plugin.ranks import RankAllocation, RankSpace, allocation_of
+
+GOOD = {
+    "candidates": (2, 4, 8),
+    "searchable": (True, False, True),
+    "default_rank": 4,
+    "costs": (10, 20, 30),
+}
+
+
+@st.composite
+def spaces(draw, budget: bool | None = None) -> RankSpace:
+    searchable = draw(st.lists(st.booleans(), min_size=1, max_size=6).filter(any))
+    costs = draw(st.lists(st.integers(1, 9), min_size=len(searchable), max_size=len(searchable)))
+    candidates = tuple(sorted(draw(st.sets(st.integers(1, 16), min_size=1, max_size=5))))
+    free = RankSpace(
+        candidates=candidates,
+        searchable=tuple(searchable),
+        default_rank=draw(st.integers(1, 16)),
+        costs=tuple(costs),
+    )
+    if budget is False or (budget is None and draw(st.booleans())):
+        return free
+    low = free.parameters(free.lowest())
+    high = low + sum(costs) * (candidates[-1] - candidates[0])
+    return RankSpace(
+        candidates=free.candidates,
+        searchable=free.searchable,
+        default_rank=free.default_rank,
+        costs=free.costs,
+        budget=draw(st.integers(low, high + 3)),
+    )
+
+
+def is_full(space: RankSpace, allocation: RankAllocation) -> bool:
+    """Whether no layer can take its next candidate within the budget."""
+    left = space.budget - space.parameters(allocation)
+    for rank, cost, searched in zip(allocation.ranks, space.costs, space.searchable, strict=True):
+        above = [candidate for candidate in space.candidates if candidate > rank]
+        if searched and above and (above[0] - rank) * cost <= left:
+            return False
+    return True
+
+
+@given(space=spaces(), seed=st.integers(0, 99))
+def test_samples_lie_in_the_space(space, seed):
+    for row in space.sample(7, np.random.default_rng(seed)):
+        allocation = space.check(allocation_of(row))  # fixed layers and budget included
+        assert space.budget is None or is_full(space, allocation)
+
+
+@given(space=spaces(), seed=st.integers(0, 99))
+def test_sampling_is_a_function_of_the_generator(space, seed):
+    one, two = (space.sample(5, np.random.default_rng(seed)) for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+
+
+@settings(max_examples=30)
+@given(space=spaces().filter(lambda space: space.size <= 30))
+def test_every_lists_exactly_what_sampling_draws(space):
+    listed = {tuple(row) for row in space.every().tolist()}
+    assert len(listed) == len(space.every())
+    drawn = {tuple(row) for row in space.sample(3000, np.random.default_rng(0)).tolist()}
+    assert drawn <= listed
+    # Rare ones may be missed where the space is not tiny.
+    assert space.size > 10 or drawn == listed
+
+
+@given(space=spaces(budget=True), seed=st.integers(0, 99), data=st.data())
+def test_within_budget_holds_and_uses_it(space, seed, data):
+    ranks = tuple(
+        data.draw(st.sampled_from(space.candidates)) if s else space.default_rank
+        for s in space.searchable
+    )
+    moved = space.within_budget(RankAllocation(ranks), seed)
+    assert is_full(space, space.check(moved))
+    assert space.within_budget(moved, seed + 1) == moved
+    assert space.within_budget(RankAllocation(ranks), seed) == moved
+
+
+@given(space=spaces(budget=False), seed=st.integers(0, 99))
+def test_within_budget_changes_nothing_without_a_budget(space, seed):
+    allocation = allocation_of(space.sample(1, np.random.default_rng(seed))[0])
+    assert space.within_budget(allocation, seed) is allocation
+
+
+@given(space=spaces(budget=False), extra=st.integers(0, 300))
+def test_evenly_never_exceeds_and_is_near_even(space, extra):
+    searched = [i for i, s in enumerate(space.searchable) if s]
+    ones = [1 if s else space.default_rank for s in space.searchable]
+    parameters = space.parameters(RankAllocation(tuple(ones))) + extra
+    even = space.evenly(parameters)
+    left = parameters - space.parameters(even)
+    ranks = [even.ranks[i] for i in searched]
+    assert left >= 0
+    assert max(ranks) - min(ranks) <= 1
+    assert all(even.ranks[i] == space.default_rank for i in set(range(space.layers)) - {*searched})
+    # No layer at the lower of the two ranks could be raised.
+    lower = [space.costs[i] for i in searched if even.ranks[i] == min(ranks)]
+    assert max(ranks) == min(ranks) or min(lower) > left
+
+
+def test_evenly_refuses_too_few_parameters():
+    with pytest.raises(RankSpaceError, match="too few for rank 1"):
+        RankSpace(**GOOD).evenly(119)  # 20 * 4 for the fixed layer, 10 + 30 for the others
+    assert RankSpace(**GOOD).evenly(120).ranks == (1, 4, 1)
+
+
+def test_sizes_and_corners():
+    space = RankSpace(**GOOD)
+    assert (space.layers, space.size) == (3, 9)
+    assert space.uniform().ranks == (4, 4, 4)
+    assert space.lowest().ranks == (2, 4, 2)
+    assert space.parameters(space.uniform()) == 240
+    assert space.sample(0, np.random.default_rng(0)).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"candidates": ()}, "not all at least 1"),
+        ({"candidates": (0, 2)}, "not all at least 1"),
+        ({"candidates": (4, 2)}, "not ascending and distinct"),
+        ({"candidates": (2, 2)}, "not ascending and distinct"),
+        ({"default_rank": 0}, "default rank 0 is below 1"),
+        ({"searchable": (False, False, False)}, "None of the 3 layers is searchable"),
+        ({"searchable": ()}, "None of the 0 layers is searchable"),
+        ({"costs": (1, 2)}, "2 layer costs were given for 3 layers"),
+        ({"costs": (0, 2, 3)}, "below 1 in a searchable layer"),
+        ({"budget": 159}, "budget of 159 trainable parameters is below 160"),
+    ],
+)
+def test_bad_spaces(change, message):
+    with pytest.raises(RankSpaceError, match=message):
+        RankSpace(**(GOOD | change))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ((2, 4), "has 2 ranks for 3 layers"),
+        ((2, 4, 5), r"Rank 5 of layer 2 is not among \[2, 4, 8\]"),
+        ((2, 8, 2), r"Rank 8 of layer 1 is not among \[4\]"),
+        ((8, 4, 8), "has 400 trainable parameters; the budget is 240"),
+    ],
+)
+def test_allocations_outside_the_space(ranks, message):
+    with pytest.raises(RankSpaceError, match=message):
+        RankSpace(**GOOD, budget=240).check(RankAllocation(ranks))
+
+
+@pytest.mark.parametrize("ranks", [(), (2, 0), (-1,)])
+def test_bad_allocations(ranks):
+    with pytest.raises(RankSpaceError, match="rank below 1"):
+        RankAllocation(ranks)
