@@ -93,6 +93,7 @@ class SamplerSettings:
         initial_trials: Random allocations before the performance model is asked.
         candidates: Allocations that the performance model scores per proposal.
         performance_model: Makes a fresh, untrained performance model.
+        metric: Metric of the tasks that meta-learning takes; None takes all of them.
     """
 
     space: RankSpace
@@ -100,6 +101,7 @@ class SamplerSettings:
     initial_trials: int
     candidates: int
     performance_model: Callable[[], PerformanceModel]
+    metric: str | None = None
 
 
 OracleFactory = Callable[[OracleSettings], Oracle]

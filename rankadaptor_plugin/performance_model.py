@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rankadaptor_plugin.config import PerformanceModelConfig
     from rankadaptor_plugin.ranks import Allocations, RankSpace
 
@@ -116,7 +119,7 @@ class MLPPerformanceModel:
     def predict(self, ranks: Allocations) -> Prediction:
         """Predicts the target's values; in standard deviations as long as nothing was fitted."""
         center, scale = self._target
-        with torch.inference_mode():
+        with _one_thread(), torch.inference_mode():
             outputs = [self._network(batch) for batch in torch.split(self._inputs(ranks), _BATCH)]
         standardised = torch.cat(outputs).squeeze(1).numpy().astype(np.float64)
         return Prediction(mean=center + scale * standardised)
@@ -130,7 +133,7 @@ class MLPPerformanceModel:
         optimizer = torch.optim.Adam(
             self._network.parameters(), lr=self._config.learning_rate, fused=True
         )
-        with torch.enable_grad():
+        with _one_thread(), torch.enable_grad():
             for _ in range(epochs):
                 optimizer.zero_grad()
                 torch.autograd.backward(nn.functional.mse_loss(self._network(inputs), targets))
@@ -143,6 +146,17 @@ class MLPPerformanceModel:
 def mlp(space: RankSpace, config: PerformanceModelConfig, seed: int) -> PerformanceModel:
     """Builds the paper's performance model."""
     return MLPPerformanceModel(space, config, seed)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keeps torch to one thread: on so small a network, threads wait more than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:

@@ -227,6 +227,7 @@ def paper(settings: SamplerSettings) -> optuna.samplers.BaseSampler:
         seed=settings.seed,
         initial_trials=settings.initial_trials,
         candidates=settings.candidates,
+        metric=settings.metric,
     )
 
 

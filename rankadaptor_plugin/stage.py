@@ -110,6 +110,7 @@ class _Stage:
                     initial_trials=config.initial_trials,
                     candidates=config.candidates,
                     performance_model=lambda: make_model(self.space, model, seed),
+                    metric=self.config.oracle.objective,
                 )
             )
 
