@@ -6,7 +6,7 @@ On a terminal a live table and a bar; elsewhere one plain line per stage and tri
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rankadaptor_plugin import hookimpl
 
@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.trials import Trial
 
 SHOWN_TRIALS = 12
+_COLUMNS: dict[str, Literal["left", "right"]] = {
+    "trial": "right",
+    "": "left",
+    "phase": "left",
+    "ranks": "left",
+    "predicted": "right",
+    "measured": "right",
+    "seconds": "right",
+}
 
 
 class Progress:
@@ -25,14 +34,17 @@ class Progress:
     Args:
         console: Where to write.
         plan: Fine-tunes by stage that the whole run may take, for the time left.
+        began: ``time.perf_counter()`` at the start of the program; now if left out.
     """
 
-    def __init__(self, console: Console, plan: dict[str, int]) -> None:
+    def __init__(
+        self, console: Console, plan: dict[str, int], began: float | None = None
+    ) -> None:
         self._console = console
         self._plan = dict(plan)
         self._stage, self._done, self._total = "start", 0, 1
         self._trials: list[Trial] = []
-        self._began = time.monotonic()
+        self._began = time.perf_counter() if began is None else began
         self._seconds_per_unit: float | None = None
         self._last_unit: tuple[str, float] | None = None
         self._live: Live | None = None
@@ -50,11 +62,12 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
+            self._live = None
 
     @hookimpl
     def rankadaptor_on_progress(self, stage: str, done: int, total: int) -> None:
         """Notes the state of a stage and shows it."""
-        now = time.monotonic()
+        now = time.perf_counter()
         if stage in self._plan:
             if self._last_unit is not None and done > 0 and self._last_unit[0] == stage:
                 took = now - self._last_unit[1]
@@ -66,7 +79,7 @@ class Progress:
         self._stage, self._done, self._total = stage, done, total
         if self._live is None and (begins or (done and total > 1 and stage != "search")):
             count = f" {done}/{total}" if total > 1 else ""
-            self._console.print(f"[{self._elapsed()}] {stage}{count}{self._left()}", markup=False)
+            self._print(f"{stage}{count}{self._left()}")
 
     @hookimpl
     def rankadaptor_after_trial(self, trial: Trial) -> None:
@@ -74,19 +87,22 @@ class Progress:
         self._trials.append(trial)
         if self._live is None:
             best = self._best()
-            self._console.print(
-                f"[{self._elapsed()}] trial {trial.position + 1}/{self._total} "
-                f"({trial.phase.value}) ranks {trial.allocation} {_result(trial)}"
-                f"{f' best {best.objective:.4f}' if best else ''}{self._left()}",
-                markup=False,
+            self._print(
+                f"trial {trial.position + 1}/{self._total} ({trial.phase.value}) ranks "
+                f"{trial.allocation} {_result(trial)}"
+                f"{f', best {best.objective:.4f}' if best else ''}{self._left()}"
             )
+
+    def _print(self, text: str) -> None:
+        # A log file is as wide as its lines.
+        self._console.print(f"[{self._elapsed()}] {text}", markup=False, soft_wrap=True)
 
     def _best(self) -> Trial | None:
         done = [t for t in self._trials if t.objective is not None]
         return max(done, key=lambda t: t.objective or 0.0, default=None)
 
     def _elapsed(self) -> str:
-        return _clock(time.monotonic() - self._began)
+        return _clock(time.perf_counter() - self._began)
 
     def _left(self) -> str:
         if self._seconds_per_unit is None or not any(self._plan.values()):
@@ -101,14 +117,17 @@ class Progress:
 
         parts: list[RenderableType] = []
         if self._trials:
-            table = Table("trial", "phase", "ranks", "predicted", "measured", "seconds")
+            table = Table(box=None, pad_edge=False, header_style="dim")
+            for name, justify in _COLUMNS.items():
+                table.add_column(name, justify=justify, no_wrap=True)
             best = self._best()
             shown = self._trials[-SHOWN_TRIALS:]
             if best and best not in shown:
                 shown = [best, *shown[1:]]
             for trial in shown:
                 table.add_row(
-                    f"{trial.position + 1}{' best' if trial is best else ''}",
+                    str(trial.position + 1),
+                    "best" if trial is best else "",
                     trial.phase.value,
                     str(trial.allocation),
                     "" if trial.predicted is None else f"{trial.predicted:.4f}",
@@ -118,11 +137,12 @@ class Progress:
                 )
             parts.append(table)
         line = Table.grid(padding=(0, 1))
+        counted = self._total > 1  # a stage in one piece has no share that is done
         line.add_row(
             Text(self._elapsed()),
             Text(self._stage, style="bold"),
-            ProgressBar(total=self._total, completed=self._done, width=30),
-            Text(f"{self._done}/{self._total}{self._left()}"),
+            ProgressBar(total=self._total if counted or self._done else None, completed=self._done, width=24),
+            Text(f"{self._done}/{self._total}{self._left()}" if counted else ""),
         )
         return Group(*parts, line)
 

@@ -71,7 +71,7 @@ def rankadaptor_register_samplers(register: Registry[SamplerFactory]) -> None:
 
 
 @hookspec
-def rankadaptor_lm_eval_task_paths() -> Path:
+def rankadaptor_lm_eval_task_paths() -> Path | None:
     """Returns a folder with lm-eval task YAML that run files may name tasks from.
 
     Called when the oracle is built; all folders are joined into one ``TaskManager``.

@@ -135,7 +135,8 @@ def nested_rows(rank: int, features: int, seed: int, name: str) -> torch.Tensor:
     Returns:
         Shape (rank, features), float32.
     """
-    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    # Seed and name are mixed into 32 bits: torch's generator ignores all bits above them.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     blocks: Sequence[torch.Tensor] = [
         torch.rand(_BLOCK, features, generator=generator) for _ in range(0, rank, _BLOCK)
     ]

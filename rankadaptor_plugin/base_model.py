@@ -32,7 +32,7 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device("meta")
     if resolved.type not in ("cpu", "cuda"):
         raise ConfigError(f"device is {device!r}. Allowed: auto, cpu, cuda, cuda:0 and so on.")
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+    if resolved.type == "cuda" and not 0 <= (resolved.index or 0) < torch.cuda.device_count():
         raise ConfigError(
             f"device is {device!r}, but torch sees {torch.cuda.device_count()} GPUs. "
             'Set device = "auto" or "cpu".'
@@ -64,7 +64,9 @@ def check_folder(folder: Path) -> str:
         )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        if not isinstance(config, dict):
+            raise ValueError("it holds no table of settings")
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"The model folder {folder} has no readable config.json ({error}). "
             "Set model to a Hugging Face model folder."
@@ -115,9 +117,15 @@ def load_model(
         UnsupportedModelError: If its weights are torn or do not fit its config.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
         )
+        if found["missing_keys"]:  # transformers would go on with random weights in their place
+            raise ValueError(f"its weights lack {min(found['missing_keys'])}")
     except Exception as error:  # transformers and safetensors raise all kinds
         raise _unloadable("model", folder, error) from error
     return model.to(device).eval()

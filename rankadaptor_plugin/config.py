@@ -133,7 +133,7 @@ class SearchConfig:
     max_trials: int = _f(30, "most fine-tunes of the search, initial ones included", low=2)
     candidates: int = _f(10_000, "allocations scored by the performance model per step", low=1)
     tolerance: float = _f(
-        0.0, "stop when |predicted - measured| stays below this; 0 uses the whole budget", low=0.0
+        0.005, "stop when |predicted - measured| stays below this; 0 uses the whole budget", low=0.0
     )
     patience: int = _f(2, "steps in a row below the tolerance", low=1)
     max_failures: int = _f(3, "failed trials in a row that end the run", low=1)
@@ -161,13 +161,14 @@ class RunConfig:
 
     model: str = _f(EMBEDDED, 'folder of a Hugging Face causal LM; "embedded" is the tiny Llama')
     output: str = _f("runs/embedded", "run folder; the same command continues a broken-off run")
-    seed: int = _f(0, "seed of everything that is random", low=0)
+    seed: int = _f(0, "seed of everything that is random", low=0, high=2**31 - 1)
     device: str = _f("auto", "auto, cpu, or cuda[:index]")
     dtype: str = _f(
         "auto",
         "weights of the base model; auto: bfloat16 on a GPU, else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    threads: int = _f(0, "CPU threads of torch; 0 leaves its default", low=0)
     trust_remote_code: bool = _f(False, "run Python code that comes with the model folder")
     prune: PruneConfig = field(default_factory=PruneConfig)
     rank_space: RankSpaceConfig = field(default_factory=RankSpaceConfig)

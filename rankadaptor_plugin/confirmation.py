@@ -130,10 +130,11 @@ def confirm(
         done = []
         for seed in seeds:
             name = f"evaluations/{run_name(allocation, seed)}.json"
-            kept = folder.read_json(name)
-            result = ConfirmationRun.from_json(kept) if kept else run(allocation, seed)
-            if not kept:
-                folder.write_json(name, result.to_json())
+            if (kept := folder.read_json(name)) is None:
+                kept = run(allocation, seed).to_json()
+                folder.write_json(name, kept)
+            # Always as it reads back, so that a run broken off ends like one that was not.
+            result = ConfirmationRun.from_json(kept)
             if (allocation, seed) not in recorded:
                 store.add(_trial(allocation, seed, len(recorded), result))
                 recorded.add((allocation, seed))

@@ -151,7 +151,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     elif path.suffix.lower() == ".jsonl":
         numbered = [
             (number, _parse(line, path, line=number))
-            for number, line in enumerate(content.splitlines(), start=1)
+            # Not splitlines: JSON strings may hold the other characters that it breaks at.
+            for number, line in enumerate(content.split("\n"), start=1)
             if line.strip()
         ]
     else:
@@ -188,20 +189,18 @@ def _parse(content: str, path: Path, line: int | None) -> Any:
 
 
 def _row(row: Any, where: str) -> dict[str, str]:
-    keys = ("text",) if isinstance(row, dict) and "text" in row else ("instruction", "output")
-    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
-        shown = ", ".join(map(str, row)) if isinstance(row, dict) else repr(row)[:60]
-        raise CorpusError(
-            f"{where} has ({shown}); a row needs the texts instruction and output (and may have "
-            "input), or text. Correct the row."
-        )
-    if keys == ("text",):
-        return {"text": row["text"]}
-    return {
-        "instruction": row["instruction"],
-        "input": row.get("input") or "",
-        "output": row["output"],
-    }
+    if isinstance(row, dict):
+        # Before `text`: Stanford's own file has both, and `text` would be trained on as a whole.
+        filled = {**row, "input": row.get("input") or ""}
+        texts = {key: filled.get(key) for key in ("instruction", "input", "output")}
+        if all(isinstance(text, str) for text in texts.values()):
+            return texts
+        if isinstance(row.get("text"), str):
+            return {"text": row["text"]}
+    raise CorpusError(
+        f"{where} is {repr(row)[:60]}; a row needs the texts instruction and output (and may have "
+        "input), or text. Correct the row."
+    )
 
 
 def _instruction(
@@ -222,7 +221,7 @@ def _instruction(
         return None
     head = len(_encode(tokenizer, prompt))
     tokens = (_encode(tokenizer, prompt + response) + _end(tokenizer))[:max_tokens]
-    if len(tokens) <= head:
+    if len(tokens) <= max(head, 1):  # nothing comes before the first token to predict it from
         logger.debug("%s: the prompt alone fills %d tokens", where, max_tokens)
         return None
     ids = torch.tensor(tokens)

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from rankadaptor_plugin.errors import CorpusError, RankAdaptorError
-from rankadaptor_plugin.structures import LayerUnits, Units, decoder_layers, structure_of
+from rankadaptor_plugin.structures import decoder_layers, structure_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import nn
     from transformers import PreTrainedModel
+
+    from rankadaptor_plugin.units import LayerUnits, Units
 
 
 class LayerScores(NamedTuple):

@@ -3,9 +3,9 @@
 transformers looks a model type up in a table of names and imports the module of the same name
 under ``transformers.models`` on first use. `install` adds our names to that table as soon as
 transformers has built it, and puts a stand-in where the module is looked for, which loads
-`rankadaptor_plugin.pruned_model` when it is asked for a class. Programs that never touch a
+`rankadaptor_plugin.pruned_classes` when it is asked for a class. Programs that never touch a
 pruned model pay nothing. Should the table move in a later version, nothing breaks:
-``import rankadaptor_plugin.pruned_model`` registers the classes as well.
+``import rankadaptor_plugin.pruned_classes`` registers the classes as well.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
 CONFIGS = {"rankadaptor_llama": "PrunedLlamaConfig"}
-"""Our model types and their config classes in `rankadaptor_plugin.pruned_model`."""
+"""Our model types and their config classes in `rankadaptor_plugin.pruned_classes`."""
 
 _TABLE_MODULE = "transformers.models.auto.configuration_auto"
 
@@ -44,7 +44,7 @@ class _StandIn(ModuleType):
     def __getattr__(self, name: str) -> Any:
         # Any other name, such as those that tools look up in every module, must load nothing.
         if name in CONFIGS.values():
-            return getattr(importlib.import_module("rankadaptor_plugin.pruned_model"), name)
+            return getattr(importlib.import_module("rankadaptor_plugin.pruned_classes"), name)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 

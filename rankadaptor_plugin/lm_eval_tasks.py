@@ -36,7 +36,8 @@ def choice_scores(likelihoods: np.ndarray[Any, Any], gold: set[int]) -> tuple[fl
     """
     right = [ll for i, ll in enumerate(likelihoods) if i in gold]
     wrong = [ll for i, ll in enumerate(likelihoods) if i not in gold]
-    clp = np.logaddexp.reduce(right) - np.logaddexp.reduce(likelihoods)
+    with np.errstate(invalid="ignore"):  # a broken model's NaN is for the oracle to report
+        clp = np.logaddexp.reduce(right) - np.logaddexp.reduce(likelihoods)
     return float(clp), float(max(right) - max(wrong)) if wrong else 0.0
 
 

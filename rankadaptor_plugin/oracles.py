@@ -126,7 +126,9 @@ class LmEvalOracle:
             )
         values: dict[str, list[float]] = {"accuracy": [], "clp": [], "margin": []}
         for sample in samples:
-            likelihoods = np.array([answer[0] for answer in sample["filtered_resps"]])
+            # Tasks with acc_mutual_info append a second request per choice, without the question.
+            answers = sample["filtered_resps"][: len(task.doc_to_choice(sample["doc"]))]
+            likelihoods = np.array([answer[0] for answer in answers])
             clp, margin = choice_scores(likelihoods, gold_choices(task, sample["doc"]))
             values["accuracy"].append(float(sample[metric]))
             values["clp"].append(clp)

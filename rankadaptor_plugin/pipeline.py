@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,21 +24,26 @@ from rankadaptor_plugin.base_model import (
 from rankadaptor_plugin.context import Oracle, OracleSettings, Recovered, RunContext
 from rankadaptor_plugin.corpus import calibration_samples, load_corpus
 from rankadaptor_plugin.embedded_default import corpus_file, model_folder
-from rankadaptor_plugin.errors import PluginError
+from rankadaptor_plugin.errors import ArtifactError, PluginError
 from rankadaptor_plugin.memory import peak_memory_bytes
 from rankadaptor_plugin.pruned_model import PrunedModel, load_pruned
 from rankadaptor_plugin.report import write_report
 from rankadaptor_plugin.run_folder import RunFolder, digest
 from rankadaptor_plugin.scores import Score
+from rankadaptor_plugin.study import TrialStore
 from rankadaptor_plugin.summary import report_data
+from rankadaptor_plugin.trials import TrialState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import pluggy
     from transformers import PreTrainedModel
 
     from rankadaptor_plugin.config import RunConfig
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +82,7 @@ def run(
         RankAdaptorError: Whatever is wrong with the inputs or goes wrong on the way.
     """
     folder = RunFolder(Path(config.output))
-    with folder.opened():
+    with folder.opened(), _threads(config.threads):
         return _Run(config, manager, folder, pruned, began or time.perf_counter()).result()
 
 
@@ -125,7 +132,7 @@ class _Run:
                 seed=config.seed,
             )
         )
-        folder.claim(self._inputs(corpus_path, oracle))
+        self._claim(self._inputs(corpus_path, oracle))
         self.context = RunContext(
             config=config,
             folder=folder.path,
@@ -174,12 +181,33 @@ class _Run:
             report=dict(data),
         )
 
+    def _claim(self, inputs: dict[str, Any]) -> None:
+        """Claims the folder; one without a complete trial is taken over from other inputs.
+
+        So whoever corrects a setting that made a run fail need not clean up after it.
+        """
+        try:
+            self.folder.claim(inputs)
+        except ArtifactError:
+            if self._has_complete_trial():
+                raise
+            logger.warning("%s was begun with other settings; it begins anew", self.folder.path)
+            self.folder.clear()
+            self.folder.claim(inputs)
+
+    def _has_complete_trial(self) -> bool:
+        if not (self.folder.path / "study.db").exists():
+            return False
+        with TrialStore.open(self.folder.study_url, "search") as store:
+            return any(trial.state is TrialState.COMPLETE for trial in store.trials())
+
     def _inputs(self, corpus: Path, oracle: Oracle) -> dict[str, Any]:
         """What must not change between two sessions in one run folder."""
         config = run_file.to_dict(self.config)
-        del config["output"]
         # A search may be prolonged, and a run may move to another machine or device.
-        del config["search"]["max_trials"], config["device"], config["model"]
+        for key in ("output", "model", "device", "threads"):
+            del config[key]
+        del config["search"]["max_trials"]
         config["corpus"].pop("path")
         config["oracle"].pop("task_path")
         return {
@@ -245,6 +273,17 @@ class _Run:
 
     def _progress(self, stage: str, done: int) -> None:
         self.hook.rankadaptor_on_progress(stage=stage, done=done, total=1)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Sets torch's CPU threads for a while; 0 leaves them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _weights_digest(model: PreTrainedModel) -> str:

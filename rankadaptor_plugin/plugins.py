@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 import sys
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -23,6 +23,9 @@ from rankadaptor_plugin.hooks import (
     search,
     specs,
 )
+
+if TYPE_CHECKING:
+    from rankadaptor_plugin.config import RunConfig
 
 GROUP = "rankadaptor_plugin"
 """Entry-point group of third-party plugins."""
@@ -48,7 +51,7 @@ def plugin_manager(*, third_party: bool = True) -> pluggy.PluginManager:
         manager.register(module, name=name)
     if third_party:
         for point in entry_points(group=GROUP):
-            manager.register(_load(point), name=point.name)
+            _register(manager, point)
     try:
         manager.check_pending()
     except pluggy.PluginValidationError as error:
@@ -71,6 +74,18 @@ def registries(manager: pluggy.PluginManager) -> Registries:
     manager.hook.rankadaptor_register_performance_models(register=found.performance_models)
     manager.hook.rankadaptor_register_samplers(register=found.samplers)
     return found
+
+
+def check_names(found: Registries, config: RunConfig) -> None:
+    """Checks, by loading it, everything that a run file names for the stages after the pruner.
+
+    Raises:
+        UnknownNameError: If no plugin registers a name.
+        PluginError: If what is registered cannot be loaded.
+    """
+    found.oracles.get(config.oracle.name)
+    found.samplers.get(config.search.sampler)
+    found.performance_models.get(config.performance_model.name)
 
 
 def describe(manager: pluggy.PluginManager) -> dict[str, Any]:
@@ -103,6 +118,28 @@ def describe(manager: pluggy.PluginManager) -> dict[str, Any]:
             "samplers": found.samplers.names(),
         },
     }
+
+
+def _register(manager: pluggy.PluginManager, point: EntryPoint) -> None:
+    who = f"The plugin {point.name!r} of {_provider(point)}"
+    if manager.has_plugin(point.name):
+        raise PluginError(
+            f"{who} has a name that another plugin has already. Rename its entry point in the "
+            f"group {GROUP}, or uninstall one of the two."
+        )
+    plugin = _load(point)
+    if manager.is_registered(plugin):
+        raise PluginError(
+            f"{who} is {point.value!r}, which is registered as {manager.get_name(plugin)!r} "
+            "already. Remove one of the two entry points."
+        )
+    try:
+        manager.register(plugin, name=point.name)
+    except pluggy.PluginValidationError as error:  # an argument that the specification lacks
+        raise PluginError(
+            f"{who} has a hook that does not fit its specification: "
+            f"{' '.join(str(error).split())}. Correct its arguments."
+        ) from error
 
 
 def _load(point: EntryPoint) -> Any:

@@ -45,18 +45,22 @@ def recover_after_pruning(
         on_result: Called with the result; the report lies in the run folder in any case.
 
     Raises:
-        ConfigError: If the run file is wrong; raised here, before anything is pruned.
+        ConfigError: If the run file is wrong or names what no plugin registers.
+        UnsupportedModelError: If its ``model`` is no folder of a supported model.
+        PluginError: If a plugin cannot be loaded. All are raised before anything is pruned.
     """
     config = run_file.load(Path(path))
     source = model_folder(config.model)
     check_folder(source)
+    manager = plugins.plugin_manager()
+    plugins.check_names(plugins.registries(manager), config)
 
     def recover(model: PreTrainedModel) -> None:
         # Taylor pruners leave gradients behind, which would only take memory.
         model.zero_grad(set_to_none=True)
         tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
         pruned = describe_pruned(model, tokenizer)
-        result = run(config, plugins.plugin_manager(), pruned=pruned)
+        result = run(config, manager, pruned=pruned)
         if on_result is not None:
             on_result(result)
 

@@ -19,8 +19,6 @@ from rankadaptor_plugin.errors import ConfigError
 from rankadaptor_plugin.importance import taylor
 from rankadaptor_plugin.pruned_model import PrunedModel
 from rankadaptor_plugin.structures import (
-    LayerWidths,
-    Units,
     decoder_layers,
     layer_widths,
     structure_of,
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rankadaptor_plugin.config import PruneConfig
+    from rankadaptor_plugin.units import LayerWidths, Units
 
 log = logging.getLogger(__name__)
 

@@ -66,19 +66,25 @@ def recover(
         RecoveryError: If the loss is not a finite number.
     """
     began = time.perf_counter()
-    model = adapters.attach(
-        base,
-        allocation,
-        seed=seed,
-        alpha_over_rank=config.alpha_over_rank,
-        dropout=config.dropout,
-    )
     steps = max(1, round(config.steps * fidelity))
     batches = _batches(corpus, config.batch_size, seed)
-    devices = [model.device] if model.device.type == "cuda" else []
+    devices = [base.device] if base.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)  # dropout draws from the global generator
-        losses = list(_train(model, batches, config, steps))
+        torch.manual_seed(seed)  # PEFT's own first weights and dropout draw from it
+        model = adapters.attach(
+            base,
+            allocation,
+            seed=seed,
+            alpha_over_rank=config.alpha_over_rank,
+            dropout=config.dropout,
+        )
+        torch.manual_seed(seed)  # as many numbers as PEFT drew depend on the ranks
+        try:
+            losses = list(_train(model, batches, config, steps))
+        except BaseException:
+            if model is not base:
+                model.unload()  # the caller holds the bare base alone, and gets it back as it was
+            raise
     model.eval()
     last = losses[-max(1, steps // 10) :]
     return RecoveredModel(

@@ -65,7 +65,7 @@ class Registry(Generic[T]):
             module, _, attribute = target.partition(":")
             try:
                 target = cast("T", getattr(importlib.import_module(module), attribute))
-            except (ImportError, AttributeError) as error:
+            except Exception as error:  # importing runs the plugin's code, which may raise anything
                 raise PluginError(
                     f"The {self.kind} {name!r} cannot be loaded from {self._targets[name]!r}: "
                     f"{error}."

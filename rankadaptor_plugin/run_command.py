@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.logging import RichHandler
 
-from rankadaptor_plugin import pipeline, run_file
+from rankadaptor_plugin import run_file
 from rankadaptor_plugin.embedded_default import EMBEDDED_RUN_FILE
 from rankadaptor_plugin.hooks.progress import Progress
 
@@ -54,20 +54,22 @@ def run_file_or_embedded(
     """
     config = load_config(path, output)
     console = Console(stderr=True)
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=console, show_time=False, show_path=False)],
-    )
+    _log_to(console)
     if quiet:
+        from rankadaptor_plugin import pipeline
+
         return pipeline.run(config, manager, began=began).verdict
     fine_tunes = {
         "search": config.search.max_trials,
         "confirm": (config.confirm.finalists + 1) * config.confirm.seeds,
     }
-    with Progress(console, fine_tunes) as progress:
+    with Progress(console, fine_tunes, began) as progress:
         manager.register(progress, name="progress")
         try:
+            # Imported here: these are seconds in which there is something to see already.
+            manager.hook.rankadaptor_on_progress(stage="load", done=0, total=1)
+            from rankadaptor_plugin import pipeline
+
             result = pipeline.run(config, manager, began=began)
         finally:
             manager.unregister(progress)
@@ -76,6 +78,16 @@ def run_file_or_embedded(
         f"Report:  {_near(result.folder / 'report.html')} (also .md, .json)\n"
         f"Adapter: {_near(result.adapter)}"
     )
+
+
+def _log_to(console: Console) -> None:
+    """Shows warnings: above the live display on a terminal, else as whole lines."""
+    handler = (
+        RichHandler(console=console, show_time=False, show_path=False)
+        if console.is_terminal
+        else logging.StreamHandler()
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
 
 
 def _near(path: Path) -> Path:

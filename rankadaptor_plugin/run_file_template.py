@@ -35,8 +35,6 @@ def write_template(path: Path, *, model: str | None = None, force: bool = False)
     Raises:
         ConfigError: If the file exists or cannot be written.
     """
-    if path.exists() and not force:
-        raise ConfigError(f"{path} exists already. Give another name, or --force to overwrite it.")
     if model is None:
         config = dataclasses.replace(run_file.load(EMBEDDED_RUN_FILE), output=f"runs/{path.stem}")
     else:
@@ -51,6 +49,10 @@ def write_template(path: Path, *, model: str | None = None, force: bool = False)
     text = HEADER.format(name=path.name) + "\n".join(_table(config, ""))
     partial = path.with_name(f".{path.name}.partial")
     try:
+        if path.exists() and not force:
+            raise ConfigError(
+                f"{path} exists already. Give another name, or --force to overwrite it."
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text + "\n", encoding="utf-8")
         os.replace(partial, path)
@@ -78,7 +80,7 @@ def _table(config: Any, name: str) -> list[str]:
 
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, str):

@@ -24,6 +24,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from rankadaptor_plugin.errors import ArtifactError
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _HASHED_WHOLE = 256 * 2**20
 _BLOCK = 2**20
+_FILES = ("report.md", "report.json", "report.html", "study.db", "timings.json", "inputs.json")
 
 
 class RunFolder:
@@ -95,6 +97,13 @@ class RunFolder:
                 f"{more}). Set another output, change the inputs back, or delete the folder."
             )
 
+    def clear(self) -> None:
+        """Deletes what a run left here, and nothing else; the lock stays."""
+        for name in ("pruned", "evaluations", "adapters", "adapter"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in _FILES:
+            (self.path / name).unlink(missing_ok=True)
+
     def read_json(self, name: str) -> Any | None:
         """Returns the content of a JSON file, or None if it is not there.
 
@@ -125,11 +134,11 @@ class RunFolder:
             os.replace(partial, path)
         except OSError as error:
             raise ArtifactError(
-                f"The file {path} cannot be written: {error.strerror}. Free some space or set "
-                "another output, then run again."
+                f"The file {path} cannot be written: {error.strerror or error}. Free some space or "
+                "set another output, then run again."
             ) from error
 
-    def write_folder(self, name: str, fill: Callable[[Path], None]) -> Path:
+    def write_folder(self, name: str, fill: Callable[[Path], object]) -> Path:
         """Fills a temporary folder and moves it into place, replacing what is there.
 
         Raises:
@@ -143,10 +152,11 @@ class RunFolder:
             fill(partial)
             shutil.rmtree(path, ignore_errors=True)
             os.replace(partial, path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise ArtifactError(
-                f"The folder {path} cannot be written: {error.strerror}. Free some space or set "
-                "another output, then run again."
+                f"The folder {path} cannot be written: {reason}. Free some space or set another "
+                "output, then run again."
             ) from error
         return path
 

@@ -115,10 +115,10 @@ class _Stage:
             )
 
         def on_trial(trial: Trial) -> None:
-            hook.rankadaptor_after_trial(trial=trial, context=self.context)
             hook.rankadaptor_on_progress(
                 stage="search", done=trial.position + 1, total=config.max_trials
             )
+            hook.rankadaptor_after_trial(trial=trial, context=self.context)
 
         return search(
             self.space,
@@ -132,6 +132,13 @@ class _Stage:
         )
 
     def _evaluate(self, allocation: RankAllocation, fidelity: float, seed: int) -> Outcome:
+        if not isinstance(self.resident, PeftModel):
+            # Wrapped here already: a first fine-tune that diverges must not leave an adapter
+            # behind in a model that passes for a plain one.
+            alpha = self.config.recovery.alpha_over_rank
+            self.resident = adapters.attach(
+                self.resident, allocation, seed=seed, alpha_over_rank=alpha
+            )
         recovered = recover(
             self.resident,
             allocation,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.context import Recovered, RunContext
     from rankadaptor_plugin.pruned_model import PrunedModel
     from rankadaptor_plugin.ranks import RankAllocation, RankSpace
+    from rankadaptor_plugin.report_data import ReportData
     from rankadaptor_plugin.search import SearchResult
     from rankadaptor_plugin.statistics import Comparison
 
@@ -110,7 +111,7 @@ def report_data(
     evaluation_seconds: float,
     peak_memory_bytes: int | None,
     device: str,
-) -> dict[str, Any]:
+) -> ReportData:
     """Returns all of report.json.
 
     Args:

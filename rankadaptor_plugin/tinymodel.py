@@ -61,19 +61,19 @@ class Training:
         warmup: Steps of linear warm-up.
         prompt_weight: Loss weight of prompt tokens, which are mostly drawn at random; answers
             weigh 1.
-        skipped: Probability with which a step leaves layer 0 out, falling linearly to 0 at the
-            top.  Otherwise the bottom layer would carry the model nearly alone, and its rank
-            alone would matter in a recovery.
+        skipped: Probability with which a step leaves out layer 0, layer 1 and so on; layers
+            beyond the list are always used.  Otherwise layer 0 would carry the model nearly
+            alone, and its rank alone would matter in a recovery.
         complete_steps: Share of the steps, at the end, that use all layers.
     """
 
-    steps: int = 7000
+    steps: int = 8000
     batch_size: int = 64
     documents: int = 80_000
     learning_rate: float = 3e-3
     warmup: int = 100
     prompt_weight: float = 0.1
-    skipped: float = 0.25
+    skipped: tuple[float, ...] = (0.15, 0.08)
     complete_steps: float = 0.1
 
 
@@ -103,7 +103,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=48,
-        intermediate_size=32,
+        intermediate_size=24,
         num_hidden_layers=8,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -142,7 +142,8 @@ def pretrain(
         model.parameters(), lr=training.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
     layers = list(model.model.layers)
-    skipped = torch.linspace(training.skipped, 0.0, len(layers))
+    skipped = torch.zeros(len(layers))
+    skipped[: len(training.skipped)] = torch.tensor(training.skipped)
     model.train()
     for step in range(training.steps):
         for group in optimizer.param_groups:

@@ -21,16 +21,15 @@ from transformers import (
 
 from rankadaptor_plugin.errors import ArtifactError, UnsupportedModelError
 from rankadaptor_plugin.lazy_registration import install
-from rankadaptor_plugin.pruned_model import (
-    RECORD,
+from rankadaptor_plugin.pruned_classes import (
     PrunedLlamaConfig,
     PrunedLlamaForCausalLM,
-    PrunedModel,
-    load_pruned,
     to_pruned,
 )
+from rankadaptor_plugin.pruned_model import RECORD, PrunedModel, load_pruned
 from rankadaptor_plugin.pruning import remove
-from rankadaptor_plugin.structures import LayerWidths, decoder_layers, structure_of
+from rankadaptor_plugin.structures import decoder_layers, structure_of
+from rankadaptor_plugin.units import LayerWidths
 
 TOKENS = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(1))
 

@@ -14,7 +14,7 @@ from rankadaptor_plugin.errors import ConfigError, UnsupportedModelError
 from rankadaptor_plugin.importance import taylor
 from rankadaptor_plugin.pruned_model import load_pruned
 from rankadaptor_plugin.pruning import after_pruning, describe_pruned, prune_width
-from rankadaptor_plugin.structures import LayerWidths
+from rankadaptor_plugin.units import LayerWidths
 
 TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"w0": 0})))
 SAMPLES = [

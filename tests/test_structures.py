@@ -8,15 +8,15 @@ import torch_pruning as tp
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from rankadaptor_plugin.errors import UnsupportedModelError
-from rankadaptor_plugin.pruned_model import to_pruned
+from rankadaptor_plugin.pruned_classes import to_pruned
 from rankadaptor_plugin.pruning import remove
 from rankadaptor_plugin.structures import (
-    LayerWidths,
     base_widths,
     decoder_layers,
     layer_widths,
     structure_of,
 )
+from rankadaptor_plugin.units import LayerWidths
 
 VARIANTS = {
     "mha": {},

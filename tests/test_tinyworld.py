@@ -22,6 +22,15 @@ def read(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Matrices this small gain nothing from more, and waiting for a busy core costs minutes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def card() -> dict[str, object]:
     return json.loads((EMBEDDED / "card.json").read_text(encoding="utf-8"))

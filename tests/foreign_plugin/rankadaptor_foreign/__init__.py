@@ -1,0 +1,1 @@
+"""A plugin of another distribution, for tests: a pruner, and a recovery stage."""

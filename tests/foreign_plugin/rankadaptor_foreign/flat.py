@@ -1,0 +1,20 @@
+"""The recovery stage ``flat``: one fine-tune with rank 1 everywhere."""
+
+from __future__ import annotations
+
+from rankadaptor_plugin import hookimpl
+
+
+@hookimpl
+def rankadaptor_post_prune(pruned, context):
+    from rankadaptor_plugin.context import Recovered
+    from rankadaptor_plugin.ranks import RankAllocation
+    from rankadaptor_plugin.recovery import recover
+
+    allocation = RankAllocation((1,) * len(pruned.widths))
+    settings = context.config.recovery
+    found = recover(pruned.model, allocation, context.corpus, settings, seed=context.config.seed)
+    found.model.peft_config["default"].base_model_name_or_path = str(context.folder / "pruned")
+    found.model.save_pretrained(context.folder / "adapter")
+    found.model.unload()
+    return Recovered(adapter=context.folder / "adapter", allocation=allocation)

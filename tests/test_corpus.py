@@ -1,0 +1,192 @@
+"""The recovery corpus: forms, borders of the loss, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rankadaptor_plugin.corpus import ALPACA, IGNORED, calibration_samples, load_corpus, read_rows
+from rankadaptor_plugin.errors import CorpusError
+
+BOS, EOS, UNK = 0, 1, 2
+FRAMES = ["$A", "<s> $A", "<s> $A </s>", "$A </s>"]
+ROW = {"instruction": "w1 w2", "input": "w3", "output": "w4 w5"}
+
+
+def ids(*numbers: int) -> list[int]:
+    return [n + 3 for n in numbers]  # w0 is token 3
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        if isinstance(content, list):
+            lines = [json.dumps(row) for row in content]
+            text = "[" + ",\n".join(lines) + "]" if name.endswith(".json") else "\n".join(lines)
+        else:
+            text = content
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_a_response_is_trained_from_its_first_token_to_one_end(written, make_tokenizer, frame):
+    corpus = load_corpus(written("c.jsonl", [ROW]), make_tokenizer(frame), template="plain")
+    begin = [BOS] if "<s>" in frame else []
+    prompt = begin + ids(1, 2, 3)
+    (sequence,) = corpus.sequences
+    assert sequence.tokens.tolist() == [*prompt, *ids(4, 5), EOS]
+    assert sequence.labels.tolist() == [IGNORED] * len(prompt) + [*ids(4, 5), EOS]
+    assert corpus.dropped == 0
+
+
+@pytest.mark.parametrize("name", ["c.json", "c.jsonl", "C.JSON"])
+def test_json_and_jsonl_hold_the_same_rows(written, name):
+    rows = [ROW, {"instruction": "a", "output": "b"}, {"text": "c"}]
+    path = written(name, json.dumps(rows, indent=1) if name == "C.JSON" else rows)
+    assert read_rows(path) == [ROW, {"instruction": "a", "input": "", "output": "b"}, {"text": "c"}]
+
+
+def test_blank_lines_between_rows_are_skipped(written):
+    assert read_rows(written("c.jsonl", '\n{"text": "a"}\r\n\n  \n{"text": "b"}\n')) == [
+        {"text": "a"},
+        {"text": "b"},
+    ]
+
+
+@settings(max_examples=50)
+@given(texts=st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=3))
+def test_any_text_survives_jsonl(tmp_path_factory, texts):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    path.write_bytes("\n".join(lines).encode())
+    assert read_rows(path) == [{"text": text} for text in texts]
+
+
+def test_a_row_with_instruction_and_text_is_an_instruction(written):
+    assert read_rows(written("c.jsonl", [{**ROW, "text": "all of it"}])) == [ROW]
+
+
+def test_running_text_is_joined_with_ends_and_cut_into_blocks(written, make_tokenizer):
+    rows = [{"text": "w1 w2 w3"}, {"text": "w4 w5"}]
+    corpus = load_corpus(written("c.jsonl", rows), make_tokenizer("<s> $A </s>"), max_tokens=4)
+    blocks = [[BOS, *ids(1, 2, 3)], [EOS, BOS, *ids(4, 5)]]  # an end of one token is no block
+    assert [s.tokens.tolist() for s in corpus.sequences] == blocks
+    assert all(s.labels.equal(s.tokens) for s in corpus.sequences)
+
+
+def test_a_plain_text_file_is_running_text(written, make_tokenizer):
+    corpus = load_corpus(written("c.txt", "w1 w2\nw3"), make_tokenizer())
+    assert [s.tokens.tolist() for s in corpus.sequences] == [[*ids(1, 2, 3), EOS]]
+
+
+def test_instructions_and_text_may_be_mixed(written, make_tokenizer):
+    path = written("c.jsonl", [{"text": "w1 w2"}, ROW, {"text": "w3"}])
+    corpus = load_corpus(path, make_tokenizer(), template="plain")
+    tokens = [s.tokens.tolist() for s in corpus.sequences]
+    assert tokens == [[*ids(1, 2, 3, 4, 5), EOS], [*ids(1, 2), EOS, *ids(3), EOS]]
+
+
+@pytest.mark.parametrize("extra", ["", "w3"])
+def test_the_alpaca_prompt_is_the_published_one(written, make_tokenizer, extra):
+    row = {**ROW, "input": extra}
+    (sequence,) = load_corpus(written("c.jsonl", [row]), make_tokenizer()).sequences
+    prompt = ALPACA[bool(extra)].format(**row)
+    assert ("### Input:" in prompt) == bool(extra)
+    head = len(prompt.split())
+    assert sequence.tokens.tolist()[:head] == [
+        ids(int(w[1:]))[0] if w in ("w1", "w2", "w3") else UNK for w in prompt.split()
+    ]
+    assert sequence.labels.tolist() == [IGNORED] * head + [*ids(4, 5), EOS]
+
+
+def test_braces_in_a_row_are_no_placeholders(written, make_tokenizer):
+    path = written("c.jsonl", [{"instruction": "{output} {0}", "output": "w1"}])
+    assert len(load_corpus(path, make_tokenizer()).sequences) == 1
+
+
+def test_long_sequences_lose_their_end_and_long_prompts_their_row(written, make_tokenizer, caplog):
+    rows = [
+        ROW,
+        {"instruction": "w1 w2 w3 w4", "output": "w5"},  # the prompt fills all
+        {"instruction": "w1", "output": "  "},  # no response
+        {"instruction": "w1", "output": "w2"},
+    ]
+    with caplog.at_level(logging.WARNING):
+        corpus = load_corpus(
+            written("c.jsonl", rows), make_tokenizer(), template="plain", max_tokens=4
+        )
+    assert [s.tokens.tolist() for s in corpus.sequences] == [ids(1, 2, 3, 4), [*ids(1, 2), EOS]]
+    assert corpus.sequences[0].labels.tolist() == [IGNORED] * 3 + ids(4)
+    assert corpus.dropped == 2
+    assert "2 of 4 rows" in caplog.text
+
+
+def test_a_lone_token_has_nothing_to_be_predicted_from(written, make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    rows = [{"instruction": "", "output": "w1"}, {"instruction": "", "output": "w1 w2"}]
+    corpus = load_corpus(written("c.jsonl", rows), tokenizer, template="plain")
+    assert [s.tokens.tolist() for s in corpus.sequences] == [ids(1, 2)]
+    assert corpus.dropped == 1
+
+
+def test_the_limit_takes_the_first_rows(written, make_tokenizer):
+    rows = [{"instruction": f"w{i}", "output": "w9"} for i in range(5)]
+    corpus = load_corpus(written("c.jsonl", rows), make_tokenizer(), template="plain", limit=2)
+    assert [s.tokens.tolist()[0] for s in corpus.sequences] == ids(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.jsonl", "", r"is empty\. Give a file with at least one row"),
+        ("c.txt", " \n\n", "is empty"),
+        ("c.jsonl", '{"text": "a"}\n\n{"text": \n', r"is not valid JSON in line 3: .*Correct it"),
+        ("c.json", '[{"text": "a"},\n{"text" 1}]', "is not valid JSON in line 2"),
+        ("c.json", '{"text": "a"}', r"is not a JSON list of rows\. Wrap it in \[ \]"),
+        ("c.jsonl", '\n{"prompt": "a"}', r"row 2 is {'prompt': 'a'}; a row needs the texts inst"),
+        ("c.jsonl", '["a"]', r"row 1 is \['a'\]; a row needs"),
+        ("c.jsonl", '{"text": 5}', r"row 1 is {'text': 5}"),
+        ("c.json", '[{"instruction": "a", "output": null}]', "row 1 is .*'output': None"),
+        ("c.json", '[{"instruction": "a", "input": 5, "output": "b"}]', "row 1 is .*'input': 5"),
+        ("c.jsonl", b'{"text": "\xff"}', r"is not UTF-8 text: .*Convert it"),
+    ],
+)
+def test_each_error_says_what_is_wrong(written, name, content, message):
+    with pytest.raises(CorpusError, match=message):
+        read_rows(written(name, content))
+
+
+def test_a_missing_file_or_a_folder_cannot_be_read(tmp_path):
+    with pytest.raises(CorpusError, match=r"cannot be read: No such file.*Correct \[corpus\] path"):
+        read_rows(tmp_path / "none.jsonl")
+    with pytest.raises(CorpusError, match="cannot be read: Is a directory"):
+        read_rows(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", json.dumps([{"instruction": "w1", "output": ""}])])
+def test_a_corpus_without_a_sequence_is_refused(written, make_tokenizer, content):
+    with pytest.raises(CorpusError, match=r"gives no training sequence \([01] rows, [01] longer"):
+        load_corpus(written("c.json", content), make_tokenizer())
+
+
+def test_calibration_samples_are_fixed_by_the_seed(written, make_tokenizer):
+    rows = [{"instruction": f"w{i} w1 w2 w3", "output": "w4"} for i in range(20)]
+    corpus = load_corpus(written("c.jsonl", rows), make_tokenizer(), template="plain")
+
+    def drawn(count, tokens, seed):
+        return [tuple(t.tolist()) for t in calibration_samples(corpus, count, tokens, seed)]
+
+    assert drawn(8, 3, 0) == drawn(8, 3, 0) != drawn(8, 3, 1)
+    assert len(set(drawn(8, 3, 0))) == 8  # without repetition
+    assert {len(sample) for sample in drawn(8, 3, 0)} == {3}
+    assert len(drawn(99, 50, 0)) == 20
+    assert {len(sample) for sample in drawn(99, 50, 0)} == {6}

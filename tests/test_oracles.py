@@ -1,0 +1,272 @@
+"""The oracle: lm-eval's own accuracies, scores computed by hand, documents kept apart."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import lm_eval as stock
+import numpy as np
+import pytest
+import torch
+import yaml
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from rankadaptor_plugin.adapters import attach, trainable_parameters
+from rankadaptor_plugin.config import OracleConfig
+from rankadaptor_plugin.context import OracleSettings
+from rankadaptor_plugin.errors import ConfigError, OracleError
+from rankadaptor_plugin.lm_eval_tasks import choice_scores
+from rankadaptor_plugin.oracles import lm_eval
+from rankadaptor_plugin.ranks import RankAllocation
+
+# datasets leaves the file behind a table of its own open.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+
+
+def documents(count: int, seed: int = 0) -> list[dict[str, object]]:
+    rng = np.random.default_rng(seed)
+
+    def text(words: int) -> str:
+        return " ".join(f"w{i}" for i in rng.integers(0, 37, words))
+
+    return [
+        {
+            "id": i,
+            "question": text(int(rng.integers(2, 6))),
+            "choices": [text(1), text(3), text(2)],
+            "gold": int(rng.integers(0, 3)),
+        }
+        for i in range(count)
+    ]
+
+
+def metrics(*names):
+    return [{"metric": n, "aggregation": "mean", "higher_is_better": True} for n in names]
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """Writes a task of a given name; returns the task folder."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+
+    def write(name="toy", rows=None, data=None, **changes):
+        path = folder / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, documents(12) if rows is None else rows)))
+        task = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {
+                "data_files": {"test": data or str(path)},
+                "cache_dir": str(tmp_path / "cache"),
+            },
+            "output_type": "multiple_choice",
+            "test_split": "test",
+            "doc_to_text": "question",
+            "doc_to_choice": "choices",
+            "doc_to_target": "gold",
+            "metric_list": metrics("acc", "acc_norm"),
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**task, **changes}))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def oracle(make_tokenizer):
+    def make(folder, *, seed=0, **changes):
+        values = {"tasks": ("toy",), "search_documents": 5, "report_documents": 0, **changes}
+        return lm_eval(
+            OracleSettings(
+                config=OracleConfig(**values),
+                tokenizer=make_tokenizer(),
+                task_paths=(folder,),
+                seed=seed,
+            )
+        )
+
+    return make
+
+
+def test_accuracies_are_those_of_stock_lm_eval(tasks, oracle, make_llama, make_tokenizer):
+    model = make_llama()
+    rows = documents(40)
+    tasks("toy", rows)
+    folder, names = tasks("hellaswag", rows), ("toy", "hellaswag")  # acc_norm counts in the latter
+    ours = oracle(folder, tasks=names, search_documents=10)
+    theirs = stock.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=make_tokenizer(), batch_size=3),
+        tasks=list(names),
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        samples=ours.describe()["documents"]["report"],
+        bootstrap_iters=1,
+        **dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed")),
+    )["results"]
+    score = ours.score(model, "report")
+    for name, metric in (("toy", "acc"), ("hellaswag", "acc_norm")):
+        task = score.tasks[name]
+        assert (task.accuracy_metric, task.documents) == (metric, 30)
+        assert task.values["accuracy"] == theirs[name][f"{metric},none"]
+        assert task.stderr["accuracy"] == pytest.approx(theirs[name][f"{metric}_stderr,none"])
+    norm, plain = (theirs["toy"][f"{metric},none"] for metric in ("acc_norm", "acc"))
+    assert norm != plain
+
+
+def test_scores_are_as_computed_by_hand(tasks, oracle, make_llama, make_tokenizer):
+    rows, model, tokenizer = documents(12), make_llama(), make_tokenizer()
+    ours = oracle(tasks(rows=rows))
+    task = ours.score(model, "search").tasks["toy"]
+    expected = {"accuracy": [], "clp": [], "margin": []}
+    for index in ours.describe()["documents"]["search"]["toy"]:
+        row = rows[index]
+        head = tokenizer(row["question"])["input_ids"]
+        logs = []
+        for choice in row["choices"]:
+            ids = torch.tensor([head + tokenizer(choice)["input_ids"]])
+            steps = model(ids).logits[0, :-1].log_softmax(-1)
+            logs.append(sum(steps[i - 1, ids[0, i]].item() for i in range(len(head), ids.shape[1])))
+        gold = row["gold"]
+        wrong = max(value for i, value in enumerate(logs) if i != gold)
+        expected["accuracy"].append(float(np.argmax(logs) == gold))
+        expected["clp"].append(logs[gold] - float(np.log(np.sum(np.exp(logs)))))
+        expected["margin"].append(logs[gold] - wrong)
+    for metric, values in expected.items():
+        assert task.per_document[metric] == pytest.approx(values, abs=1e-4)
+        assert task.values[metric] == pytest.approx(np.mean(values), abs=1e-4)
+        assert task.stderr[metric] == pytest.approx(np.std(values, ddof=1) / 5**0.5, abs=1e-4)
+
+
+def test_several_right_choices_share_their_probability():
+    logs = np.log([0.1, 0.2, 0.3])
+    assert choice_scores(logs, {0, 2}) == pytest.approx((np.log(0.4 / 0.6), np.log(0.3 / 0.2)))
+    assert choice_scores(logs, {0, 1, 2}) == pytest.approx((0.0, 0.0))
+
+
+def test_the_batch_size_changes_no_score(tasks, oracle, make_llama):
+    folder, model = tasks(), make_llama()
+    one, many = (oracle(folder, batch_size=b).score(model, "search") for b in (1, 64))
+    for metric, values in one.tasks["toy"].per_document.items():
+        assert many.tasks["toy"].per_document[metric] == pytest.approx(values, abs=1e-4)
+
+
+def test_search_and_report_documents_are_disjoint_also_with_duplicates(tasks, oracle):
+    rows = documents(10) * 3
+    ours = oracle(tasks(rows=rows), search_documents=4)
+    ids = ours.describe()["documents"]
+    assert (len(ids["search"]["toy"]), len(ids["report"]["toy"])) == (4, 6)
+    search, report = ({rows[i]["id"] for i in ids[key]["toy"]} for key in ("search", "report"))
+    assert search.isdisjoint(report)
+    assert search | report == set(range(10))
+
+
+def test_documents_follow_the_seed_and_the_digest_follows_the_documents(tasks, oracle):
+    folder = tasks(rows=documents(20))
+    first = oracle(folder).describe()
+    assert oracle(folder).describe() == first
+    assert oracle(folder, seed=1).describe()["documents"] != first["documents"]
+    tasks(rows=documents(20, seed=1))
+    other = oracle(folder).describe()
+    assert other["documents"] == first["documents"]
+    assert other["digest"] != first["digest"]
+
+
+def test_the_report_takes_what_it_asks_for_or_says_what_is_left(tasks, oracle, caplog):
+    folder = tasks()
+
+    def sizes(**changes):
+        ids = oracle(folder, **changes).describe()["documents"]
+        return len(ids["search"]["toy"]), len(ids["report"]["toy"])
+
+    assert sizes(search_documents=5, report_documents=3) == (5, 3)
+    assert sizes(search_documents=11, report_documents=0) == (11, 1)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert sizes(search_documents=5, report_documents=100) == (5, 7)
+    assert "toy has 7 documents left for the report, not 100" in caplog.text
+    with pytest.raises(OracleError, match="'toy' has 12 distinct documents; 12 for the search"):
+        oracle(folder, search_documents=12)
+
+
+def test_weights_default_to_one(tasks, oracle):
+    tasks("other")
+    ours = oracle(tasks(), tasks=("toy", "other"), weights={"other": 0.5}, target="toy")
+    assert ours.weights() == {"toy": 1.0, "other": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target": "tay"}, "target names 'tay', which is not among the tasks. Did you mean 'toy'"),
+        ({"weights": {"tay": 1.0}}, "weights names 'tay', .* Tasks: toy"),
+        ({"weights": {"toy": 0.0}}, "weights are all 0"),
+    ],
+)
+def test_names_that_are_no_task_are_refused(tasks, oracle, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        oracle(tasks(), **changes)
+
+
+def test_an_unknown_task_is_refused_with_the_nearest_name(tasks, oracle):
+    # lm-eval's own thousands of names are indexed for this message: some seconds.
+    with pytest.raises(ConfigError, match=r"Unknown lm-eval task 'toyy'\. Did you mean 'toy'\?"):
+        oracle(tasks(), tasks=("toyy",))
+
+
+def test_only_multiple_choice_guides_a_search(tasks, oracle):
+    folder = tasks(output_type="generate_until", doc_to_choice=None, metric_list=None)
+    with pytest.raises(
+        OracleError, match="'toy' is of type 'generate_until'; only multiple_choice"
+    ):
+        oracle(folder)
+
+
+def test_missing_data_files_are_an_oracle_error(tasks, oracle):
+    with pytest.raises(OracleError, match=r"data of the tasks toy cannot be loaded: .*none\.jsonl"):
+        oracle(tasks(data="none.jsonl"))
+
+
+def test_relative_data_files_are_found_from_the_task_folder(tasks, oracle, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for data in ("toy.jsonl", "tasks/toy.jsonl"):
+        assert oracle(tasks(data=data)).describe()["documents"]["search"]["toy"]
+
+
+def test_an_answer_that_is_no_choice_is_an_oracle_error(tasks, oracle, make_llama):
+    rows = [{**row, "gold": 3 if row["id"] else 0} for row in documents(6)]
+    ours = oracle(tasks(rows=rows))  # lm-eval looks at the first document only
+    with pytest.raises(OracleError, match="The answer 3 of a document of 'toy' is not among its"):
+        ours.score(make_llama(), "search")
+
+
+def test_a_model_without_probabilities_is_an_oracle_error(tasks, oracle, make_llama):
+    model = make_llama()
+    model.lm_head.weight.data.fill_(float("nan"))
+    ours = oracle(tasks())
+    with pytest.raises(OracleError, match=r"not a finite number.*Lower \[recovery\] learning_rate"):
+        ours.score(model, "search")
+
+
+def test_mutual_information_leaves_the_scores_as_they_are(tasks, oracle, make_llama):
+    model, plain = make_llama(), oracle(tasks()).score(make_llama(), "search").tasks["toy"]
+    folder = tasks(metric_list=metrics("acc", "acc_mutual_info"))
+    both = oracle(folder).score(model, "search").tasks["toy"]
+    for metric, values in plain.per_document.items():
+        assert both.per_document[metric] == pytest.approx(values, abs=1e-4)
+
+
+def test_an_adapter_counts_only_while_it_is_on(tasks, oracle, make_llama):
+    ours, base = oracle(tasks()), make_llama()
+    before = ours.score(base, "search")
+    model = attach(base, RankAllocation((4, 2)), seed=0, alpha_over_rank=2.0).train()
+    for parameter in trainable_parameters(model):
+        parameter.data.fill_(0.1)
+    after = ours.score(model, "search")
+    assert not model.training
+    assert after.tasks["toy"].values["clp"] != before.tasks["toy"].values["clp"]
+    with model.disable_adapter():
+        assert ours.score(model, "search") == before
+    assert ours.score(model, "search") == after
