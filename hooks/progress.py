@@ -37,9 +37,7 @@ class Progress:
         began: ``time.perf_counter()`` at the start of the program; now if left out.
     """
 
-    def __init__(
-        self, console: Console, plan: dict[str, int], began: float | None = None
-    ) -> None:
+    def __init__(self, console: Console, plan: dict[str, int], began: float | None = None) -> None:
         self._console = console
         self._plan = dict(plan)
         self._stage, self._done, self._total = "start", 0, 1
@@ -68,6 +66,8 @@ class Progress:
     def rankadaptor_on_progress(self, stage: str, done: int, total: int) -> None:
         """Notes the state of a stage and shows it."""
         now = time.perf_counter()
+        if stage != self._stage and self._stage in self._plan:
+            self._plan[self._stage] = 0  # a search may stop early
         if stage in self._plan:
             if self._last_unit is not None and done > 0 and self._last_unit[0] == stage:
                 took = now - self._last_unit[1]
@@ -137,11 +137,12 @@ class Progress:
                 )
             parts.append(table)
         line = Table.grid(padding=(0, 1))
-        counted = self._total > 1  # a stage in one piece has no share that is done
+        counted = self._total > 1  # a stage in one piece has no share that is done: its bar pulses
+        total = self._total if counted or self._done else None
         line.add_row(
             Text(self._elapsed()),
             Text(self._stage, style="bold"),
-            ProgressBar(total=self._total if counted or self._done else None, completed=self._done, width=24),
+            ProgressBar(total=total, completed=self._done, width=24),
             Text(f"{self._done}/{self._total}{self._left()}" if counted else ""),
         )
         return Group(*parts, line)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import pluggy
 
 
+_INTERRUPTED = 130  # what shells give a command that ended by Ctrl-C
+
+
 class _Group(click.Group):
     """Shows our errors as one line and ends with their exit code."""
 
@@ -63,7 +66,11 @@ def run(
     began = time.perf_counter()
     from rankadaptor_plugin.run_command import run_file_or_embedded
 
-    click.echo(run_file_or_embedded(manager, run_file, output, quiet=quiet, began=began))
+    try:
+        click.echo(run_file_or_embedded(manager, run_file, output, quiet=quiet, began=began))
+    except KeyboardInterrupt:
+        click.echo("Interrupted. The same command goes on from what is finished.", err=True)
+        raise click.exceptions.Exit(_INTERRUPTED) from None
 
 
 @click.command()

@@ -192,7 +192,7 @@ def _row(row: Any, where: str) -> dict[str, str]:
     if isinstance(row, dict):
         # Before `text`: Stanford's own file has both, and `text` would be trained on as a whole.
         filled = {**row, "input": row.get("input") or ""}
-        texts = {key: filled.get(key) for key in ("instruction", "input", "output")}
+        texts: dict[str, Any] = {k: filled.get(k) for k in ("instruction", "input", "output")}
         if all(isinstance(text, str) for text in texts.values()):
             return texts
         if isinstance(row.get("text"), str):

@@ -115,7 +115,7 @@ def load_tasks(names: Iterable[str], paths: Iterable[Path]) -> dict[str, Any]:
         ConfigError: If a name is unknown.
         OracleError: If a task's data cannot be loaded.
     """
-    names, paths = list(names), list(paths)
+    names, paths = list(names), [path.resolve() for path in paths]
     manager = TaskManager(include_path=[str(p) for p in paths], include_defaults=False)
     if any(name not in manager.all_tasks for name in names):
         manager = TaskManager(include_path=[str(p) for p in paths])

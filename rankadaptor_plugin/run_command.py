@@ -54,7 +54,7 @@ def run_file_or_embedded(
     """
     config = load_config(path, output)
     console = Console(stderr=True)
-    _log_to(console)
+    _log_to(console, quiet=quiet)
     if quiet:
         from rankadaptor_plugin import pipeline
 
@@ -80,13 +80,15 @@ def run_file_or_embedded(
     )
 
 
-def _log_to(console: Console) -> None:
+def _log_to(console: Console, *, quiet: bool) -> None:
     """Shows warnings: above the live display on a terminal, else as whole lines."""
-    handler = (
-        RichHandler(console=console, show_time=False, show_path=False)
-        if console.is_terminal
-        else logging.StreamHandler()
-    )
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_time=False, show_path=False)
+    else:
+        handler = logging.StreamHandler()
+        if not quiet:  # the plain lines of the progress say already why a trial failed
+            handler.addFilter(lambda record: record.name != "rankadaptor_plugin.search")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
 
 

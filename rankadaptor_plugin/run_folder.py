@@ -161,11 +161,21 @@ class RunFolder:
         return path
 
     @contextlib.contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Adds the wall seconds of a block to a stage's; nothing is added if the block fails."""
+    def timed(self, stage: str) -> Iterator[Callable[[], None]]:
+        """Adds the wall seconds of a block to a stage's; nothing is added if the block fails.
+
+        Calling what it yields adds those so far, so that a killed process loses few.
+        """
         began = time.perf_counter()
-        yield
-        self.add_seconds(stage, time.perf_counter() - began)
+
+        def add_so_far() -> None:
+            nonlocal began
+            now = time.perf_counter()
+            self.add_seconds(stage, now - began)
+            began = now
+
+        yield add_so_far
+        add_so_far()
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Adds wall seconds to a stage."""

@@ -32,6 +32,7 @@ from rankadaptor_plugin.summary import stage_summary
 from rankadaptor_plugin.trials import Outcome, Trial
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from optuna.samplers import BaseSampler
@@ -80,22 +81,22 @@ class _Stage:
     def run(self) -> Recovered:
         try:
             with (
-                self.folder.timed("search"),
+                self.folder.timed("search") as add_seconds,
                 TrialStore.open(self.folder.study_url, "search") as store,
             ):
-                found = self._search(store)
+                found = self._search(store, add_seconds)
             with (
-                self.folder.timed("confirm"),
+                self.folder.timed("confirm") as add_seconds,
                 TrialStore.open(self.folder.study_url, "confirm") as store,
             ):
-                confirmed = self._confirm(found, store)
+                confirmed = self._confirm(found, store, add_seconds)
             with self.folder.timed("deliver"):
                 return self._deliver(found, confirmed)
         finally:
             if isinstance(self.resident, PeftModel):
                 self.resident.unload()
 
-    def _search(self, store: TrialStore) -> SearchResult:
+    def _search(self, store: TrialStore, add_seconds: Callable[[], None]) -> SearchResult:
         config = self.config.search
         hook, done = self.context.hook, len(store.trials())
         hook.rankadaptor_on_progress(stage="search", done=done, total=config.max_trials)
@@ -115,6 +116,7 @@ class _Stage:
             )
 
         def on_trial(trial: Trial) -> None:
+            add_seconds()
             hook.rankadaptor_on_progress(
                 stage="search", done=trial.position + 1, total=config.max_trials
             )
@@ -162,11 +164,14 @@ class _Stage:
             return score.tasks[oracle.target].values[oracle.objective]
         return score.mean(oracle.objective, self.context.oracle.weights())
 
-    def _confirm(self, found: SearchResult, store: TrialStore) -> Confirmed:
+    def _confirm(
+        self, found: SearchResult, store: TrialStore, add_seconds: Callable[[], None]
+    ) -> Confirmed:
         finalists = found.finalists(self.config.confirm.finalists)
         uniform_budget = self.config.rank_space.budget == "uniform"
 
         def progress(done: int, total: int) -> None:
+            add_seconds()
             self.context.hook.rankadaptor_on_progress(stage="confirm", done=done, total=total)
 
         def baseline_for(allocation: RankAllocation) -> RankAllocation:

@@ -127,7 +127,10 @@ def report_data(
     """
     summary, config = recovered.summary, context.config
     weights = context.oracle.weights()
-    documents = context.oracle.describe()["documents"]
+    counts = {
+        purpose: {task: len(ids) for task, ids in by_task.items()}
+        for purpose, by_task in context.oracle.describe()["documents"].items()
+    }
     cost = summary.get("cost", {})
     fine_tuning = cost.get("fine_tuning", 0.0)
     evaluation = cost.get("evaluation", 0.0) + evaluation_seconds
@@ -184,10 +187,7 @@ def report_data(
         },
         "versions": versions(),
         "seeds": summary.get("seeds", {"run": config.seed}),
-        "documents": {
-            purpose: {task: len(ids) for task, ids in by_task.items()}
-            for purpose, by_task in documents.items()
-        },
+        "documents": {"search": counts["search"], "report": counts["report"]},
         "config": run_file.to_dict(config),
         "device": device,
     }

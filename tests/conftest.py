@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,6 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from rankadaptor_plugin import hookimpl
 from rankadaptor_plugin.cli import build_cli
 from rankadaptor_plugin.plugins import plugin_manager
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 WORDS = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>"])}
 WORDS |= {f"w{i}": i + len(WORDS) for i in range(37)}

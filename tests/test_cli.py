@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rankadaptor_plugin import run_file
+from rankadaptor_plugin import hookimpl, run_file
 from rankadaptor_plugin.embedded_default import EMBEDDED_RUN_FILE
 
 HELP = """
@@ -127,3 +127,17 @@ def test_without_a_run_file_the_embedded_default_goes_below_the_current_folder(
     assert load_config(None, Path("x")).output == str(tmp_path / "x")
     assert load_config(None, tmp_path / "y").output == str(tmp_path / "y")
     assert load_config(EMBEDDED_RUN_FILE, Path("x")).output == str(tmp_path / "x")
+
+
+def test_ctrl_c_ends_a_run_in_one_line_that_says_how_to_go_on(tmp_path, write_run_file, command):
+    class Impatient:
+        @hookimpl
+        def rankadaptor_on_progress(self, stage):
+            if stage == "search":
+                raise KeyboardInterrupt
+
+    result = command("run", write_run_file(tmp_path / "r.toml"), plugin=Impatient())
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == (
+        "Interrupted. The same command goes on from what is finished."
+    )

@@ -7,11 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
+from rankadaptor_plugin.tasks import task_dir
 
 from rankadaptor_plugin.embedded_default import EMBEDDED_FOLDER
-from rankadaptor_plugin.tasks import task_dir
 
 TASK = {"tasks": ["tiny_boolq"]}  # one task is loaded faster than two
 
@@ -113,7 +115,7 @@ BAD = {
     ),
     "config.json is a list": (
         lambda folder: {"model": file_of(folder, "config.json", "[1]").removesuffix("config.json")},
-        *(2, "no readable config.json (it is no JSON object)", "Set model"),
+        *(2, "no readable config.json", "Set model"),
     ),
     "pickled weights": (
         lambda folder: {"model": pickled(folder)},
@@ -130,7 +132,7 @@ BAD = {
     ),
     "corpus with other keys": (
         lambda folder: {"corpus": {"path": file_of(folder, "c.jsonl", '{"prompt": "x"}')}},
-        *(1, "row 1 has (prompt)", "Correct the row"),
+        *(1, "row 1 is {'prompt'", "Correct the row"),
     ),
     "corpus with a broken line": (
         lambda folder: {"corpus": {"path": file_of(folder, "c.jsonl", '{"text": "x"}\n{"te')}},
@@ -166,6 +168,16 @@ def test_a_file_that_is_no_run_file_is_refused(content, fragments, tmp_path, com
 
 def test_a_folder_in_place_of_a_run_file_is_refused(tmp_path, command):
     assert_error(command("run", tmp_path), 2, "cannot be read", "Give the path of a TOML file")
+
+
+def test_the_installed_command_says_one_line_and_ends_with_its_exit_code(tmp_path):
+    command = Path(sysconfig.get_path("scripts")) / "rankadaptor-plugin"
+    done = subprocess.run([command, "run", tmp_path / "no.toml"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"Error: The run file {tmp_path / 'no.toml'} does not exist. Write one with: "
+        f"rankadaptor-plugin init {tmp_path / 'no.toml'}\n"
+    )
 
 
 @pytest.mark.parametrize("words", [("rum",), ("run", "--outptu", "x"), ("plugins", "--jsno")])

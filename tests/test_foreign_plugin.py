@@ -31,7 +31,7 @@ def installed(tmp_path_factory):
     return folder / "site"
 
 
-def command(installed: Path, folder: Path, *arguments: str) -> str:
+def call(installed: Path, folder: Path, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "rankadaptor_plugin", *arguments],
         capture_output=True,
@@ -44,7 +44,7 @@ def command(installed: Path, folder: Path, *arguments: str) -> str:
 
 
 def test_the_command_plugins_lists_it_with_distribution_and_version(installed, tmp_path):
-    lines = command(installed, tmp_path, "plugins").splitlines()
+    lines = call(installed, tmp_path, "plugins").splitlines()
     at = lines.index("halve (rankadaptor-foreign 3.1.4)")
     assert lines[at + 1] == "    rankadaptor_register_pruners"
     assert "flat (rankadaptor-foreign 3.1.4)" in lines
@@ -61,7 +61,7 @@ def foreign_run(installed, tmp_path_factory, write_run_file):
         "oracle": {"search_documents": 4, "report_documents": 6},
     }
     write_run_file(folder / "RUN.toml", **settings)
-    return command(installed, folder, "run", "RUN.toml"), folder / "out"
+    return call(installed, folder, "run", "RUN.toml"), folder / "out"
 
 
 def test_a_run_uses_its_pruner(foreign_run):

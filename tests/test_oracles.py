@@ -79,21 +79,16 @@ def tasks(tmp_path):
 def oracle(make_tokenizer):
     def make(folder, *, seed=0, **changes):
         values = {"tasks": ("toy",), "search_documents": 5, "report_documents": 0, **changes}
+        config, tokenizer = OracleConfig(**values), make_tokenizer()
         return lm_eval(
-            OracleSettings(
-                config=OracleConfig(**values),
-                tokenizer=make_tokenizer(),
-                task_paths=(folder,),
-                seed=seed,
-            )
+            OracleSettings(config=config, tokenizer=tokenizer, task_paths=(folder,), seed=seed)
         )
 
     return make
 
 
 def test_accuracies_are_those_of_stock_lm_eval(tasks, oracle, make_llama, make_tokenizer):
-    model = make_llama()
-    rows = documents(40)
+    model, rows = make_llama(), documents(40)
     tasks("toy", rows)
     folder, names = tasks("hellaswag", rows), ("toy", "hellaswag")  # acc_norm counts in the latter
     ours = oracle(folder, tasks=names, search_documents=10)
@@ -120,8 +115,7 @@ def test_scores_are_as_computed_by_hand(tasks, oracle, make_llama, make_tokenize
     ours = oracle(tasks(rows=rows))
     task = ours.score(model, "search").tasks["toy"]
     expected = {"accuracy": [], "clp": [], "margin": []}
-    for index in ours.describe()["documents"]["search"]["toy"]:
-        row = rows[index]
+    for row in (rows[i] for i in ours.describe()["documents"]["search"]["toy"]):
         head = tokenizer(row["question"])["input_ids"]
         logs = []
         for choice in row["choices"]:
@@ -129,7 +123,7 @@ def test_scores_are_as_computed_by_hand(tasks, oracle, make_llama, make_tokenize
             steps = model(ids).logits[0, :-1].log_softmax(-1)
             logs.append(sum(steps[i - 1, ids[0, i]].item() for i in range(len(head), ids.shape[1])))
         gold = row["gold"]
-        wrong = max(value for i, value in enumerate(logs) if i != gold)
+        wrong = max(logs[:gold] + logs[gold + 1 :])
         expected["accuracy"].append(float(np.argmax(logs) == gold))
         expected["clp"].append(logs[gold] - float(np.log(np.sum(np.exp(logs)))))
         expected["margin"].append(logs[gold] - wrong)
@@ -157,9 +151,7 @@ def test_search_and_report_documents_are_disjoint_also_with_duplicates(tasks, or
     ours = oracle(tasks(rows=rows), search_documents=4)
     ids = ours.describe()["documents"]
     assert (len(ids["search"]["toy"]), len(ids["report"]["toy"])) == (4, 6)
-    search, report = ({rows[i]["id"] for i in ids[key]["toy"]} for key in ("search", "report"))
-    assert search.isdisjoint(report)
-    assert search | report == set(range(10))
+    assert {rows[i]["id"] for kind in ids.values() for i in kind["toy"]} == set(range(10))
 
 
 def test_documents_follow_the_seed_and_the_digest_follows_the_documents(tasks, oracle):
@@ -186,8 +178,6 @@ def test_the_report_takes_what_it_asks_for_or_says_what_is_left(tasks, oracle, c
     with caplog.at_level(logging.WARNING):
         assert sizes(search_documents=5, report_documents=100) == (5, 7)
     assert "toy has 7 documents left for the report, not 100" in caplog.text
-    with pytest.raises(OracleError, match="'toy' has 12 distinct documents; 12 for the search"):
-        oracle(folder, search_documents=12)
 
 
 def test_weights_default_to_one(tasks, oracle):
@@ -196,43 +186,32 @@ def test_weights_default_to_one(tasks, oracle):
     assert ours.weights() == {"toy": 1.0, "other": 0.5}
 
 
+GENERATES = {"output_type": "generate_until", "doc_to_choice": None, "metric_list": None}
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("task", "config", "error", "message"),
     [
-        ({"target": "tay"}, "target names 'tay', which is not among the tasks. Did you mean 'toy'"),
-        ({"weights": {"tay": 1.0}}, "weights names 'tay', .* Tasks: toy"),
-        ({"weights": {"toy": 0.0}}, "weights are all 0"),
+        ({}, {"target": "tay"}, ConfigError, r"target names 'tay', .* Did you mean 'toy'"),
+        ({}, {"weights": {"tay": 1.0}}, ConfigError, r"weights names 'tay', .* Tasks: toy"),
+        ({}, {"weights": {"toy": 0.0}}, ConfigError, "weights are all 0"),
+        # lm-eval's own thousands of names are indexed for this message: some seconds.
+        ({}, {"tasks": ("toyy",)}, ConfigError, "Unknown lm-eval task 'toyy'.* mean 'toy'"),
+        (GENERATES, {}, OracleError, "'toy' is of type 'generate_until'; only multiple_choice"),
+        ({"data": "none.jsonl"}, {}, OracleError, r"tasks toy cannot be loaded: .*none\.jsonl"),
+        ({}, {"search_documents": 12}, OracleError, "'toy' has 12 distinct documents; 12 for the"),
     ],
 )
-def test_names_that_are_no_task_are_refused(tasks, oracle, changes, message):
-    with pytest.raises(ConfigError, match=message):
-        oracle(tasks(), **changes)
-
-
-def test_an_unknown_task_is_refused_with_the_nearest_name(tasks, oracle):
-    # lm-eval's own thousands of names are indexed for this message: some seconds.
-    with pytest.raises(ConfigError, match=r"Unknown lm-eval task 'toyy'\. Did you mean 'toy'\?"):
-        oracle(tasks(), tasks=("toyy",))
-
-
-def test_only_multiple_choice_guides_a_search(tasks, oracle):
-    folder = tasks(output_type="generate_until", doc_to_choice=None, metric_list=None)
-    with pytest.raises(
-        OracleError, match="'toy' is of type 'generate_until'; only multiple_choice"
-    ):
-        oracle(folder)
-
-
-def test_missing_data_files_are_an_oracle_error(tasks, oracle):
-    with pytest.raises(OracleError, match=r"data of the tasks toy cannot be loaded: .*none\.jsonl"):
-        oracle(tasks(data="none.jsonl"))
+def test_what_cannot_guide_a_search_is_refused(tasks, oracle, task, config, error, message):
+    with pytest.raises(error, match=message):
+        oracle(tasks(**task), **config)
 
 
 def test_relative_data_files_are_found_from_the_task_folder(tasks, oracle, tmp_path, monkeypatch):
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path.parent)
     for data in ("toy.jsonl", "tasks/toy.jsonl"):
-        assert oracle(tasks(data=data)).describe()["documents"]["search"]["toy"]
+        folder = tasks(data=data)
+        assert oracle(folder).describe() == oracle(folder.relative_to(tmp_path.parent)).describe()
 
 
 def test_an_answer_that_is_no_choice_is_an_oracle_error(tasks, oracle, make_llama):
@@ -245,9 +224,8 @@ def test_an_answer_that_is_no_choice_is_an_oracle_error(tasks, oracle, make_llam
 def test_a_model_without_probabilities_is_an_oracle_error(tasks, oracle, make_llama):
     model = make_llama()
     model.lm_head.weight.data.fill_(float("nan"))
-    ours = oracle(tasks())
     with pytest.raises(OracleError, match=r"not a finite number.*Lower \[recovery\] learning_rate"):
-        ours.score(model, "search")
+        oracle(tasks()).score(model, "search")
 
 
 def test_mutual_information_leaves_the_scores_as_they_are(tasks, oracle, make_llama):

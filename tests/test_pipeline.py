@@ -10,6 +10,7 @@ import pytest
 import torch
 from optuna.trial import TrialState as OptunaState
 from peft import AutoPeftModelForCausalLM, PeftModel
+from rankadaptor_plugin.hooks.progress import Progress
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -270,3 +271,14 @@ def test_on_a_terminal_there_is_a_live_display(
     assert "] load" not in shown
     for word in ("predicted", "measured", "best", "confirm", "iteration"):
         assert word in shown
+
+
+def test_the_time_left_forgets_the_trials_of_a_search_that_stopped_early():
+    screen = io.StringIO()
+    with Progress(Console(file=screen), {"search": 20, "confirm": 2}) as progress:
+        progress._seconds_per_unit = 60.0
+        progress.rankadaptor_on_progress("search", 4, 20)
+        progress.rankadaptor_on_progress("confirm", 0, 2)
+        progress.rankadaptor_on_progress("report", 0, 1)
+    lines = [line.split("] ")[1] for line in screen.getvalue().splitlines()]
+    assert lines == ["search 4/20, about 18:00 left", "confirm 0/2, about 2:00 left", "report"]

@@ -11,19 +11,22 @@ from pathlib import Path
 
 import pytest
 from peft import PeftModel
+from transformers import AutoConfig
 
 from rankadaptor_plugin import stage
+from rankadaptor_plugin.embedded_default import model_folder
 from rankadaptor_plugin.errors import ConfigError, UnsupportedModelError
 from rankadaptor_plugin.post_prune import recover_after_pruning
 from rankadaptor_plugin.pruned_classes import PrunedLlamaForCausalLM
 from rankadaptor_plugin.pruned_model import load_pruned
 from rankadaptor_plugin.pruning import describe_pruned
-from rankadaptor_plugin.structures import layer_widths
+from rankadaptor_plugin.structures import LayerWidths, layer_widths
 
 PAGE = Path(__file__).parent.parent / "docs" / "torch-pruning.md"
 SCRIPT = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
 BUILD, _, _ = SCRIPT.partition("recover_after_pruning(pruner")
-WIDTHS = {(2, 2, 16)}  # half of 4 heads and 32 channels
+BASE = LayerWidths.from_config(AutoConfig.from_pretrained(model_folder("embedded")))
+HALF = {LayerWidths(BASE.heads // 2, BASE.kv_heads // 2, BASE.channels // 2)}
 
 pytestmark = [
     # What the page calls harmless: torch-pruning names the norms that are ignored.
@@ -57,10 +60,6 @@ def give_gradients(names) -> None:
     names["model"](**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
 
 
-def widths(pruned) -> set[tuple[int, int, int]]:
-    return {(w.heads, w.kv_heads, w.channels) for w in pruned.widths}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, write_run_file):
     """Where the script has run once, in a process of its own."""
@@ -84,7 +83,7 @@ def test_the_script_leaves_a_report_a_pruned_model_and_an_adapter(folder):
     assert len(report["trials"]) == 3
     pruned = load_pruned(run / "pruned")
     assert pruned.provenance == {"pruner": "custom"}
-    assert widths(pruned) == WIDTHS
+    assert set(pruned.widths) == HALF
     model = PeftModel.from_pretrained(pruned.model, run / "adapter")
     pattern = model.peft_config["default"].rank_pattern
     assert list(pattern.values()) == report["allocations"]["recovered"]
@@ -162,7 +161,7 @@ def test_frozen_parameters_and_pruning_ratio_0_still_leave_heads_whole(old, new)
     names["model"].requires_grad_(True)
     give_gradients(names)
     names["pruner"].step()
-    assert {heads for heads, _, _ in widths(describe_pruned(names["model"], None))} == {4}
+    assert {width.heads for width in layer_widths(names["model"])} == {BASE.heads}
 
 
 def test_a_pruned_hidden_size_is_refused():

@@ -167,6 +167,7 @@ def test_a_run_killed_at_four_stages_ends_as_if_it_had_not_been(
     assert trial_states(out / "study.db") == searched
     report = json.loads((out / "report.json").read_text("utf-8"))
     assert report["search"]["interrupted"] == 1
+    assert report["cost"]["other"] > 0  # the stages' seconds hold those of the killed sessions
     assert lasting(report) == lasting(finished.report)
     assert scores(out) == scores(finished.folder)
     assert weights(out) == weights(finished.folder)

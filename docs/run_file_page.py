@@ -1,0 +1,79 @@
+"""Writes run-file.md from the fields of the run file: ``python docs/run_file_page.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+from rankadaptor_plugin.config import OracleConfig, RunConfig
+from rankadaptor_plugin.run_file_template import _toml
+
+PAGE = Path(__file__).parent / "run-file.md"
+
+HEAD = """\
+# The run file
+
+A run file is TOML. `rankadaptor-plugin init RUN.toml` writes one with every setting. What is left
+out has its default; only `[oracle] tasks` must be given. Unknown keys, wrong types and values out
+of range are errors. Relative paths count from the folder of the run file. The embedded default has
+values of its own: [rankadaptor_plugin/embedded/run.toml](../rankadaptor_plugin/embedded/run.toml).
+
+`python docs/run_file_page.py` writes this page from
+[rankadaptor_plugin/config.py](../rankadaptor_plugin/config.py).
+"""
+
+TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+
+
+def page() -> str:
+    """Returns the page: one table per table of the run file."""
+    config = RunConfig(oracle=OracleConfig(tasks=("any",)))
+    tables = [
+        (f"`[{field.name}]`", getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if dataclasses.is_dataclass(getattr(config, field.name))
+    ]
+    return "\n".join([HEAD, *(_section(*each) for each in [("Top level", config), *tables])])
+
+
+def _section(title: str, config: Any) -> str:
+    hints = typing.get_type_hints(type(config))
+    summary = (type(config).__doc__ or "").splitlines()[0]
+    lines = [f"## {title}", "", summary, "", "| key | type | default | allowed | meaning |"]
+    lines.append("|---|---|---|---|---|")
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(hints[field.name]):
+            continue
+        made = field.default_factory
+        default = field.default if made is dataclasses.MISSING else made()
+        cells = (
+            f"`{field.name}`",
+            _type(hints[field.name]),
+            f"`{_toml(default)}`",
+            _allowed(field.metadata),
+            field.metadata["help"],
+        )
+        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _type(hint: Any) -> str:
+    items = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return "list of " + {int: "whole numbers", str: "texts"}[items[0]]
+    return "table of numbers" if typing.get_origin(hint) is dict else TYPES[hint]
+
+
+def _allowed(rule: Any) -> str:
+    if "choices" in rule:
+        return ", ".join(f"`{choice}`" for choice in rule["choices"])
+    if "low" not in rule:
+        return ""
+    low = f"{rule['low']:,}"
+    return f"{low} to {rule['high']:,}" if "high" in rule else f"at least {low}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
