@@ -150,7 +150,7 @@ class Progress:
 
 def _result(trial: Trial) -> str:
     if trial.objective is None:
-        return f"failed: {trial.reason}"
+        return f"failed: {(trial.reason or '').rstrip('.')}"
     predicted = "" if trial.predicted is None else f" (predicted {trial.predicted:.4f})"
     return f"measured {trial.objective:.4f}{predicted}"
 

@@ -97,7 +97,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     """Loads a model's tokenizer; one without a padding token pads with its end of text.
 
     Raises:
-        UnsupportedModelError: If there is none, or it is torn.
+        UnsupportedModelError: If there is none, it is torn, or has no token to pad with.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -105,6 +105,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         raise _unloadable("tokenizer", folder, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise UnsupportedModelError(
+            f"The tokenizer in {folder} has no padding, end-of-text or unknown token. Set "
+            "pad_token in its tokenizer_config.json to a token of its vocabulary."
+        )
     return tokenizer
 
 

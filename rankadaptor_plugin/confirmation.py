@@ -72,7 +72,7 @@ class Confirmed:
     Attributes:
         seeds: The fresh seeds.
         runs: One run per seed, by allocation: the finalists, then the baseline.
-        searched: The finalist that goes on; None if none differs from the baseline.
+        searched: The finalist that goes on; None if it is the baseline itself.
         baseline: Uniform LoRA at equal parameters.
     """
 
@@ -122,7 +122,8 @@ def confirm(
     """
     recorded = {(trial.allocation, trial.seed) for trial in store.trials()}
     runs: dict[RankAllocation, tuple[ConfirmationRun, ...]] = {}
-    total = (len(finalists) + 1) * len(seeds)
+    others = {baseline_for(finalists[0])} - set(finalists)
+    total = (len(finalists) + len(others)) * len(seeds)
 
     def all_seeds(allocation: RankAllocation) -> None:
         if allocation in runs:
@@ -149,7 +150,7 @@ def confirm(
     )  # stable: of equal ones the better in the search comes first
     baseline = baseline_for(order[0])
     all_seeds(baseline)
-    searched = next((allocation for allocation in order if allocation != baseline), None)
+    searched = None if order[0] == baseline else order[0]
     return Confirmed(seeds=tuple(seeds), runs=runs, searched=searched, baseline=baseline)
 
 

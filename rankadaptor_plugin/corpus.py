@@ -134,7 +134,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         CorpusError: If the file is missing or malformed.
     """
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise CorpusError(
             f"The corpus {path} cannot be read: {error.strerror}. Correct [corpus] path."

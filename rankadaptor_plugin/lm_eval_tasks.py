@@ -68,27 +68,32 @@ def accuracy_metric(task: str, sample: dict[str, Any]) -> str | None:
     return next((m for m in (wanted, "acc", "acc_norm") if m in sample), None)
 
 
+def question(task: Any, doc: dict[str, Any]) -> str:
+    """Returns what a document asks: its context and choices, without ids and other fields."""
+    return json.dumps([str(task.doc_to_text(doc)), task.doc_to_choice(doc)], default=str)
+
+
 def partition(
-    task: str, documents: list[dict[str, Any]], search: int, report: int, seed: int
+    task: str, questions: Iterable[str], search: int, report: int, seed: int
 ) -> tuple[list[int], list[int]]:
     """Cuts a task's documents into search and report documents.
 
     Args:
         task: Name of the task, which enters the shuffle.
-        documents: All documents of the evaluated split.
+        questions: What each document of the evaluated split asks, as `question` returns it.
         search: Number of search documents.
         report: Number of report documents; 0 for all that are left.
         seed: Seed of the shuffle.
 
     Returns:
-        Two disjoint, sorted lists of document ids; no document's content is in both.
+        Two disjoint, sorted lists of document ids; no question is in both.
 
     Raises:
         OracleError: If no document would be left for the report.
     """
     distinct: dict[str, int] = {}
-    for index, document in enumerate(documents):
-        distinct.setdefault(json.dumps(document, sort_keys=True, default=str), index)
+    for index, asked in enumerate(questions):
+        distinct.setdefault(asked, index)
     ids = np.array(sorted(distinct.values()))
     if len(ids) <= search:
         raise OracleError(

@@ -24,6 +24,7 @@ from rankadaptor_plugin.lm_eval_tasks import (
     gold_choices,
     load_tasks,
     partition,
+    question,
     quiet,
 )
 from rankadaptor_plugin.registry import suggestion
@@ -62,13 +63,16 @@ class LmEvalOracle:
         self._check_names()
         self._ids: dict[str, dict[str, list[int]]] = {"search": {}, "report": {}}
         for name, task in self._tasks.items():
+            documents = list(task.eval_docs)
             search, report = partition(
                 name,
-                list(task.eval_docs),
+                (question(task, doc) for doc in documents),
                 self._config.search_documents,
                 self._config.report_documents,
                 settings.seed,
             )
+            for index in (*search, *report):  # a broken document shall not show up hours later
+                gold_choices(task, documents[index])
             self._ids["search"][name], self._ids["report"][name] = search, report
 
     def weights(self) -> dict[str, float]:
@@ -125,6 +129,8 @@ class LmEvalOracle:
                 f"The task {name!r} reports neither acc nor acc_norm. Name other [oracle] tasks."
             )
         values: dict[str, list[float]] = {"accuracy": [], "clp": [], "margin": []}
+        # A task with several filters gives one sample per filter; the first counts.
+        samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
         for sample in samples:
             # Tasks with acc_mutual_info append a second request per choice, without the question.
             answers = sample["filtered_resps"][: len(task.doc_to_choice(sample["doc"]))]

@@ -28,7 +28,7 @@ def load(path: Path) -> RunConfig:
         ConfigError: If the file is missing, no TOML, or has unknown keys or wrong values.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(
             f"The run file {path} does not exist. Write one with: rankadaptor-plugin init {path}"

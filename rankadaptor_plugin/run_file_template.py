@@ -9,6 +9,7 @@ import typing
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin import run_file
+from rankadaptor_plugin.config import EMBEDDED
 from rankadaptor_plugin.embedded_default import EMBEDDED_RUN_FILE
 from rankadaptor_plugin.errors import ConfigError
 
@@ -40,7 +41,7 @@ def write_template(path: Path, *, model: str | None = None, force: bool = False)
     else:
         config = run_file.from_dict(
             {
-                "model": model,
+                "model": _from(path, model),
                 "output": f"runs/{path.stem}",
                 "corpus": {"path": "corpus.jsonl"},
                 "oracle": {"tasks": ["arc_easy", "piqa"]},
@@ -60,6 +61,13 @@ def write_template(path: Path, *, model: str | None = None, force: bool = False)
         raise ConfigError(
             f"{path} cannot be written: {error.strerror}. Choose a folder where you may write."
         ) from error
+
+
+def _from(path: Path, model: str) -> str:
+    """Returns a model's path, given from the current folder, as the run file must say it."""
+    if model == EMBEDDED or os.path.isabs(model):
+        return model
+    return os.path.relpath(model, path.resolve().parent)
 
 
 def _table(config: Any, name: str) -> list[str]:

@@ -53,6 +53,10 @@ class RunFolder:
         Raises:
             ArtifactError: If the folder cannot be written or is in use.
         """
+        if "?" in str(self.path):  # begins the options in a database URL
+            raise ArtifactError(
+                f"The run folder {self.path} has a ? in its path. Set output to a path without."
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):

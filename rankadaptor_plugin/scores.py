@@ -53,7 +53,7 @@ class Score:
             metric: One of `METRICS`.
             weights: Weight per task; tasks left out weigh nothing. Equal weights if None.
         """
-        weights = weights or dict.fromkeys(self.tasks, 1.0)
+        weights = dict.fromkeys(self.tasks, 1.0) if weights is None else weights
         total = sum(weights.values())
         return sum(w * self.tasks[name].values[metric] for name, w in weights.items()) / total
 

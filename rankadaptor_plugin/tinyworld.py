@@ -15,8 +15,8 @@ Names, goals, scripts and pairs of people are split once into a training and an 
 * Evaluation documents ask about the evaluation part only.  Neither their prompts nor the facts
   they ask for occur in pre-training or recovery, in any form, and no two documents of a task ask
   for the same fact (two people may meet again, but in another order or with the other pronoun).
-  The words, and the rules behind the answers, occur in both: "ada ash lives in
-  the den" is new, but that ada ash is a fox and that foxes live there follows from what is known.
+  The words, and the rules behind the answers, occur in both: "ada ash lives in the den" is new,
+  but that ada ash is a fox and that foxes live there follows from what is known.
 
 The tasks mirror the skills, not the difficulty, of BoolQ, PIQA, HellaSwag, WinoGrande, ARC (easy
 and challenge) and OpenBookQA.  Text is words with single spaces between; every word is a token.

@@ -193,7 +193,7 @@ def test_a_failed_trial_is_recorded_with_its_reason_and_the_run_goes_on(
     path = write_run_file(tmp_path / "r.toml", oracle={"name": "flaky"})
     result = command("run", path, plugin=FlakyPlugin())
     assert result.exit_code == 0, result.stderr
-    assert "failed: The meter broke. Buy another." in result.stderr
+    assert "failed: The meter broke. Buy another" in result.stderr
     report = report_of(tmp_path / "out")
     states = [(trial["state"], trial["reason"]) for trial in report["trials"]]
     assert states[1] == ("failed", "The meter broke. Buy another.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 import typing
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -192,12 +193,13 @@ def test_every_setting_of_the_template_has_a_comment(tmp_path):
         assert line.partition("  # ")[2].strip(), line
 
 
-def test_the_template_names_a_model_as_it_was_given(tmp_path):
-    path = tmp_path / "run.toml"
+def test_the_template_names_a_model_as_seen_from_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "runs" / "run.toml"
     write_template(path, model='mödels/"x"\\y')
-    assert tomllib.loads(path.read_text(encoding="utf-8"))["model"] == 'mödels/"x"\\y'
-    config = run_file.load(path)
-    assert config.model == str(tmp_path / 'mödels/"x"\\y')
+    assert tomllib.loads(path.read_text(encoding="utf-8"))["model"] == '../mödels/"x"\\y'
+    model = Path(run_file.load(path).model)
+    assert model.resolve() == tmp_path / 'mödels/"x"\\y'
     assert (config.prune.keep_first, config.prune.keep_last) == (4, 2)
     assert config.recovery.steps == 600
 
