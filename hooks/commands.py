@@ -24,7 +24,7 @@ def rankadaptor_register_commands(cli: click.Group) -> None:
 @click.pass_obj
 def plugins(manager: pluggy.PluginManager, as_json: bool) -> None:
     """List plugins, who provides them, their hooks and every registered name."""
-    from rankadaptor_plugin.plugins import describe
+    from rankadaptor_plugin.plugin_list import describe
 
     found = describe(manager)
     if as_json:

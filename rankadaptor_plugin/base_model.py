@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -15,36 +14,8 @@ from rankadaptor_plugin.structures import SUPPORTED_FAMILIES
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-def resolve_device(device: str) -> torch.device:
-    """Returns the device of a run file.
-
-    Raises:
-        ConfigError: If there is no such device.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        resolved = torch.device("meta")
-    if resolved.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device is {device!r}. Allowed: auto, cpu, cuda, cuda:0 and so on.")
-    if resolved.type == "cuda" and not 0 <= (resolved.index or 0) < torch.cuda.device_count():
-        raise ConfigError(
-            f"device is {device!r}, but torch sees {torch.cuda.device_count()} GPUs. "
-            'Set device = "auto" or "cpu".'
-        )
-    return resolved
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Returns the dtype of the base model's weights."""
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
 def check_folder(folder: Path) -> str:

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import PeftModel
 
-from rankadaptor_plugin import plugins, run_file
+from rankadaptor_plugin import plugin_list, run_file
 from rankadaptor_plugin.base_model import (
     check_folder,
     load_model,
     load_tokenizer,
-    resolve_device,
-    resolve_dtype,
 )
 from rankadaptor_plugin.context import Oracle, OracleSettings, Recovered, RunContext
 from rankadaptor_plugin.corpus import calibration_samples, load_corpus
+from rankadaptor_plugin.device import (
+    device_name,
+    peak_memory_bytes,
+    resolve_device,
+    resolve_dtype,
+    threads,
+)
 from rankadaptor_plugin.embedded_default import corpus_file, model_folder
 from rankadaptor_plugin.errors import ArtifactError, PluginError
-from rankadaptor_plugin.memory import peak_memory_bytes
 from rankadaptor_plugin.pruned_model import PrunedModel, load_pruned
 from rankadaptor_plugin.report import write_report
 from rankadaptor_plugin.run_folder import RunFolder, digest
@@ -35,7 +36,7 @@ from rankadaptor_plugin.summary import report_data
 from rankadaptor_plugin.trials import TrialState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     import pluggy
     from transformers import PreTrainedModel
@@ -82,7 +83,7 @@ def run(
         RankAdaptorError: Whatever is wrong with the inputs or goes wrong on the way.
     """
     folder = RunFolder(Path(config.output))
-    with folder.opened(), _threads(config.threads):
+    with folder.opened(), threads(config.threads):
         return _Run(config, manager, folder, pruned, began or time.perf_counter()).result()
 
 
@@ -101,12 +102,12 @@ class _Run:
         self.evaluation_seconds = 0.0
         self._base: PreTrainedModel | None = None
         self._progress("load", 0)
-        found = plugins.registries(manager)
+        found = plugin_list.registries(manager)
         self.pruner = found.pruners.get(config.prune.method)
         make_oracle = found.oracles.get(config.oracle.name)
         found.samplers.get(config.search.sampler)
         found.performance_models.get(config.performance_model.name)
-        self.device = resolve_device(config.device)
+        self.device = given.model.device if given else resolve_device(config.device)
         self.source = model_folder(config.model)
         check_folder(self.source)
         corpus_path = corpus_file(config.corpus.path)
@@ -149,18 +150,9 @@ class _Run:
         base = self._evaluated("base", self._base_model)
         pruned = self._pruned()
         scores = {"base": [base], "pruned": [self._evaluated("pruned", lambda: pruned.model)]}
-        recovered = self.hook.rankadaptor_post_prune(pruned=pruned, context=self.context)
-        if not isinstance(recovered, Recovered):
-            raise PluginError(
-                f"The recovery stage returned {type(recovered).__name__}, not Recovered. Repair "
-                "the plugin that implements rankadaptor_post_prune."
-            )
+        recovered = self._recovered(pruned)
         if "scores" not in recovered.summary:
-            scores["recovered"] = [
-                self._evaluated(
-                    "recovered", lambda: PeftModel.from_pretrained(pruned.model, recovered.adapter)
-                )
-            ]
+            scores["recovered"] = [self._evaluated_adapter(pruned, recovered.adapter)]
         self._progress("report", 0)
         data = report_data(
             pruned,
@@ -170,7 +162,7 @@ class _Run:
             timings=self.folder.timings(),
             evaluation_seconds=self.evaluation_seconds,
             peak_memory_bytes=peak_memory_bytes(self.device),
-            device=_device_name(self.device),
+            device=device_name(self.device),
         )
         write_report(self.folder.path, data)
         self._progress("report", 1)
@@ -181,21 +173,51 @@ class _Run:
             report=dict(data),
         )
 
+    def _recovered(self, pruned: PrunedModel) -> Recovered:
+        """Calls the recovery stage; what it does not time itself counts as ``recover``."""
+        began, timed = time.perf_counter(), sum(self.folder.timings().values())
+        recovered = self.hook.rankadaptor_post_prune(pruned=pruned, context=self.context)
+        if not isinstance(recovered, Recovered):
+            raise PluginError(
+                f"The recovery stage returned {type(recovered).__name__}, not Recovered. Repair "
+                "the plugin that implements rankadaptor_post_prune."
+            )
+        if "scores" not in recovered.summary:
+            own = sum(self.folder.timings().values()) - timed
+            self.folder.add_seconds("recover", max(0.0, time.perf_counter() - began - own))
+        return recovered
+
+    def _evaluated_adapter(self, pruned: PrunedModel, adapter: Path) -> Score:
+        """Scores the adapter of a foreign stage, which may be another one than last time."""
+        wrapped: list[PeftModel] = []
+
+        def load() -> PeftModel:
+            wrapped.append(PeftModel.from_pretrained(pruned.model, adapter))
+            return wrapped[0]
+
+        try:
+            return self._evaluated("recovered", load, of=digest(adapter))
+        finally:
+            for model in wrapped:
+                model.unload()
+
     def _claim(self, inputs: dict[str, Any]) -> None:
-        """Claims the folder; one without a complete trial is taken over from other inputs.
+        """Claims the folder; one without a report or complete trial is taken over.
 
         So whoever corrects a setting that made a run fail need not clean up after it.
         """
         try:
             self.folder.claim(inputs)
         except ArtifactError:
-            if self._has_complete_trial():
+            if self._has_results():
                 raise
             logger.warning("%s was begun with other settings; it begins anew", self.folder.path)
             self.folder.clear()
             self.folder.claim(inputs)
 
-    def _has_complete_trial(self) -> bool:
+    def _has_results(self) -> bool:
+        if (self.folder.path / "report.json").exists():
+            return True
         if not (self.folder.path / "study.db").exists():
             return False
         with TrialStore.open(self.folder.study_url, "search") as store:
@@ -213,7 +235,7 @@ class _Run:
         return {
             "config": config,
             "model": digest(self.source),
-            "pruned model": _weights_digest(self.given.model) if self.given else None,
+            "pruned model": self.given.weights_digest() if self.given else None,
             "corpus": digest(corpus),
             "documents": oracle.describe()["digest"],
         }
@@ -229,9 +251,11 @@ class _Run:
             )
         return self._base
 
-    def _evaluated(self, name: str, model: Callable[[], PreTrainedModel | PeftModel]) -> Score:
+    def _evaluated(
+        self, name: str, model: Callable[[], PreTrainedModel | PeftModel], of: str = ""
+    ) -> Score:
         """Returns a model's score on the report documents, kept from an earlier session if any."""
-        file = f"evaluations/{name}.json"
+        file = f"evaluations/{name}{of and f'-{of}'}.json"
         self._progress(f"evaluate {name}", 0)
         if (kept := self.folder.read_json(file)) is None:
             with self.folder.timed("evaluate"):
@@ -273,29 +297,3 @@ class _Run:
 
     def _progress(self, stage: str, done: int) -> None:
         self.hook.rankadaptor_on_progress(stage=stage, done=done, total=1)
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Sets torch's CPU threads for a while; 0 leaves them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _weights_digest(model: PreTrainedModel) -> str:
-    """Returns a hash of a model's weights."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        sha.update(f"{name} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.detach().float().cpu().numpy().tobytes())
-    return sha.hexdigest()[:16]
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)"

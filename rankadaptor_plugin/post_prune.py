@@ -15,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rankadaptor_plugin import plugins, run_file
+from rankadaptor_plugin import plugin_list, plugins, run_file
 from rankadaptor_plugin.base_model import check_folder, load_tokenizer
 from rankadaptor_plugin.embedded_default import model_folder
 from rankadaptor_plugin.pipeline import RunResult, run
@@ -53,7 +53,7 @@ def recover_after_pruning(
     source = model_folder(config.model)
     check_folder(source)
     manager = plugins.plugin_manager()
-    plugins.check_names(plugins.registries(manager), config)
+    plugin_list.check_names(plugin_list.registries(manager), config)
 
     def recover(model: PreTrainedModel) -> None:
         # Taylor pruners leave gradients behind, which would only take memory.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -92,6 +93,14 @@ class PrunedModel:
             "parameters": self.parameters,
             "provenance": self.provenance,
         }
+
+    def weights_digest(self) -> str:
+        """Returns a hash of the weights."""
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            sha.update(f"{name} {tuple(tensor.shape)}".encode())
+            sha.update(tensor.detach().float().cpu().numpy().tobytes())
+        return sha.hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:
         """Writes the model, the tokenizer and the record into a folder.

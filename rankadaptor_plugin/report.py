@@ -137,7 +137,7 @@ def _points(estimate: float, half: float) -> str:
 
 def _bars(data: ReportData) -> str:
     """Draws the ranks as horizontal bars of block characters, one line per layer."""
-    found = {n: data["allocations"][n] for n in ("uniform", "searched") if n in data["allocations"]}
+    found = {name: ranks for name, ranks in tables.allocations(data).items() if ranks}
     top = max((rank for ranks in found.values() for rank in ranks), default=1)
     scale = min(1.0, BAR_WIDTH / top)
     column = round(top * scale) + len(str(top)) + 3

@@ -19,7 +19,8 @@ class Verdict(TypedDict):
 
     Attributes:
         sentence: What `rankadaptor_plugin.report.verdict_sentence` returned.
-        delivered: ``uniform`` or ``searched``: the allocation of the delivered adapter.
+        delivered: ``uniform`` or ``searched``: the allocation of the delivered adapter; or
+            ``foreign``: that of a recovery stage from another package.
         baseline: What `rankadaptor_plugin.report.baseline_label` returned.
         comparisons: Searched minus uniform by metric, as `Comparison.to_json` writes it; empty
             where there was nothing to compare.

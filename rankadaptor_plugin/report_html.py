@@ -91,9 +91,11 @@ def _decision(data: ReportData) -> str:
 
 
 def _ranks(data: ReportData) -> str:
-    uniform, searched = (data["allocations"].get(n, []) for n in ("uniform", "searched"))
+    named = tables.allocations(data)
+    if "recovered" in named:
+        return _figure(svg.ranks([], named["recovered"]), "", "broad")
     legend = _legend({"uniform": "uniform allocation", "searched": "best searched allocation"})
-    return _figure(svg.ranks(uniform, searched), legend, "broad")
+    return _figure(svg.ranks(named["uniform"], named["searched"]), legend, "broad")
 
 
 def _pictures(data: ReportData) -> str:

@@ -73,6 +73,13 @@ def scores(data: ReportData, metric: str) -> Table | None:
     )
 
 
+def allocations(data: ReportData) -> dict[str, list[int]]:
+    """Returns the ranks to show by layer: uniform and searched, or those of a foreign stage."""
+    found = data["allocations"]
+    names = ("uniform", "searched") if {"uniform", "searched"} & {*found} else ("recovered",)
+    return {name: found.get(name, []) for name in names}
+
+
 def comparisons(data: ReportData) -> Table:
     """Tabulates the paired differences by metric."""
     rows = []
@@ -100,13 +107,13 @@ def comparisons(data: ReportData) -> Table:
 
 def layers(data: ReportData) -> Table:
     """Tabulates widths and ranks per layer."""
-    uniform, searched = (data["allocations"].get(n, []) for n in ("uniform", "searched"))
+    named = allocations(data)
     rows = []
-    for layer in range(max(len(data["widths"]), len(uniform), len(searched))):
+    for layer in range(max(len(data["widths"]), *(len(ranks) for ranks in named.values()))):
         widths = data["widths"][layer] if layer < len(data["widths"]) else [UNKNOWN] * 3
-        ranks = [r[layer] if layer < len(r) else UNKNOWN for r in (uniform, searched)]
+        ranks = [r[layer] if layer < len(r) else UNKNOWN for r in named.values()]
         rows.append(tuple(str(cell) for cell in (layer, *widths, *ranks)))
-    header = ("layer", "heads", "KV heads", "MLP channels", "uniform rank", "searched rank")
+    header = ("layer", "heads", "KV heads", "MLP channels", *(f"{name} rank" for name in named))
     return Table("the pruned model and its ranks by layer", header, tuple(rows), ())
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
 
 from rankadaptor_plugin import run_file
 from rankadaptor_plugin.report import baseline_label, verdict_sentence
@@ -15,6 +18,7 @@ from rankadaptor_plugin.trials import TrialState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from rankadaptor_plugin.config import RunConfig
     from rankadaptor_plugin.confirmation import Confirmed
@@ -144,7 +148,7 @@ def report_data(
             "verdict",
             {
                 "sentence": "recovered by another stage; it was not compared with uniform LoRA",
-                "delivered": "searched",
+                "delivered": "foreign",
                 "baseline": "none",
                 "comparisons": {},
             },
@@ -156,7 +160,8 @@ def report_data(
         "parameters": {
             "base": pruned.base_parameters,
             "pruned": pruned.parameters,
-            "trainable": summary.get("trainable", {}),
+            "trainable": summary.get("trainable")
+            or {"recovered": adapter_parameters(recovered.adapter)},
         },
         "widths": [[w.heads, w.kv_heads, w.channels] for w in pruned.widths],
         "trials": summary.get("trials", []),
@@ -191,6 +196,12 @@ def report_data(
         "config": run_file.to_dict(config),
         "device": device,
     }
+
+
+def adapter_parameters(adapter: Path) -> int:
+    """Returns the number of parameters of a PEFT folder."""
+    with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def versions() -> dict[str, str]:

@@ -12,9 +12,8 @@ from rankadaptor_plugin.base_model import (
     check_folder,
     load_model,
     load_tokenizer,
-    resolve_device,
-    resolve_dtype,
 )
+from rankadaptor_plugin.device import resolve_device, resolve_dtype
 from rankadaptor_plugin.errors import ConfigError, UnsupportedModelError
 
 CPU = torch.device("cpu")

@@ -78,7 +78,8 @@ def test_init_overwrites_only_when_forced_and_names_the_model(tmp_path, command)
     assert "exists already. Give another name, or --force to overwrite it." in refused.stderr
     assert path.read_text("utf-8") == "mine"
     assert command("init", path, "--force", "--model", "models/llama").exit_code == 0
-    assert run_file.load(path).model == str(tmp_path / "models" / "llama")
+    model = Path(run_file.load(path).model)  # named as seen from the current folder
+    assert model.resolve() == Path("models/llama").resolve()
     (tmp_path / "file").touch()
     refused = command("init", tmp_path / "file" / "x.toml")
     assert refused.exit_code == 2

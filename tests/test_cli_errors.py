@@ -241,6 +241,13 @@ def test_a_finished_folder_is_not_continued_with_other_inputs(
     result = command("run", finished_copy, plugin=observer)
     assert_error(result, 1, "config.prune.ratio was 0.5, now 0.25", remedy)
 
+    # Neither is one that another recovery stage finished, without a study of ours.
+    study = tmp_path / "out" / "study.db"
+    study.rename(tmp_path / "study.db")
+    assert_error(command("run", finished_copy), 1, "was made from other inputs")
+    assert (tmp_path / "out" / "adapter").is_dir()
+    (tmp_path / "study.db").rename(study)
+
     rows = (EMBEDDED_FOLDER / "recovery.jsonl").read_text("utf-8").splitlines()
     other = file_of(tmp_path, "other.jsonl", "\n".join(rows[:-1]))
     write_run_file(finished_copy, corpus={"path": other})

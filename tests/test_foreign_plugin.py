@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from rankadaptor_plugin.pruned_model import load_pruned
 
@@ -92,3 +94,22 @@ def test_the_report_of_a_foreign_recovery_stage_is_right(foreign_run):
     assert report["trials"] == report["confirm"]["finalists"] == []
     assert report["parameters"]["pruned"] < report["parameters"]["base"]
     assert report["documents"]["report"] == {"tiny_boolq": 6, "tiny_piqa": 6}
+    assert report["verdict"]["delivered"] == "foreign"
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    trainable = sum(weight.numel() for weight in weights.values())
+    assert report["parameters"]["trainable"] == {"recovered": trainable}
+    assert report["cost"]["stages"]["recover"] > 0
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "Delivered: foreign allocation." in text
+    assert "| layer | heads | KV heads | MLP channels | recovered rank |" in text
+    assert re.search(r"^    0  \S+ 1$", text, re.MULTILINE)  # the bar of the lowest layer
+
+
+def test_another_run_file_does_not_take_over_the_folder_of_a_foreign_run(
+    foreign_run, write_run_file, command
+):
+    folder = foreign_run[1]
+    result = command("run", write_run_file(folder.parent / "OTHER.toml", seed=5))
+    assert result.exit_code == 1
+    assert "was made from other inputs" in result.stderr
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()

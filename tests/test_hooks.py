@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import optuna
@@ -22,7 +23,8 @@ from rankadaptor_plugin.config import OracleConfig, PruneConfig, RecoveryConfig,
 from rankadaptor_plugin.context import OracleSettings, RunContext
 from rankadaptor_plugin.corpus import load_corpus
 from rankadaptor_plugin.lm_eval_tasks import load_tasks
-from rankadaptor_plugin.plugins import plugin_manager, registries
+from rankadaptor_plugin.plugin_list import GROUP, registries
+from rankadaptor_plugin.plugins import plugin_manager
 from rankadaptor_plugin.pruned_model import PrunedModel
 from rankadaptor_plugin.ranks import RankAllocation
 from rankadaptor_plugin.testing import PerformanceModelConformance, SamplerConformance
@@ -222,6 +224,14 @@ def test_hook_rankadaptor_after_trial(example, context, trial):
         example.hook.rankadaptor_after_trial(trial=trial, context=context)
     lines = (context.folder / "trials.jsonl").read_text(encoding="utf-8").splitlines()
     assert [Trial.from_json(json.loads(line)) for line in lines] == [trial, trial]
+
+
+def test_the_documented_project_names_the_documented_module():
+    project, chosen = map(tomllib.loads, re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL))
+    assert project["project"]["entry-points"] == {GROUP: {"ends": "rankadaptor_ends"}}
+    assert project["tool"]["setuptools"]["py-modules"] == ["rankadaptor_ends"]
+    assert chosen == {"search": {"sampler": "ends"}}
+    assert 'register("ends"' in blocks("## Write one")[0]
 
 
 def test_the_documented_plugin_passes_its_documented_test_file(tmp_path, monkeypatch):

@@ -105,7 +105,7 @@ def test_every_file_of_the_three_folders_is_in_the_wheel_and_no_other(names):
         f"{PACKAGE}/{target}{path.relative_to(ROOT / folder).as_posix()}"
         for folder, target in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.name[0] != "."
     }
     assert {name for name in names if name.startswith(f"{PACKAGE}/")} == expected
     for name in ("py.typed", "embedded/run.toml", "embedded/model/model.safetensors"):

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from rankadaptor_plugin import plugins, stage
 from rankadaptor_plugin.cli import build_cli
 from rankadaptor_plugin.errors import PluginError
+from rankadaptor_plugin.plugin_list import GROUP, registries
 
 HOOK = "from rankadaptor_plugin import hookimpl\n\n\n@hookimpl\ndef rankadaptor_"
 
@@ -30,7 +31,7 @@ def install(tmp_path, monkeypatch):
             f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 2.5\n", encoding="utf-8"
         )
         (info / "entry_points.txt").write_text(
-            f"[{plugins.GROUP}]\n{point or distribution} = {module}\n", encoding="utf-8"
+            f"[{GROUP}]\n{point or distribution} = {module}\n", encoding="utf-8"
         )
         monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -103,7 +104,7 @@ def test_a_plugin_cannot_take_the_name_of_a_built_in_one(install):
 def test_a_module_that_is_named_twice_is_an_error_at_start(install, tmp_path):
     install("twice", "")
     (tmp_path / "twice-2.5.dist-info" / "entry_points.txt").write_text(
-        f"[{plugins.GROUP}]\none = twice\ntwo = twice\n", encoding="utf-8"
+        f"[{GROUP}]\none = twice\ntwo = twice\n", encoding="utf-8"
     )
     fails("'two' of twice 2.5", "'one'")
 
@@ -111,7 +112,7 @@ def test_a_module_that_is_named_twice_is_an_error_at_start(install, tmp_path):
 def test_a_name_that_is_registered_twice_is_an_error(install):
     install("second-width", f'{HOOK}register_pruners(register):\n    register("width", print)\n')
     with pytest.raises(PluginError, match="The pruner 'width' is registered twice"):
-        plugins.registries(plugins.plugin_manager())
+        registries(plugins.plugin_manager())
 
 
 @pytest.mark.parametrize("result", [None, "its own"])
@@ -125,10 +126,10 @@ def test_a_recovery_stage_that_returns_none_leaves_the_work_to_the_built_in_one(
 
 
 def test_rankadaptor_trace_prints_hook_calls_to_standard_error(monkeypatch, capsys):
-    plugins.registries(plugins.plugin_manager(third_party=False))
+    registries(plugins.plugin_manager(third_party=False))
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("RANKADAPTOR_TRACE", "1")
-    plugins.registries(plugins.plugin_manager(third_party=False))
+    registries(plugins.plugin_manager(third_party=False))
     printed = capsys.readouterr()
     assert "rankadaptor_register_pruners" in printed.err
     assert "finish rankadaptor_register_samplers" in printed.err

@@ -198,8 +198,8 @@ def test_the_template_names_a_model_as_seen_from_itself(tmp_path, monkeypatch):
     path = tmp_path / "runs" / "run.toml"
     write_template(path, model='mödels/"x"\\y')
     assert tomllib.loads(path.read_text(encoding="utf-8"))["model"] == '../mödels/"x"\\y'
-    model = Path(run_file.load(path).model)
-    assert model.resolve() == tmp_path / 'mödels/"x"\\y'
+    config = run_file.load(path)
+    assert Path(config.model).resolve() == tmp_path / 'mödels/"x"\\y'
     assert (config.prune.keep_first, config.prune.keep_last) == (4, 2)
     assert config.recovery.steps == 600
 
