@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal
 from rankadaptor_plugin import hookimpl
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console, RenderableType
     from rich.live import Live
 
@@ -80,6 +82,13 @@ class Progress:
         if self._live is None and (begins or (done and total > 1 and stage != "search")):
             count = f" {done}/{total}" if total > 1 else ""
             self._print(f"{stage}{count}{self._left()}")
+
+    @hookimpl
+    def rankadaptor_on_resume(self, trials: Sequence[Trial]) -> None:
+        """Takes over the trials of earlier sessions."""
+        self._trials.extend(trials)
+        if self._live is None:
+            self._print(f"going on after {len(trials)} finished trials")
 
     @hookimpl
     def rankadaptor_after_trial(self, trial: Trial) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rankadaptor_plugin import hookspec
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import click
@@ -101,6 +102,14 @@ def rankadaptor_on_progress(stage: str, done: int, total: int) -> None:
     """Observes progress: ``done`` of ``total`` units of work of a stage are finished.
 
     Called with ``done = 0`` when a stage begins and after each unit. Return values are ignored.
+    """
+
+
+@hookspec
+def rankadaptor_on_resume(trials: Sequence[Trial], context: RunContext) -> None:
+    """Observes the trials that earlier sessions finished, when a search goes on.
+
+    Called once before the search, not at all where it begins. Return values are ignored.
     """
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from rankadaptor_plugin.errors import ConfigError
+from rankadaptor_plugin.errors import ConfigError, RankSpaceError
 from rankadaptor_plugin.scores import METRICS
 
 EMBEDDED = "embedded"
@@ -50,6 +50,19 @@ class RankSpaceConfig:
         "uniform: as many trainable parameters as uniform LoRA; free: no limit (paper)",
         choices=("uniform", "free"),
     )
+
+    def __post_init__(self) -> None:
+        if tuple(sorted(set(self.candidates))) != self.candidates or not self.candidates:
+            raise RankSpaceError(
+                f"The rank candidates {list(self.candidates)} are not ascending and distinct. "
+                "Sort [rank_space] candidates and remove repetitions."
+            )
+        if self.budget == "uniform" and self.candidates[0] > self.default_rank:
+            raise RankSpaceError(
+                f"The smallest rank candidate {self.candidates[0]} is above default_rank "
+                f"{self.default_rank}, so no allocation fits the budget of uniform LoRA. Add a "
+                'smaller candidate, raise default_rank, or set budget = "free".'
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

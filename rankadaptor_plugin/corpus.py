@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rankadaptor_plugin.errors import CorpusError
+from rankadaptor_plugin.errors import ConfigError, CorpusError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,7 +86,8 @@ def load_corpus(
         limit: Use the first rows only; 0 uses all.
 
     Raises:
-        CorpusError: If the file is missing, malformed, or yields no training sequence.
+        ConfigError: If the file is missing.
+        CorpusError: If it is malformed, or yields no training sequence.
     """
     rows = read_rows(path)
     if limit:
@@ -131,12 +132,13 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         Dictionaries with either ``text`` or ``instruction``, ``input`` and ``output``.
 
     Raises:
-        CorpusError: If the file is missing or malformed.
+        ConfigError: If the file is missing.
+        CorpusError: If it is malformed.
     """
     try:
         content = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise CorpusError(
+        raise ConfigError(
             f"The corpus {path} cannot be read: {error.strerror}. Correct [corpus] path."
         ) from error
     except UnicodeDecodeError as error:

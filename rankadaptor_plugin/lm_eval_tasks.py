@@ -89,14 +89,14 @@ def partition(
         Two disjoint, sorted lists of document ids; no question is in both.
 
     Raises:
-        OracleError: If no document would be left for the report.
+        ConfigError: If no document would be left for the report.
     """
     distinct: dict[str, int] = {}
     for index, asked in enumerate(questions):
         distinct.setdefault(asked, index)
     ids = np.array(sorted(distinct.values()))
     if len(ids) <= search:
-        raise OracleError(
+        raise ConfigError(
             f"The task {task!r} has {len(ids)} distinct documents; {search} for the search leave "
             "none for the report. Lower [oracle] search_documents."
         )

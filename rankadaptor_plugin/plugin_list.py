@@ -28,12 +28,13 @@ def registries(manager: pluggy.PluginManager) -> Registries:
 
 
 def check_names(found: Registries, config: RunConfig) -> None:
-    """Checks, by loading it, everything that a run file names for the stages after the pruner.
+    """Checks, by loading it, everything that a run file names.
 
     Raises:
         UnknownNameError: If no plugin registers a name.
         PluginError: If what is registered cannot be loaded.
     """
+    found.pruners.get(config.prune.method)
     found.oracles.get(config.oracle.name)
     found.samplers.get(config.search.sampler)
     found.performance_models.get(config.performance_model.name)

@@ -108,7 +108,7 @@ def _pictures(data: ReportData) -> str:
         values = (trial.get("objective"), trial.get("predicted"))
         measured, predicted = (None if v is None else scale * v for v in values)
         initial = trial["phase"] == "initialization"
-        points.append(svg.Point(trial["position"], initial, measured, predicted))
+        points.append(svg.Point(trial["position"] + 1, initial, measured, predicted))
     steps = svg.best_so_far(points, unit, digits)
     scatter = svg.scatter(points, unit, digits)
     legend = _legend({"phase": "initialization phase"})

@@ -105,15 +105,15 @@ def best_so_far(points: Sequence[Point], unit: str, digits: int) -> str:
     if not values:
         return ""
     last = max(p.position for p in points)
-    frame = Frame(360, 330, (-0.5, last + 0.5), _span(values))
+    frame = Frame(360, 330, (0.5, last + 0.5), _span(values))
     marks = []
     initial = [p.position for p in points if p.initial]
     if initial:
-        width = frame.x(max(initial) + 0.5) - frame.x(-0.5)
+        width = frame.x(max(initial) + 0.5) - frame.x(0.5)
         marks.append(
-            f'<rect class="phase" x="{frame.x(-0.5)}" y="{frame.top}" width="{width:.2f}" '
+            f'<rect class="phase" x="{frame.x(0.5)}" y="{frame.top}" width="{width:.2f}" '
             f'height="{frame.height - frame.top - frame.bottom}"><title>initialization phase: '
-            f"trials 0 to {max(initial)}</title></rect>"
+            f"trials 1 to {max(initial)}</title></rect>"
         )
     marks += _y_axis(frame, f"measured ({unit})")
     every = max(1, math.ceil((last + 1) / MOST_LABELS))

@@ -142,7 +142,7 @@ def trials(data: ReportData) -> Table:
         state = trial["state"] + (f": {trial['reason']}" if trial.get("reason") else "")
         rows.append(
             (
-                str(trial["position"]),
+                str(trial["position"] + 1),
                 trial["phase"],
                 scored(measured, metric),
                 scored(predicted, metric),

@@ -148,7 +148,7 @@ def search(
         failures = failures + 1 if trial.state is TrialState.FAILED else 0
         if failures >= config.max_failures:
             raise RecoveryError(
-                f"{failures} trials in a row failed, the last one (trial {position}, ranks "
+                f"{failures} trials in a row failed, the last one (trial {position + 1}, ranks "
                 f"{allocation}) because: {trial.reason} Remove the cause and run the same command "
                 "again; the trials made so far are kept."
             )
@@ -167,9 +167,9 @@ def _run(trial: Trial, evaluate: Evaluate, objective: Callable[[Score], float]) 
                 "learning_rate or check the oracle's tasks."
             )
     except RankAdaptorError as error:
-        logger.warning("Trial %d (%s) failed: %s", trial.position, trial.allocation, error)
+        logger.warning("Trial %d (%s) failed: %s", trial.position + 1, trial.allocation, error)
         return replace(trial, reason=str(error))
-    logger.info("Trial %d (%s): %.4f", trial.position, trial.allocation, value)
+    logger.info("Trial %d (%s): %.4f", trial.position + 1, trial.allocation, value)
     return replace(
         trial,
         state=TrialState.COMPLETE,
@@ -217,7 +217,7 @@ def _check_same_space(space: RankSpace, trials: Sequence[Trial]) -> None:
             space.check(trial.allocation)
         except RankSpaceError as error:
             raise ArtifactError(
-                f"Trial {trial.position} of the store belongs to another rank space: {error} "
+                f"Trial {trial.position + 1} of the store belongs to another rank space: {error} "
                 "Or choose another run folder."
             ) from error
 

@@ -98,8 +98,10 @@ class _Stage:
 
     def _search(self, store: TrialStore, add_seconds: Callable[[], None]) -> SearchResult:
         config = self.config.search
-        hook, done = self.context.hook, len(store.trials())
-        hook.rankadaptor_on_progress(stage="search", done=done, total=config.max_trials)
+        hook, earlier = self.context.hook, store.trials()
+        hook.rankadaptor_on_progress(stage="search", done=len(earlier), total=config.max_trials)
+        if earlier:
+            hook.rankadaptor_on_resume(trials=earlier, context=self.context)
 
         def sampler_for(seed: int) -> BaseSampler:
             registries, model = self.context.registries, self.config.performance_model

@@ -72,7 +72,7 @@ BAD = {
     "default rank 0": ({"rank_space": {"default_rank": 0}}, 2, "default_rank is 0", "Raise it"),
     "unsorted ranks": ({"rank_space": {"candidates": [4, 2]}}, 2, "not ascending", "Sort"),
     "a rank twice": ({"rank_space": {"candidates": [2, 2]}}, 2, "distinct", "remove rep"),
-    "no budget": ({"rank_space": {"default_rank": 1}}, 2, "budget", "Add a smaller rank"),
+    "no budget": ({"rank_space": {"default_rank": 1}}, 2, "budget", "Add a smaller candidate"),
     "no layer left": ({"prune": {"keep_first": 5, "keep_last": 3}}, 2, "none of the 8", "Lower"),
     "too few trials": ({"search": {"initial_trials": 9}}, 2, "more than max_trials", "Raise"),
     "no task": ({"oracle": {"tasks": []}}, 2, "tasks is empty", "Name at least one"),
@@ -90,7 +90,7 @@ BAD = {
         {"oracle": {"weights": {"tiny_boolq": 0, "tiny_piqa": 0}}},
         *(2, "are all 0", "Give at least one"),
     ),
-    "too many documents": ({"oracle": {"search_documents": 9999}}, 1, "leave none", "Lower"),
+    "too many documents": ({"oracle": {"search_documents": 9999}}, 2, "leave none", "Lower"),
     "task without data": (
         lambda folder: {"oracle": task_without_data(folder)},
         *(1, "data of the tasks lost cannot be loaded", "Check the task's data files"),
@@ -125,7 +125,7 @@ BAD = {
         lambda folder: {"model": torn(folder)},
         *(1, "cannot be loaded", "Check that all its files are whole"),
     ),
-    "no corpus": ({"corpus": {"path": "nowhere.jsonl"}}, 1, "cannot be read", "Correct"),
+    "no corpus": ({"corpus": {"path": "nowhere.jsonl"}}, 2, "cannot be read", "Correct"),
     "empty corpus": (
         lambda folder: {"corpus": {"path": file_of(folder, "c.jsonl", "\n")}},
         *(1, "is empty", "Give a file with at least one row"),

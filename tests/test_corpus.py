@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankadaptor_plugin.corpus import ALPACA, IGNORED, calibration_samples, load_corpus, read_rows
-from rankadaptor_plugin.errors import CorpusError
+from rankadaptor_plugin.errors import ConfigError, CorpusError
 
 BOS, EOS, UNK = 0, 1, 2
 FRAMES = ["$A", "<s> $A", "<s> $A </s>", "$A </s>"]
@@ -166,9 +166,9 @@ def test_each_error_says_what_is_wrong(written, name, content, message):
 
 
 def test_a_missing_file_or_a_folder_cannot_be_read(tmp_path):
-    with pytest.raises(CorpusError, match=r"cannot be read: No such file.*Correct \[corpus\] path"):
+    with pytest.raises(ConfigError, match=r"cannot be read: No such file.*Correct \[corpus\] path"):
         read_rows(tmp_path / "none.jsonl")
-    with pytest.raises(CorpusError, match="cannot be read: Is a directory"):
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         read_rows(tmp_path)
 
 

@@ -219,6 +219,11 @@ def test_hook_rankadaptor_on_progress(example, caplog):
     assert caplog.messages == ["search: 1 of 3"]
 
 
+def test_hook_rankadaptor_on_resume(example, context, trial, caplog):
+    example.hook.rankadaptor_on_resume(trials=[trial, trial], context=context)
+    assert "2 trials were finished earlier" in caplog.text
+
+
 def test_hook_rankadaptor_after_trial(example, context, trial):
     for _ in range(2):
         example.hook.rankadaptor_after_trial(trial=trial, context=context)

@@ -199,7 +199,7 @@ GENERATES = {"output_type": "generate_until", "doc_to_choice": None, "metric_lis
         ({}, {"tasks": ("toyy",)}, ConfigError, "Unknown lm-eval task 'toyy'.* mean 'toy'"),
         (GENERATES, {}, OracleError, "'toy' is of type 'generate_until'; only multiple_choice"),
         ({"data": "none.jsonl"}, {}, OracleError, r"tasks toy cannot be loaded: .*none\.jsonl"),
-        ({}, {"search_documents": 12}, OracleError, "'toy' has 12 distinct documents; 12 for the"),
+        ({}, {"search_documents": 12}, ConfigError, "'toy' has 12 distinct documents; 12 for the"),
     ],
 )
 def test_what_cannot_guide_a_search_is_refused(tasks, oracle, task, config, error, message):

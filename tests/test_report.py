@@ -297,7 +297,7 @@ def test_mean_row_is_set_apart() -> None:
 
 def test_best_so_far_shades_initialization_and_marks_failures() -> None:
     html = page(report_data())
-    assert "initialization phase: trials 0 to 9" in html
+    assert "initialization phase: trials 1 to 10" in html
     assert html.count('class="failed"') == 2
     assert html.count('class="diagonal"') == 1
 

@@ -138,6 +138,10 @@ def configs(cls):
         )
     if "initial_trials" in fields:
         fields["initial_trials"] = st.just(2)
+    if "candidates" in fields and "default_rank" in fields:
+        distinct = st.sets(st.integers(1, 64), min_size=1, max_size=4)
+        fields["candidates"] = distinct.map(sorted).map(tuple)
+        fields["default_rank"] = st.integers(64)
     return st.builds(cls, **fields)
 
 

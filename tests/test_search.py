@@ -234,7 +234,7 @@ def test_a_failed_trial_interrupts_convergence():
 def test_three_failures_in_a_row_end_the_search_and_it_can_go_on():
     store = new_store()
     with pytest.raises(
-        RecoveryError, match=r"3 trials in a row failed.*trial 4.*No task\."
+        RecoveryError, match=r"3 trials in a row failed.*trial 5.*No task\."
     ) as error:
         run(evaluate=failing({2, 3, 4}, OracleError("No task.")), store=store)
     assert "run the same command again" in str(error.value)
@@ -261,7 +261,7 @@ def test_other_exceptions_propagate_and_leave_the_trial_interrupted():
 def test_a_store_of_another_space_is_refused():
     store = new_store()
     run(store=store)
-    with pytest.raises(ArtifactError, match="Trial 0 of the store belongs to another rank space"):
+    with pytest.raises(ArtifactError, match="Trial 1 of the store belongs to another rank space"):
         run(TINY, store=store)
 
 

@@ -1,0 +1,163 @@
+"""The first stage of a run: everything is checked and loaded that the other stages share.
+
+What is wrong with a run file shows here, before any model is loaded or anything is written but the
+claim on the run folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankadaptor_plugin import plugin_list, run_file
+from rankadaptor_plugin.base_model import check_folder, load_tokenizer
+from rankadaptor_plugin.context import Oracle, OracleSettings, Pruner, RunContext
+from rankadaptor_plugin.corpus import load_corpus
+from rankadaptor_plugin.device import resolve_device, resolve_dtype
+from rankadaptor_plugin.embedded_default import corpus_file, model_folder
+from rankadaptor_plugin.errors import ArtifactError
+from rankadaptor_plugin.run_folder import RunFolder, digest
+from rankadaptor_plugin.study import TrialStore
+from rankadaptor_plugin.trials import TrialState
+
+if TYPE_CHECKING:
+    import pluggy
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from rankadaptor_plugin.config import RunConfig
+    from rankadaptor_plugin.pruned_model import PrunedModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What the stages share.
+
+    Attributes:
+        context: The run, as plugins may know it.
+        pruner: The pruner that the run file names.
+        source: Folder of the base model.
+        tokenizer: Its tokenizer.
+        device: Where to compute.
+        dtype: Type of the base model's weights.
+    """
+
+    context: RunContext
+    pruner: Pruner
+    source: Path
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+
+
+def prepare(
+    config: RunConfig,
+    manager: pluggy.PluginManager,
+    folder: RunFolder,
+    given: PrunedModel | None,
+    began: float,
+) -> Prepared:
+    """Checks and loads what a run file names, and claims the run folder.
+
+    Args:
+        config: The run file.
+        manager: Plugins.
+        folder: The run folder, opened.
+        given: A model that was pruned already.
+        began: ``time.perf_counter()`` at the start of the program.
+
+    Raises:
+        RankAdaptorError: Whatever is wrong with the inputs.
+    """
+    manager.hook.rankadaptor_on_progress(stage="load", done=0, total=1)
+    found = plugin_list.registries(manager)
+    plugin_list.check_names(found, config)
+    device = given.model.device if given else resolve_device(config.device)
+    source = model_folder(config.model)
+    check_folder(source)
+    tokenizer = (
+        given.tokenizer
+        if given
+        else load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    )
+    corpus_path = corpus_file(config.corpus.path)
+    corpus = load_corpus(
+        corpus_path,
+        tokenizer,
+        template=config.corpus.template,
+        max_tokens=config.corpus.max_tokens,
+        limit=config.corpus.limit,
+    )
+    paths = [Path(config.oracle.task_path)] if config.oracle.task_path else []
+    paths += manager.hook.rankadaptor_lm_eval_task_paths()
+    oracle = found.oracles.get(config.oracle.name)(
+        OracleSettings(
+            config=config.oracle, tokenizer=tokenizer, task_paths=tuple(paths), seed=config.seed
+        )
+    )
+    _claim(folder, _inputs(config, source, given, corpus_path, oracle))
+    prepared = Prepared(
+        context=RunContext(
+            config=config,
+            folder=folder.path,
+            registries=found,
+            hook=manager.hook,
+            oracle=oracle,
+            corpus=corpus,
+        ),
+        pruner=found.pruners.get(config.prune.method),
+        source=source,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=resolve_dtype(config.dtype, device),
+    )
+    folder.add_seconds("load", time.perf_counter() - began)
+    manager.hook.rankadaptor_on_progress(stage="load", done=1, total=1)
+    return prepared
+
+
+def _claim(folder: RunFolder, inputs: dict[str, Any]) -> None:
+    """Claims the folder; one without a report or complete trial is taken over.
+
+    So whoever corrects a setting that made a run fail need not clean up after it.
+    """
+    try:
+        folder.claim(inputs)
+    except ArtifactError:
+        if _has_results(folder):
+            raise
+        logger.warning("%s was begun with other settings; it begins anew", folder.path)
+        folder.clear()
+        folder.claim(inputs)
+
+
+def _has_results(folder: RunFolder) -> bool:
+    if (folder.path / "report.json").exists():
+        return True
+    if not (folder.path / "study.db").exists():
+        return False
+    with TrialStore.open(folder.study_url, "search") as store:
+        return any(trial.state is TrialState.COMPLETE for trial in store.trials())
+
+
+def _inputs(
+    config: RunConfig, source: Path, given: PrunedModel | None, corpus: Path, oracle: Oracle
+) -> dict[str, Any]:
+    """Returns what must not change between two sessions in one run folder."""
+    plain = run_file.to_dict(config)
+    # A search may be prolonged, and a run may move to another machine or device.
+    for key in ("output", "model", "device", "threads"):
+        del plain[key]
+    del plain["search"]["max_trials"], plain["corpus"]["path"], plain["oracle"]["task_path"]
+    return {
+        "config": plain,
+        "model": digest(source),
+        "pruned model": given.weights_digest() if given else None,
+        "corpus": digest(corpus),
+        "documents": oracle.describe()["digest"],
+    }
