@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import subprocess
@@ -174,12 +173,18 @@ def test_foreign_study():
         TrialStore(storage, "study")
 
 
-def test_is_quiet_and_leaves_the_verbosity_alone(tmp_path, capfd):
+@pytest.fixture
+def talkative():
     before = optuna.logging.get_verbosity()
-    assert before <= logging.INFO
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+    yield optuna.logging.INFO
+    optuna.logging.set_verbosity(before)
+
+
+def test_is_quiet_and_leaves_the_verbosity_alone(tmp_path, capfd, talkative):
     with TrialStore.open(url(tmp_path), "study") as store:
         store.finish(store.begin(sampler(), SPACE), COMPLETE)
-    assert optuna.logging.get_verbosity() == before
+    assert optuna.logging.get_verbosity() == talkative
     assert capfd.readouterr() == ("", "")
 
 
