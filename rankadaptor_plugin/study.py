@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import optuna
 from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.trial import TrialState as OptunaState
+from sqlalchemy.pool import NullPool
 
 from rankadaptor_plugin.errors import ArtifactError
 from rankadaptor_plugin.samplers import allocation_from, distributions
@@ -95,7 +96,8 @@ class TrialStore:
         """
         storage = None
         try:
-            storage = RDBStorage(storage_url)
+            # Without a pool, a connection to a file that turns out torn is closed at once.
+            storage = RDBStorage(storage_url, engine_kwargs={"poolclass": NullPool})
             return cls(storage, name)
         except Exception as error:  # every database driver has error types of its own
             if storage is not None:
