@@ -152,6 +152,16 @@ def test_the_constraints_pin_every_dependency_within_its_bounds():
         assert requirement.specifier.contains(pinned), f"{requirement}, but {pinned} is pinned"
 
 
+def test_the_lower_bounds_are_the_versions_that_tox_lowest_installs():
+    text = (ROOT / ".ci" / "constraints-lowest.txt").read_text(encoding="utf-8")
+    tested = [Requirement(line) for line in text.splitlines() if not line.startswith("#")]
+    lowest = {canonicalize_name(t.name): next(iter(t.specifier)).version for t in tested}
+    test_extra = map(Requirement, PROJECT["optional-dependencies"]["test"])
+    for requirement in (*REQUIREMENTS, *test_extra):
+        bound = next(iter(requirement.specifier)).version
+        assert lowest[canonicalize_name(requirement.name)] == bound, str(requirement)
+
+
 def test_every_imported_distribution_is_declared():
     imported = set()
     for folder in FOLDERS:
