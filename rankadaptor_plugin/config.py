@@ -52,7 +52,9 @@ class RankSpaceConfig:
     )
 
     def __post_init__(self) -> None:
-        if tuple(sorted(set(self.candidates))) != self.candidates or not self.candidates:
+        if not self.candidates:
+            raise RankSpaceError("[rank_space] candidates is empty. Name at least two ranks.")
+        if tuple(sorted(set(self.candidates))) != self.candidates:
             raise RankSpaceError(
                 f"The rank candidates {list(self.candidates)} are not ascending and distinct. "
                 "Sort [rank_space] candidates and remove repetitions."
@@ -123,6 +125,13 @@ class OracleConfig:
     batch_size: int = _f(16, "requests per forward pass", low=1)
     max_length: int = _f(0, "longest request in tokens; 0 takes the model's limit", low=0)
 
+    def __post_init__(self) -> None:
+        if self.report_documents == 1:
+            raise ConfigError(
+                "oracle.report_documents is 1, which gives no interval. Use 0 for all that are "
+                "left, or at least 2."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PerformanceModelConfig:
@@ -164,7 +173,12 @@ class ConfirmConfig:
     """Finalists against uniform LoRA, with fresh seeds, judged on the report documents."""
 
     finalists: int = _f(2, "best allocations of the search that are run again", low=1)
-    seeds: int = _f(5, "fresh seeds per allocation", low=2)
+    choosing_seeds: int = _f(
+        3, "fresh seeds that choose one of the finalists, on the search documents", low=1
+    )
+    seeds: int = _f(
+        5, "further fresh seeds that compare it with uniform LoRA, on the report documents", low=2
+    )
     confidence: float = _f(0.95, "confidence of the intervals", low=0.5, high=0.999)
 
 
@@ -193,6 +207,9 @@ class RunConfig:
     confirm: ConfirmConfig = field(default_factory=ConfirmConfig)
 
     def __post_init__(self) -> None:
+        for key in ("model", "output"):
+            if not getattr(self, key):
+                raise ConfigError(f"{key} is empty. Name a folder.")
         if not self.oracle.tasks:
             raise ConfigError(
                 "[oracle] tasks is empty. Name at least one lm-eval task, for example "

@@ -1,14 +1,15 @@
-"""Confirmation: finalists and uniform LoRA again, with seeds and documents the search never saw.
+"""Confirmation: the finalists and uniform LoRA again, on seeds and documents kept from the search.
 
-The finalists run first; the one with the best mean objective on the *search* documents over the
-fresh seeds goes on. It alone is compared with uniform LoRA at the same parameter budget, on the
-*report* documents. So the report documents decide one comparison and select nothing.
+First the finalists run with fresh seeds, and the one with the best mean objective on the *search*
+documents goes on; a single finalist goes on as it is. Then that one and uniform LoRA at the same
+parameter budget run with further fresh seeds and are compared on the *report* documents. Neither
+the seeds nor the documents of this comparison chose anything, so it is not biased by the choice.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,14 @@ from rankadaptor_plugin.scores import Score
 from rankadaptor_plugin.trials import Phase, Trial, TrialState
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from rankadaptor_plugin.ranks import RankAllocation
     from rankadaptor_plugin.run_folder import RunFolder
     from rankadaptor_plugin.study import TrialStore
 
 FRESH = 1_000_000
-"""Distance of the confirmation's seeds from the seed of the search."""
+"""Distance of the confirmation's seeds from the seed of the search, and of its two halves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +33,15 @@ class ConfirmationRun:
 
     Attributes:
         search: Scores on the search documents.
-        report: Scores on the report documents, with per-document values.
+        report: Scores on the report documents, with per-document values; None where the run only
+            chooses among the finalists.
         objective: What the search maximizes, on the search documents.
         train_loss: See `rankadaptor_plugin.trials.Outcome`.
         seconds: Wall time by part: ``recovery`` and ``oracle``.
     """
 
     search: Score
-    report: Score
+    report: Score | None
     objective: float
     train_loss: float
     seconds: dict[str, float]
@@ -48,7 +50,7 @@ class ConfirmationRun:
         """Returns plain values."""
         return {
             "search": self.search.to_json(),
-            "report": self.report.to_json(per_document=True),
+            "report": self.report and self.report.to_json(per_document=True),
             "objective": self.objective,
             "train_loss": self.train_loss,
             "seconds": self.seconds,
@@ -57,12 +59,25 @@ class ConfirmationRun:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ConfirmationRun:
         """Builds a run from what `to_json` returned."""
-        scores = {key: Score.from_json(data[key]) for key in ("search", "report")}
-        return cls(**{**data, **scores})
+        search = Score.from_json(data["search"])
+        report = data["report"] and Score.from_json(data["report"])
+        return cls(**{**data, "search": search, "report": report})
 
 
-Run = Callable[["RankAllocation", int], ConfirmationRun]
-"""Fine-tunes an allocation with a seed and scores it on both kinds of documents."""
+Runs = tuple[ConfirmationRun, ...]  # one per seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeds:
+    """Fresh seeds of the two halves.
+
+    Attributes:
+        choosing: They choose among several finalists.
+        comparing: They compare the chosen one with uniform LoRA.
+    """
+
+    choosing: tuple[int, ...]
+    comparing: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,25 +86,40 @@ class Confirmed:
 
     Attributes:
         seeds: The fresh seeds.
-        runs: One run per seed, by allocation: the finalists, then the baseline.
-        searched: The finalist that goes on; None if it is the baseline itself.
+        choosing: Runs of the finalists with the choosing seeds; empty if there is one finalist.
+        comparing: Runs of the chosen one and of the baseline with the comparing seeds.
+        searched: The finalist that was chosen; None if it is the baseline itself.
         baseline: Uniform LoRA at equal parameters.
     """
 
-    seeds: tuple[int, ...]
-    runs: dict[RankAllocation, tuple[ConfirmationRun, ...]]
+    seeds: Seeds
+    choosing: dict[RankAllocation, Runs]
+    comparing: dict[RankAllocation, Runs]
     searched: RankAllocation | None
     baseline: RankAllocation
 
-    def mean_objective(self, allocation: RankAllocation) -> float:
-        """Returns an allocation's mean objective on the search documents, over the seeds."""
-        runs = self.runs[allocation]
-        return sum(run.objective for run in runs) / len(runs)
+    def reports(self, allocation: RankAllocation) -> list[Score]:
+        """Returns an allocation's scores on the report documents, one per comparing seed."""
+        return [run.report for run in self.comparing[allocation] if run.report]
 
 
-def fresh_seeds(seed: int, count: int) -> tuple[int, ...]:
-    """Returns seeds that no trial of the search used."""
-    return tuple(seed + FRESH + i for i in range(count))
+def fresh_seeds(seed: int, choosing: int, comparing: int) -> Seeds:
+    """Returns seeds that no trial of the search used, as many as asked for."""
+    return Seeds(
+        choosing=tuple(seed + 2 * FRESH + i for i in range(choosing)),
+        comparing=tuple(seed + FRESH + i for i in range(comparing)),
+    )
+
+
+def fine_tunes(finalists: int, seeds: Seeds) -> int:
+    """Returns the most fine-tunes that a confirmation takes."""
+    choosing = finalists * len(seeds.choosing) if finalists > 1 else 0
+    return choosing + 2 * len(seeds.comparing)
+
+
+def mean_objective(runs: Runs) -> float:
+    """Returns the mean objective on the search documents over the seeds."""
+    return sum(run.objective for run in runs) / len(runs)
 
 
 def run_name(allocation: RankAllocation, seed: int) -> str:
@@ -97,61 +127,94 @@ def run_name(allocation: RankAllocation, seed: int) -> str:
     return f"{hashlib.sha256(str(allocation).encode()).hexdigest()[:12]}-{seed}"
 
 
-def confirm(
-    finalists: Sequence[RankAllocation],
-    baseline_for: Callable[[RankAllocation], RankAllocation],
-    run: Run,
-    folder: RunFolder,
-    store: TrialStore,
-    seeds: Sequence[int],
-    on_run: Callable[[int, int], None],
-) -> Confirmed:
-    """Runs finalists and baseline with fresh seeds; finished runs are read from the folder.
+class Confirmation:
+    """Runs finalists and baseline; finished runs are read from the run folder.
 
     Args:
-        finalists: Best allocations of the search, at least one.
-        baseline_for: Uniform LoRA at the parameters of an allocation.
-        run: Fine-tunes and scores.
+        choose: Fine-tunes an allocation with a seed and scores it on the search documents.
+        compare: The same, with scores on the report documents too.
         folder: Run folder, where each run's scores are kept.
         store: Study that records each run as a trial.
         seeds: Fresh seeds, the same for all allocations.
         on_run: Told the number of finished runs and of all runs, after each.
-
-    Raises:
-        RecoveryError: If a fine-tune diverges; unlike in the search there is no other to take.
+        is_whole: Tells of a run whose scores are kept whether all else that it left is there too.
     """
-    recorded = {(trial.allocation, trial.seed) for trial in store.trials()}
-    runs: dict[RankAllocation, tuple[ConfirmationRun, ...]] = {}
-    others = {baseline_for(finalists[0])} - set(finalists)
-    total = (len(finalists) + len(others)) * len(seeds)
 
-    def all_seeds(allocation: RankAllocation) -> None:
-        if allocation in runs:
-            return
-        done = []
+    def __init__(
+        self,
+        *,
+        choose: Callable[[RankAllocation, int], ConfirmationRun],
+        compare: Callable[[RankAllocation, int], ConfirmationRun],
+        folder: RunFolder,
+        store: TrialStore,
+        seeds: Seeds,
+        on_run: Callable[[int, int], None],
+        is_whole: Callable[[RankAllocation, int], bool] = lambda allocation, seed: True,
+    ) -> None:
+        self._choose, self._compare = choose, compare
+        self._folder, self._store, self._seeds = folder, store, seeds
+        self._on_run, self._is_whole = on_run, is_whole
+        self._recorded = {(trial.allocation, trial.seed) for trial in store.trials()}
+        self._done = self._total = 0
+
+    def confirm(
+        self,
+        finalists: Sequence[RankAllocation],
+        baseline_for: Callable[[RankAllocation], RankAllocation],
+    ) -> Confirmed:
+        """Chooses one of the finalists and compares it with the baseline.
+
+        Args:
+            finalists: Best allocations of the search, best first, at least one.
+            baseline_for: Uniform LoRA at the parameters of an allocation.
+
+        Raises:
+            RecoveryError: If a fine-tune diverges; unlike in the search there is no other to take.
+        """
+        self._done, self._total = 0, fine_tunes(len(finalists), self._seeds)
+        choosing: dict[RankAllocation, Runs] = {}
+        if len(finalists) > 1:
+            for finalist in finalists:
+                choosing[finalist] = self._runs(finalist, self._seeds.choosing, self._choose)
+        # Of equal ones the better in the search comes first.
+        chosen = max(finalists, key=lambda a: mean_objective(choosing[a]) if choosing else 0.0)
+        baseline = baseline_for(chosen)
+        if chosen == baseline:
+            self._total -= len(self._seeds.comparing)
+        comparing = {
+            allocation: self._runs(allocation, self._seeds.comparing, self._compare)
+            for allocation in dict.fromkeys((chosen, baseline))
+        }
+        return Confirmed(
+            seeds=self._seeds,
+            choosing=choosing,
+            comparing=comparing,
+            searched=None if chosen == baseline else chosen,
+            baseline=baseline,
+        )
+
+    def _runs(
+        self,
+        allocation: RankAllocation,
+        seeds: Sequence[int],
+        run: Callable[[RankAllocation, int], ConfirmationRun],
+    ) -> Runs:
+        runs = []
         for seed in seeds:
             name = f"evaluations/{run_name(allocation, seed)}.json"
-            if (kept := folder.read_json(name)) is None:
+            kept = self._folder.read_json(name)
+            if kept is None or not self._is_whole(allocation, seed):
                 kept = run(allocation, seed).to_json()
-                folder.write_json(name, kept)
+                self._folder.write_json(name, kept)
             # Always as it reads back, so that a run broken off ends like one that was not.
-            result = ConfirmationRun.from_json(kept)
-            if (allocation, seed) not in recorded:
-                store.add(_trial(allocation, seed, len(recorded), result))
-                recorded.add((allocation, seed))
-            done.append(result)
-            on_run(len(runs) * len(seeds) + len(done), total)
-        runs[allocation] = tuple(done)
-
-    for finalist in finalists:
-        all_seeds(finalist)
-    order = sorted(
-        runs, key=lambda a: sum(r.objective for r in runs[a]), reverse=True
-    )  # stable: of equal ones the better in the search comes first
-    baseline = baseline_for(order[0])
-    all_seeds(baseline)
-    searched = None if order[0] == baseline else order[0]
-    return Confirmed(seeds=tuple(seeds), runs=runs, searched=searched, baseline=baseline)
+            result = ConfirmationRun.from_json(json.loads(json.dumps(kept)))
+            if (allocation, seed) not in self._recorded:
+                self._store.add(_trial(allocation, seed, len(self._recorded), result))
+                self._recorded.add((allocation, seed))
+            runs.append(result)
+            self._done += 1
+            self._on_run(self._done, self._total)
+        return tuple(runs)
 
 
 def _trial(allocation: RankAllocation, seed: int, position: int, result: ConfirmationRun) -> Trial:

@@ -79,7 +79,7 @@ def partition(
     """Cuts a task's documents into search and report documents.
 
     Args:
-        task: Name of the task, which enters the shuffle.
+        task: Name of the task, for messages.
         questions: What each document of the evaluated split asks, as `question` returns it.
         search: Number of search documents.
         report: Number of report documents; 0 for all that are left.
@@ -100,8 +100,9 @@ def partition(
             f"The task {task!r} has {len(ids)} distinct documents; {search} for the search leave "
             "none for the report. Lower [oracle] search_documents."
         )
-    rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
-    ids = rng.permutation(ids)
+    # Ranked by the questions themselves: tasks that share questions cut them alike.
+    keys = {index: zlib.crc32(f"{seed} {asked}".encode()) for asked, index in distinct.items()}
+    ids = np.array(sorted(ids.tolist(), key=lambda index: (keys[index], index)))
     end = search + report if report else len(ids)
     if end > len(ids):
         logger.warning(

@@ -62,18 +62,19 @@ class LmEvalOracle:
                 )
         self._check_names()
         self._ids: dict[str, dict[str, list[int]]] = {"search": {}, "report": {}}
+        questions = {n: [question(t, d) for d in t.eval_docs] for n, t in self._tasks.items()}
         for name, task in self._tasks.items():
-            documents = list(task.eval_docs)
             search, report = partition(
                 name,
-                (question(task, doc) for doc in documents),
+                questions[name],
                 self._config.search_documents,
                 self._config.report_documents,
                 settings.seed,
             )
             for index in (*search, *report):  # a broken document shall not show up hours later
-                gold_choices(task, documents[index])
+                gold_choices(task, task.eval_docs[index])
             self._ids["search"][name], self._ids["report"][name] = search, report
+        self._keep_apart(questions)
 
     def weights(self) -> dict[str, float]:
         """Returns the weight of each task in the reported mean."""
@@ -150,6 +151,22 @@ class LmEvalOracle:
             accuracy_metric=metric,
             per_document=values,
         )
+
+    def _keep_apart(self, questions: dict[str, list[str]]) -> None:
+        """Leaves out report documents whose question is a search document of another task.
+
+        Raises:
+            OracleError: If no report document of a task is left.
+        """
+        searched = {questions[n][i] for n, ids in self._ids["search"].items() for i in ids}
+        for name, ids in self._ids["report"].items():
+            kept = [i for i in ids if questions[name][i] not in searched]
+            if not kept:
+                raise OracleError(
+                    f"Every report document of {name!r} is a search document of another task. "
+                    "Leave one of the two out of [oracle] tasks."
+                )
+            self._ids["report"][name] = kept
 
     def _check_names(self) -> None:
         named = {"target": [self._config.target] if self._config.target else []}

@@ -18,7 +18,7 @@ from rankadaptor_plugin.context import Oracle, OracleSettings, Pruner, RunContex
 from rankadaptor_plugin.corpus import load_corpus
 from rankadaptor_plugin.device import resolve_device, resolve_dtype
 from rankadaptor_plugin.embedded_default import corpus_file, model_folder
-from rankadaptor_plugin.errors import ArtifactError
+from rankadaptor_plugin.errors import ArtifactError, ConfigError
 from rankadaptor_plugin.run_folder import RunFolder, digest
 from rankadaptor_plugin.study import TrialStore
 from rankadaptor_plugin.trials import TrialState
@@ -94,6 +94,12 @@ def prepare(
         limit=config.corpus.limit,
     )
     paths = [Path(config.oracle.task_path)] if config.oracle.task_path else []
+    for path in paths:
+        if not path.is_dir():
+            raise ConfigError(
+                f"[oracle] task_path {path} is no folder. Name the folder of the task YAML files, "
+                "or leave it empty."
+            )
     paths += manager.hook.rankadaptor_lm_eval_task_paths()
     oracle = found.oracles.get(config.oracle.name)(
         OracleSettings(

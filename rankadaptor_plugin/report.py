@@ -39,7 +39,7 @@ def baseline_label(uniform: Sequence[int]) -> str:
     return "the most even allocation"
 
 
-def verdict_sentence(comparison: Comparison | None, uniform: Sequence[int]) -> str:
+def verdict_sentence(comparison: Comparison | None, uniform: Sequence[int], task: str = "") -> str:
     """Says in one sentence what the search gained.
 
     Differences are in points of accuracy, with one decimal; more only where rounding would hide
@@ -49,19 +49,21 @@ def verdict_sentence(comparison: Comparison | None, uniform: Sequence[int]) -> s
         comparison: Searched minus uniform allocation in accuracy; None where no finalist differs
             from the uniform one.
         uniform: Ranks of the baseline, one per layer.
+        task: The one task that was compared; empty for the mean of all.
     """
     label = baseline_label(uniform)
+    where = f"at equal parameters{f' on {task}' if task else ''}"
     if comparison is None:
         return f"the search found nothing better than {label}: uniform is delivered"
     estimate, half = 100 * comparison.estimate, 100 * comparison.half_width
     if comparison.is_gain:
-        return f"gain of {_points(estimate, half)} points over {label} at equal parameters"
+        return f"gain of {_points(estimate, half)} points over {label} {where}"
     if comparison.is_loss:
         return (
             f"no gain: the searched allocation is worse than {label} by {_points(-estimate, half)} "
-            "points: uniform is delivered"
+            f"points{f' on {task}' if task else ''}: uniform is delivered"
         )
-    size = f"{number(estimate, 1)} +- {number(half, 1)} points over {label} at equal parameters"
+    size = f"{number(estimate, 1)} +- {number(half, 1)} points over {label} {where}"
     return f"no gain beyond noise: uniform is delivered ({size})"
 
 

@@ -58,12 +58,12 @@ class SearchSummary(TypedDict):
 
 
 class Finalist(TypedDict):
-    """An allocation that was run again with fresh seeds.
+    """An allocation among which fresh seeds chose.
 
     Attributes:
         ranks: One rank per layer.
         search_objective: Mean of ``per_seed``.
-        per_seed: Objective on the search documents, one per seed of `Confirm`.
+        per_seed: Objective on the search documents, one per choosing seed of `Confirm`.
     """
 
     ranks: list[int]
@@ -72,8 +72,16 @@ class Finalist(TypedDict):
 
 
 class Confirm(TypedDict):
-    """The final comparison: fresh seeds, confidence of all intervals, and who took part."""
+    """The final comparison.
 
+    Attributes:
+        choosing_seeds: Fresh seeds that chose one of the finalists; none if there was one only.
+        seeds: Further fresh seeds that compared it with uniform LoRA.
+        confidence: Confidence of all intervals.
+        finalists: Those that were chosen among.
+    """
+
+    choosing_seeds: list[int]
     seeds: list[int]
     confidence: float
     finalists: list[Finalist]

@@ -82,6 +82,8 @@ def allocations(data: ReportData) -> dict[str, list[int]]:
 
 def comparisons(data: ReportData) -> Table:
     """Tabulates the paired differences by metric."""
+    target = data["objective"]["target"]
+    place = "" if target in ("", "mean") else f", task {target} alone"
     rows = []
     for metric, found in data["verdict"]["comparisons"].items():
         unit = "points" if metric == "accuracy" else METRIC_UNITS.get(metric, "")
@@ -98,7 +100,7 @@ def comparisons(data: ReportData) -> Table:
             )
         )
     return Table(
-        f"searched minus {data['verdict']['baseline']}, paired by seed and document",
+        f"searched minus {data['verdict']['baseline']}, paired by seed and document{place}",
         ("metric", "unit", "difference", "interval", "confidence", "seeds", "documents"),
         tuple(rows),
         (0, 1),
@@ -173,9 +175,9 @@ def trials(data: ReportData) -> Table:
 
 
 def finalists(data: ReportData) -> Table:
-    """Tabulates the allocations that were run again with fresh seeds."""
+    """Tabulates the finalists with the seeds that chose one of them."""
     metric, entries = data["objective"]["metric"], data["confirm"]["finalists"]
-    seeds = data["confirm"]["seeds"]
+    seeds = data["confirm"]["choosing_seeds"]
     rows = []
     for entry in entries:
         own = [n for n in ("uniform", "searched") if data["allocations"].get(n) == entry["ranks"]]
@@ -189,7 +191,7 @@ def finalists(data: ReportData) -> Table:
             )
         )
     return Table(
-        f"run again with fresh seeds: {objective_label(data)}, on the search documents",
+        f"chosen among with fresh seeds: {objective_label(data)}, on the search documents",
         ("allocation", "mean", *(f"seed {seed}" for seed in seeds), "ranks, layer 0 first"),
         tuple(rows),
         (0, len(seeds) + 2),

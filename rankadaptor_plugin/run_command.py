@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from rankadaptor_plugin import run_file
+from rankadaptor_plugin.confirmation import fine_tunes, fresh_seeds
 from rankadaptor_plugin.embedded_default import EMBEDDED_RUN_FILE
 from rankadaptor_plugin.hooks.progress import Progress
 
@@ -59,11 +60,14 @@ def run_file_or_embedded(
         from rankadaptor_plugin import pipeline
 
         return pipeline.run(config, manager, began=began).verdict
-    fine_tunes = {
+    plan = {
         "search": config.search.max_trials,
-        "confirm": (config.confirm.finalists + 1) * config.confirm.seeds,
+        "confirm": fine_tunes(
+            config.confirm.finalists,
+            fresh_seeds(config.seed, config.confirm.choosing_seeds, config.confirm.seeds),
+        ),
     }
-    with Progress(console, fine_tunes, began) as progress:
+    with Progress(console, plan, began) as progress:
         manager.register(progress, name="progress")
         try:
             # Imported here: these are seconds in which there is something to see already.

@@ -116,7 +116,7 @@ def _value(name: str, value: Any, hint: Any) -> Any:
         float: "a number",
         str: 'text in quotes, as in "text"',
         bool: "true or false",
-        tuple: "a list, as in [1, 2]",
+        tuple: 'a list, as in ["a"]' if str in typing.get_args(hint) else "a list, as in [1, 2]",
         dict: "a table, as in {name = 1.0}",
     }[origin or hint]
     raise ConfigError(f"{name} is {value!r}; it must be {word}. Change it in the run file.")

@@ -36,6 +36,8 @@ def write_template(path: Path, *, model: str | None = None, force: bool = False)
     Raises:
         ConfigError: If the file exists or cannot be written.
     """
+    if not path.name:
+        raise ConfigError(f"{path} is a folder. Name a file, such as {path / 'RUN.toml'}.")
     if model is None:
         config = dataclasses.replace(run_file.load(EMBEDDED_RUN_FILE), output=f"runs/{path.stem}")
     else:
@@ -50,6 +52,8 @@ def write_template(path: Path, *, model: str | None = None, force: bool = False)
     text = HEADER.format(name=path.name) + "\n".join(_table(config, ""))
     partial = path.with_name(f".{path.name}.partial")
     try:
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder. Name a file, such as {path / 'RUN.toml'}.")
         if path.exists() and not force:
             raise ConfigError(
                 f"{path} exists already. Give another name, or --force to overwrite it."

@@ -86,6 +86,13 @@ class RunFolder:
         """
         before = self.read_json("inputs.json")
         if before is None:
+            # Until here a run leaves hidden files only: its lock and unfinished writes.
+            others = sorted(p.name for p in self.path.glob("*") if not p.name.startswith("."))
+            if others:
+                raise ArtifactError(
+                    f"The folder {self.path} holds something else ({others[0]}) and is left alone. "
+                    "Set output to a new or empty folder."
+                )
             self.write_json("inputs.json", inputs)
             return
         then, now = _flat(before), _flat(json.loads(json.dumps(inputs)))
@@ -108,7 +115,7 @@ class RunFolder:
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
 
-    def read_json(self, name: str) -> Any | None:
+    def read_json(self, name: str) -> dict[str, Any] | None:
         """Returns the content of a JSON file, or None if it is not there.
 
         Raises:
@@ -116,7 +123,10 @@ class RunFolder:
         """
         path = self.path / name
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError("it holds no JSON object")
+            return content
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +30,7 @@ from rankadaptor_plugin.samplers import untried
 from rankadaptor_plugin.trials import Outcome, Phase, Trial, TrialState
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from optuna.samplers import BaseSampler
 
@@ -120,21 +121,18 @@ def search(
             break
         started = time.perf_counter()
         sampler_seed = _derived(seed, position)
-        pending = store.begin(sampler_for(sampler_seed), space)
-        allocation = space.within_budget(pending.proposal, sampler_seed)
-        if allocation.ranks in tried:
-            # Samplers such as TPE repeat themselves; a fine-tune is too dear for that.
-            allocation = allocation_of(spare[0])
+        place = partial(_placed, space, tried, allocation_of(spare[0]), sampler_seed)
+        pending = store.begin(sampler_for(sampler_seed), space, place)
         seconds = time.perf_counter() - started
         trial = _run(
             Trial(
                 position=position,
                 phase=_phase(position, config),
-                allocation=allocation,
+                allocation=pending.allocation,
                 seed=seed,
                 fidelity=_FIDELITY,
                 state=TrialState.FAILED,
-                predicted=pending.predicted if allocation == pending.proposal else None,
+                predicted=pending.predicted,
                 seconds={"search": seconds},
             ),
             evaluate,
@@ -142,15 +140,15 @@ def search(
         )
         store.finish(pending, trial)
         trials.append(trial)
-        tried.add(allocation.ranks)
+        tried.add(trial.allocation.ranks)
         if on_trial is not None:
             on_trial(trial)
         failures = failures + 1 if trial.state is TrialState.FAILED else 0
         if failures >= config.max_failures:
             raise RecoveryError(
                 f"{failures} trials in a row failed, the last one (trial {position + 1}, ranks "
-                f"{allocation}) because: {trial.reason} Remove the cause and run the same command "
-                "again; the trials made so far are kept."
+                f"{trial.allocation}) because: {trial.reason} Remove the cause and run the same "
+                "command again; the trials made so far are kept."
             )
     _check_enough(trials)
     return SearchResult(trials=tuple(trials), stop=stop, interrupted=store.interrupted())
@@ -178,6 +176,19 @@ def _run(trial: Trial, evaluate: Evaluate, objective: Callable[[Score], float]) 
         train_loss=outcome.train_loss,
         seconds=trial.seconds | outcome.seconds,
     )
+
+
+def _placed(
+    space: RankSpace,
+    tried: Collection[tuple[int, ...]],
+    spare: RankAllocation,
+    seed: int,
+    proposal: RankAllocation,
+) -> RankAllocation:
+    """Returns a proposal within the budget, or `spare` if that was tried already."""
+    allocation = space.within_budget(proposal, seed)
+    # Samplers such as TPE repeat themselves; a fine-tune is too dear for that.
+    return spare if allocation.ranks in tried else allocation
 
 
 def _phase(position: int, config: SearchConfig) -> Phase:
@@ -229,5 +240,5 @@ def _check_enough(trials: Sequence[Trial]) -> None:
         raise RecoveryError(
             f"Only {complete} of {len(trials)} trials are complete; {_LEAST_COMPLETE} are needed. "
             f"{f'The last failure: {reasons[-1]} ' if reasons else ''}"
-            "Remove the cause and raise [search] max_trials, or widen the rank space."
+            "Remove the cause and raise [search] max_trials."
         )

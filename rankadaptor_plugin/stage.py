@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 
 from rankadaptor_plugin import adapters
 from rankadaptor_plugin.confirmation import (
+    Confirmation,
     ConfirmationRun,
     Confirmed,
-    confirm,
+    fine_tunes,
     fresh_seeds,
     run_name,
 )
 from rankadaptor_plugin.context import Recovered, RunContext, SamplerSettings
-from rankadaptor_plugin.ranks import RankAllocation, RankSpace
+from rankadaptor_plugin.errors import RankSpaceError
+from rankadaptor_plugin.ranks import RankAllocation, RankSpace, allocation_of
 from rankadaptor_plugin.recovery import recover
 from rankadaptor_plugin.run_folder import RunFolder
 from rankadaptor_plugin.scores import METRICS, Score
@@ -38,6 +41,10 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
     from rankadaptor_plugin.pruned_model import PrunedModel
+
+
+SMALL = 1000
+"""Rank spaces up to this size are listed to see whether there is anything to search."""
 
 
 def recover_pruned(pruned: PrunedModel, context: RunContext) -> Recovered:
@@ -57,13 +64,26 @@ def rank_space(pruned: PrunedModel, context: RunContext) -> RankSpace:
     config = context.config.rank_space
     costs = adapters.rank_costs(pruned.model)
     everywhere = config.search == "all"
-    return RankSpace(
+    size = pruned.model.config.hidden_size
+    if config.candidates[-1] > size:
+        raise RankSpaceError(
+            f"Rank {config.candidates[-1]} is more than the model's hidden size {size}, where LoRA "
+            "has full rank already. Lower [rank_space] candidates."
+        )
+    space = RankSpace(
         candidates=config.candidates,
         searchable=tuple(everywhere or cut for cut in pruned.pruned_layers),
         default_rank=config.default_rank,
         costs=costs,
         budget=config.default_rank * sum(costs) if config.budget == "uniform" else None,
     )
+    if space.size <= SMALL and len(space.every()) == 1:
+        raise RankSpaceError(
+            f"The rank space holds a single allocation ({allocation_of(space.every()[0])}), so "
+            "there is nothing to search. Add [rank_space] candidates, search more layers, or set "
+            'budget = "free".'
+        )
+    return space
 
 
 class _Stage:
@@ -75,7 +95,8 @@ class _Stage:
         self.config = context.config
         self.folder = RunFolder(context.folder)
         self.space = rank_space(pruned, context)
-        self.seeds = fresh_seeds(self.config.seed, self.config.confirm.seeds)
+        confirm = self.config.confirm
+        self.seeds = fresh_seeds(self.config.seed, confirm.choosing_seeds, confirm.seeds)
         self.resident: Any = pruned.model  # wrapped by PEFT from the first adapter on
 
     def run(self) -> Recovered:
@@ -181,31 +202,42 @@ class _Stage:
                 return self.space.uniform()
             return self.space.evenly(self.space.parameters(allocation))
 
-        progress(0, (len(finalists) + 1) * len(self.seeds))
-        return confirm(
-            finalists,
-            baseline_for,
-            self._confirmation_run,
-            self.folder,
-            store,
-            self.seeds,
-            progress,
-        )
+        progress(0, fine_tunes(len(finalists), self.seeds))
+        return Confirmation(
+            choose=self._choosing_run,
+            compare=self._comparing_run,
+            folder=self.folder,
+            store=store,
+            seeds=self.seeds,
+            on_run=progress,
+            is_whole=lambda allocation, seed: (
+                seed != self.seeds.comparing[0] or self._adapter_folder(allocation).is_dir()
+            ),
+        ).confirm(finalists, baseline_for)
 
-    def _confirmation_run(self, allocation: RankAllocation, seed: int) -> ConfirmationRun:
+    def _choosing_run(self, allocation: RankAllocation, seed: int) -> ConfirmationRun:
         outcome = self._evaluate(allocation, 1.0, seed)
-        began = time.perf_counter()
-        report = self.context.oracle.score(self.resident, "report")
-        oracle_seconds = outcome.seconds["oracle"] + time.perf_counter() - began
-        if seed == self.seeds[0]:
-            self.folder.write_folder(f"adapters/{run_name(allocation, seed)}", self._save_adapter)
         return ConfirmationRun(
             search=outcome.score,
-            report=report,
+            report=None,
             objective=self._objective(outcome.score),
             train_loss=outcome.train_loss,
-            seconds={**outcome.seconds, "oracle": oracle_seconds},
+            seconds=outcome.seconds,
         )
+
+    def _comparing_run(self, allocation: RankAllocation, seed: int) -> ConfirmationRun:
+        run = self._choosing_run(allocation, seed)
+        began = time.perf_counter()
+        report = self.context.oracle.score(self.resident, "report")
+        oracle_seconds = run.seconds["oracle"] + time.perf_counter() - began
+        if seed == self.seeds.comparing[0]:
+            name = self._adapter_folder(allocation).relative_to(self.folder.path)
+            self.folder.write_folder(str(name), self._save_adapter)
+        return replace(run, report=report, seconds={**run.seconds, "oracle": oracle_seconds})
+
+    def _adapter_folder(self, allocation: RankAllocation) -> Path:
+        """Where the adapter of the first comparing seed lies, the one that may be delivered."""
+        return self.folder.path / "adapters" / run_name(allocation, self.seeds.comparing[0])
 
     def _save_adapter(self, folder: Path) -> None:
         # The model was pruned in memory; PEFT needs telling where its base lies on disk.
@@ -218,7 +250,7 @@ class _Stage:
         accuracy = comparisons.get("accuracy")
         gain = accuracy is not None and accuracy.is_gain
         delivered = confirmed.searched if gain and confirmed.searched else confirmed.baseline
-        source = self.folder.path / "adapters" / run_name(delivered, confirmed.seeds[0])
+        source = self._adapter_folder(delivered)
         adapter = self.folder.write_folder(
             "adapter", lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True)
         )
@@ -240,8 +272,7 @@ class _Stage:
         if confirmed.searched is None:
             return {}
         searched, baseline = (
-            [run.report for run in confirmed.runs[a]]
-            for a in (confirmed.searched, confirmed.baseline)
+            confirmed.reports(a) for a in (confirmed.searched, confirmed.baseline)
         )
         target, confidence = self.config.oracle.target, self.config.confirm.confidence
         weights = {target: 1.0} if target else self.context.oracle.weights()

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.trial import TrialState as OptunaState
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from rankadaptor_plugin.errors import ArtifactError
@@ -22,6 +24,7 @@ from rankadaptor_plugin.samplers import allocation_from, distributions
 from rankadaptor_plugin.trials import RECORD, Trial, TrialState
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from optuna.samplers import BaseSampler
@@ -52,18 +55,21 @@ class PendingTrial:
     """A trial that was begun.
 
     Attributes:
-        proposal: What the sampler asked for; it may know nothing of the budget.
-        predicted: The value that the sampler expects of it, None if it said nothing.
+        allocation: What is to be fine-tuned.
+        predicted: The value that the sampler expects of it, None if it said nothing, or proposed
+            another allocation.
         number: Number of the trial in the Optuna study.
     """
 
-    proposal: RankAllocation
+    allocation: RankAllocation
     predicted: float | None
     number: int
 
 
 class TrialStore:
     """The trials of one search. A context manager: leaving it closes the database.
+
+    Errors of the database that leave the context become an `ArtifactError`.
 
     Args:
         storage: Optuna's storage.
@@ -107,8 +113,8 @@ class TrialStore:
             cause = str(error).strip().partition("\n")[0].rstrip(".")
             raise ArtifactError(
                 f"The trial store {_without_password(storage_url)!r} cannot be opened: {cause}. "
-                "Give a storage URL of Optuna, such as sqlite:///trials.db, and check that its "
-                "folder is there and writable."
+                "If it is damaged, delete it (its trials are lost); if it cannot be written, free "
+                "some space or correct the permissions. Then run again."
             ) from error
 
     def close(self) -> None:
@@ -127,6 +133,12 @@ class TrialStore:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+        if isinstance(error, (StorageInternalError, SQLAlchemyError)):
+            cause = str(error.__cause__ or error).strip().partition("\n")[0].rstrip(".")
+            raise ArtifactError(
+                f"The trial store cannot be read or written: {cause}. Free some space or repair "
+                "the disk, then run the same command again; the trials made so far are kept."
+            ) from error
 
     def trials(self) -> list[Trial]:
         """Returns the finished trials in order of position."""
@@ -155,8 +167,19 @@ class TrialStore:
             self._set_attribute(trial.number, REASON, INTERRUPTED)
             self._study.tell(trial.number, state=OptunaState.FAIL)
 
-    def begin(self, sampler: BaseSampler, space: RankSpace) -> PendingTrial:
+    def begin(
+        self,
+        sampler: BaseSampler,
+        space: RankSpace,
+        place: Callable[[RankAllocation], RankAllocation] = lambda proposal: proposal,
+    ) -> PendingTrial:
         """Asks a sampler for the next allocation and stores that the trial is running.
+
+        Args:
+            sampler: Proposes.
+            space: The rank space S.
+            place: Turns what was proposed into what is fine-tuned, such as within the budget; the
+                parameters stored are those of the latter, so that samplers learn the right pairs.
 
         The sampler sees a copy of the study in memory, without interrupted trials. Asked in the
         study itself, it would store each layer's rank in a transaction of its own.
@@ -165,20 +188,22 @@ class TrialStore:
         copy.sampler = self._study.sampler = sampler
         copy.add_trials([t for t in self._study.get_trials(deepcopy=False) if _is_ours(t)])
         asked = copy.ask(distributions(space))
+        proposal = allocation_from(space, asked.params)
+        allocation = place(proposal)
+        searched = [r for r, s in zip(allocation.ranks, space.searchable, strict=True) if s]
         self._study.add_trial(
             optuna.trial.create_trial(
                 state=OptunaState.RUNNING,
-                params=asked.params,
+                params=dict(zip(distributions(space), searched, strict=True)),
                 distributions=asked.distributions,
                 # Some samplers keep their state here.
                 system_attrs=copy.get_trials(deepcopy=False)[-1].system_attrs,
             )
         )
+        predicts = isinstance(sampler, PredictingSampler) and allocation == proposal
         return PendingTrial(
-            proposal=allocation_from(space, asked.params),
-            predicted=(
-                sampler.predicted(asked.number) if isinstance(sampler, PredictingSampler) else None
-            ),
+            allocation=allocation,
+            predicted=sampler.predicted(asked.number) if predicts else None,
             number=self._study.get_trials(deepcopy=False)[-1].number,
         )
 

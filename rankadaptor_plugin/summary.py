@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from rankadaptor_plugin import run_file
+from rankadaptor_plugin.confirmation import mean_objective
 from rankadaptor_plugin.report import baseline_label, verdict_sentence
 from rankadaptor_plugin.scores import METRICS, Score
 from rankadaptor_plugin.statistics import score_cells
@@ -54,18 +55,21 @@ def stage_summary(
     if confirmed.searched is not None:
         named["searched"] = confirmed.searched
     complete = [t for t in found.trials if t.state is TrialState.COMPLETE]
-    runs = [run for several in confirmed.runs.values() for run in several]
+    halves = (confirmed.choosing, confirmed.comparing)
+    runs = [run for half in halves for several in half.values() for run in several]
     seconds = [t.seconds for t in found.trials] + [run.seconds for run in runs]
     return {
         "verdict": {
-            "sentence": verdict_sentence(comparisons.get("accuracy"), confirmed.baseline.ranks),
+            "sentence": verdict_sentence(
+                comparisons.get("accuracy"), confirmed.baseline.ranks, config.oracle.target
+            ),
             "delivered": "uniform" if delivered == confirmed.baseline else "searched",
             "baseline": baseline_label(confirmed.baseline.ranks),
             "comparisons": {metric: c.to_json() for metric, c in comparisons.items()},
         },
         "scores": {
             name: score_cells(
-                [run.report for run in confirmed.runs[allocation]],
+                confirmed.reports(allocation),
                 METRICS,
                 weights,
                 confidence=config.confirm.confidence,
@@ -84,16 +88,16 @@ def stage_summary(
             "interrupted": found.interrupted,
         },
         "confirm": {
-            "seeds": list(confirmed.seeds),
+            "choosing_seeds": list(confirmed.seeds.choosing) if confirmed.choosing else [],
+            "seeds": list(confirmed.seeds.comparing),
             "confidence": config.confirm.confidence,
             "finalists": [
                 {
                     "ranks": list(allocation.ranks),
-                    "search_objective": confirmed.mean_objective(allocation),
+                    "search_objective": mean_objective(several),
                     "per_seed": [run.objective for run in several],
                 }
-                for allocation, several in confirmed.runs.items()
-                if allocation != confirmed.baseline
+                for allocation, several in confirmed.choosing.items()
             ],
         },
         "cost": {
@@ -101,7 +105,11 @@ def stage_summary(
             "evaluation": sum(s.get("oracle", 0.0) for s in seconds),
             "per_trial": sum(sum(t.seconds.values()) for t in complete) / len(complete),
         },
-        "seeds": {"run": config.seed, "search": config.seed, "confirm": list(confirmed.seeds)},
+        "seeds": {
+            "run": config.seed,
+            "search": config.seed,
+            "confirm": [*confirmed.seeds.choosing, *confirmed.seeds.comparing],
+        },
     }
 
 
@@ -180,7 +188,13 @@ def report_data(
             },
         ),
         "confirm": summary.get(
-            "confirm", {"seeds": [], "confidence": config.confirm.confidence, "finalists": []}
+            "confirm",
+            {
+                "choosing_seeds": [],
+                "seeds": [],
+                "confidence": config.confirm.confidence,
+                "finalists": [],
+            },
         ),
         "cost": {
             "stages": dict(timings),

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from optuna.storages import InMemoryStorage
 
-from rankadaptor_plugin.confirmation import ConfirmationRun, confirm, fresh_seeds, run_name
+from rankadaptor_plugin.confirmation import (
+    Confirmation,
+    ConfirmationRun,
+    fine_tunes,
+    fresh_seeds,
+    mean_objective,
+    run_name,
+)
 from rankadaptor_plugin.errors import RecoveryError
 from rankadaptor_plugin.ranks import RankAllocation
 from rankadaptor_plugin.run_folder import RunFolder
@@ -15,7 +24,7 @@ from rankadaptor_plugin.trials import Phase, TrialState
 
 A, B, C = (RankAllocation(ranks) for ranks in ((2, 12), (12, 2), (4, 10)))
 UNIFORM = RankAllocation((7, 7))
-SEEDS = fresh_seeds(5, 3)
+SEEDS = fresh_seeds(5, choosing=2, comparing=3)
 
 
 def score(value: float) -> Score:
@@ -35,19 +44,23 @@ class ToyRuns:
         self.objectives, self.fails_at = objectives, fails_at
         self.calls = []
 
-    def __call__(self, allocation, seed):
+    def choose(self, allocation, seed):
         if len(self.calls) == self.fails_at:
             raise RecoveryError("broken off")
         self.calls.append((allocation, seed))
-        value = self.objectives[allocation] + (seed - SEEDS[0]) / 7
-        # On the report documents the order is the other way round: it must not matter.
+        value = self.objectives[allocation] + seed % 1000 / 7
         return ConfirmationRun(
             search=score(value),
-            report=score(-value),
+            report=None,
             objective=value,
             train_loss=1 / 3,
             seconds={"recovery": 0.1, "oracle": 0.2},
         )
+
+    def compare(self, allocation, seed):
+        run = self.choose(allocation, seed)
+        # On the report documents the order is the other way round: it must not matter.
+        return dataclasses.replace(run, report=score(-run.objective))
 
 
 @pytest.fixture
@@ -60,44 +73,43 @@ def store():
     return TrialStore(InMemoryStorage(), "confirm")
 
 
-def confirmed(folder, store, run, finalists=(A, B), baseline=UNIFORM, on_run=lambda *_: None):
-    def baseline_for(allocation):
-        return baseline[allocation] if isinstance(baseline, dict) else baseline
-
-    return confirm(finalists, baseline_for, run, folder, store, SEEDS, on_run)
+def confirmed(folder, store, run, finalists=(A, B), baseline_for=lambda _: UNIFORM, **more):
+    more = {"on_run": lambda *_: None, **more}
+    confirmation = Confirmation(
+        choose=run.choose, compare=run.compare, folder=folder, store=store, seeds=SEEDS, **more
+    )
+    return confirmation.confirm(finalists, baseline_for)
 
 
 OBJECTIVES = {A: 0.1, B: 0.3, C: 0.2, UNIFORM: 0.2}
+WHOLE = [(a, s) for a in (A, B) for s in SEEDS.choosing]
+WHOLE += [(a, s) for a in (B, UNIFORM) for s in SEEDS.comparing]
 
 
-def test_seeds_are_fresh_and_distinct():
-    assert len({*SEEDS}) == 3
-    assert 5 not in SEEDS
-    assert set(fresh_seeds(0, 100)).isdisjoint(range(10_000))
-    assert fresh_seeds(5, 4)[:3] == SEEDS
+def test_seeds_are_fresh_and_those_that_compare_did_not_choose():
+    many = fresh_seeds(0, 100, 100)
+    assert len({*many.choosing, *many.comparing}) == 200
+    assert {*many.choosing, *many.comparing}.isdisjoint(range(10_000))
+    assert fresh_seeds(5, 2, 9).comparing[:3] == SEEDS.comparing
 
 
-def test_every_finalist_and_the_baseline_run_with_the_same_seeds(folder, store):
-    run, told = ToyRuns(OBJECTIVES), []
-    result = confirmed(folder, store, run, on_run=lambda *args: told.append(args))
-    assert run.calls == [(a, seed) for a in (A, B, UNIFORM) for seed in SEEDS]
-    assert told == [(done, 9) for done in range(1, 10)]
-    assert result.seeds == SEEDS
-    assert list(result.runs) == [A, B, UNIFORM]
-    assert result.mean_objective(A) == pytest.approx(0.1 + 1 / 7)
-
-
-def test_the_search_documents_choose(folder, store):
-    asked = []
+def test_the_better_finalist_on_the_search_documents_is_compared_on_other_seeds(folder, store):
+    run, told, asked = ToyRuns(OBJECTIVES), [], []
 
     def baseline_for(allocation):
         asked.append(allocation)
         return UNIFORM
 
-    run = ToyRuns(OBJECTIVES)
-    result = confirm((A, B), baseline_for, run, folder, store, SEEDS, lambda *_: None)
-    assert (result.searched, result.baseline) == (B, UNIFORM)
-    assert asked[-1] == B  # the budget of the one that goes on
+    result = confirmed(
+        folder, store, run, baseline_for=baseline_for, on_run=lambda *args: told.append(args)
+    )
+    assert run.calls == WHOLE
+    assert told == [(done, 10) for done in range(1, 11)]
+    assert fine_tunes(2, SEEDS) == 10
+    assert (result.searched, result.baseline, asked) == (B, UNIFORM, [B])
+    assert (list(result.choosing), list(result.comparing)) == ([A, B], [B, UNIFORM])
+    assert len(result.reports(B)) == 3
+    assert mean_objective(result.choosing[B]) == pytest.approx(0.3 + 0.5 * 1 / 7 + 5 / 7)
 
 
 def test_of_equal_finalists_the_better_one_in_the_search_goes_on(folder, store):
@@ -105,17 +117,23 @@ def test_of_equal_finalists_the_better_one_in_the_search_goes_on(folder, store):
     assert confirmed(folder, store, run, finalists=(C, A, B)).searched == C
 
 
-def test_a_baseline_among_the_finalists_runs_once(folder, store):
+def test_a_single_finalist_is_compared_at_once(folder, store):
     run = ToyRuns(OBJECTIVES)
-    result = confirmed(folder, store, run, finalists=(A, UNIFORM))
-    assert len(run.calls) == 6
-    assert (result.searched, result.baseline) == (None, UNIFORM)  # UNIFORM was better
+    result = confirmed(folder, store, run, finalists=(A,))
+    assert run.calls == [(a, s) for a in (A, UNIFORM) for s in SEEDS.comparing]
+    assert fine_tunes(1, SEEDS) == 6
+    assert (result.searched, result.choosing) == (A, {})
 
 
-def test_a_baseline_alone_leaves_nothing_to_compare(folder, store):
-    result = confirmed(folder, store, ToyRuns(OBJECTIVES), finalists=(UNIFORM,))
+def test_a_chosen_baseline_leaves_nothing_to_compare(folder, store):
+    run, told = ToyRuns(OBJECTIVES), []
+    finalists = (A, UNIFORM)
+    result = confirmed(
+        folder, store, run, finalists=finalists, on_run=lambda *args: told.append(args)
+    )
     assert result.searched is None
-    assert list(result.runs) == [UNIFORM]
+    assert list(result.comparing) == [UNIFORM]
+    assert told[-1] == (7, 7)
 
 
 def test_finished_runs_are_not_repeated(folder, store):
@@ -123,10 +141,20 @@ def test_finished_runs_are_not_repeated(folder, store):
     run = ToyRuns(OBJECTIVES)
     assert confirmed(folder, store, run) == first
     assert run.calls == []
-    assert len(store.trials()) == 9
+    assert len(store.trials()) == 10
 
 
-@pytest.mark.parametrize("finished", range(9))
+def test_a_run_that_lost_its_adapter_is_made_again(folder, store):
+    first = confirmed(folder, store, ToyRuns(OBJECTIVES))
+    run = ToyRuns(OBJECTIVES)
+    lost = (UNIFORM, SEEDS.comparing[0])
+    again = confirmed(folder, store, run, is_whole=lambda *args: args != lost)
+    assert again == first
+    assert run.calls == [lost]
+    assert len(store.trials()) == 10
+
+
+@pytest.mark.parametrize("finished", range(10))
 def test_a_broken_confirmation_goes_on_to_the_same_result(tmp_path, finished):
     whole_store, store = (TrialStore(InMemoryStorage(), "confirm") for _ in range(2))
     whole = confirmed(RunFolder(tmp_path / "whole"), whole_store, ToyRuns(OBJECTIVES))
@@ -135,7 +163,7 @@ def test_a_broken_confirmation_goes_on_to_the_same_result(tmp_path, finished):
         confirmed(folder, store, ToyRuns(OBJECTIVES, fails_at=finished))
     rest = ToyRuns(OBJECTIVES)
     assert confirmed(folder, store, rest) == whole
-    assert len(rest.calls) == 9 - finished
+    assert rest.calls == WHOLE[finished:]
     assert store.trials() == whole_store.trials()
 
 
@@ -145,17 +173,15 @@ def test_a_run_whose_trial_was_not_stored_is_stored_later(folder, store):
     confirmed(folder, store, run)
     assert run.calls == []
     trials = store.trials()
-    assert [t.position for t in trials] == list(range(9))
+    assert [(t.allocation, t.seed) for t in trials] == WHOLE
+    assert [t.position for t in trials] == list(range(10))
     assert {(t.phase, t.state) for t in trials} == {(Phase.CONFIRMATION, TrialState.COMPLETE)}
-    assert {(t.allocation, t.seed) for t in trials} == {
-        (a, seed) for a in (A, B, UNIFORM) for seed in SEEDS
-    }
 
 
 def test_the_report_keeps_its_documents_and_comes_back_equal(folder, store):
     result = confirmed(folder, store, ToyRuns(OBJECTIVES))
-    (first, *_) = result.runs[A]
-    kept = folder.read_json(f"evaluations/{run_name(A, SEEDS[0])}.json")
+    (first, *_) = result.comparing[B]
+    kept = folder.read_json(f"evaluations/{run_name(B, SEEDS.comparing[0])}.json")
     assert ConfirmationRun.from_json(kept) == first
     assert first.report == score(-first.objective)
     assert first.search.tasks["toy"].values == score(first.objective).tasks["toy"].values
@@ -163,6 +189,6 @@ def test_the_report_keeps_its_documents_and_comes_back_equal(folder, store):
 
 def test_names_of_runs_are_short_and_distinct():
     deep = RankAllocation((8,) * 200)
-    seen = {run_name(a, s) for a in (A, B, C, UNIFORM, deep) for s in SEEDS}
+    seen = {run_name(a, s) for a in (A, B, C, UNIFORM, deep) for s in SEEDS.comparing}
     assert len(seen) == 15
     assert max(map(len, seen)) < 40

@@ -107,7 +107,8 @@ def report_data(
             "interrupted": 1,
         },
         "confirm": {
-            "seeds": [101, 102, 103, 104, 105],
+            "choosing_seeds": [101, 102, 103, 104, 105],
+            "seeds": [201, 202],
             "confidence": 0.95,
             "finalists": [
                 {

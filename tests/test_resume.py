@@ -127,9 +127,11 @@ def test_a_run_killed_at_four_stages_ends_as_if_it_had_not_been(
     run_file, out = write_run_file(tmp_path / "small.toml"), tmp_path / "out"
     evaluations = out / "evaluations"
 
-    with blocked(partial(evaluations / "base.json")), session(run_file) as first:
-        first.wait_for_line("] evaluate base")
-        first.kill()
+    with session(run_file) as first:
+        first.wait_for((out / "inputs.json").exists)
+        with blocked(partial(evaluations / "base.json")):
+            first.wait_for_line("] evaluate base")
+            first.kill()
     assert (out / "pruned" / "model.safetensors").is_file()
     assert not (out / "study.db").exists()
 
@@ -141,7 +143,7 @@ def test_a_run_killed_at_four_stages_ends_as_if_it_had_not_been(
     assert set(before[:-1]) == {"COMPLETE"}
     assert len(before) < 6
 
-    finalist = RankAllocation(tuple(finished.report["confirm"]["finalists"][0]["ranks"]))
+    finalist = RankAllocation(tuple(finished.report["allocations"]["searched"]))
     last = evaluations / f"{run_name(finalist, 1_000_001)}.json"
     with blocked(partial(last)), session(run_file) as third:
         third.wait_for_line("] confirm 1/4")

@@ -138,6 +138,10 @@ def configs(cls):
         )
     if "initial_trials" in fields:
         fields["initial_trials"] = st.just(2)
+    if "report_documents" in fields:
+        fields["report_documents"] = fields["report_documents"].filter(lambda count: count != 1)
+    if "output" in fields:
+        fields["output"] = fields["model"] = st.text(min_size=1)
     if "candidates" in fields and "default_rank" in fields:
         distinct = st.sets(st.integers(1, 64), min_size=1, max_size=4)
         fields["candidates"] = distinct.map(sorted).map(tuple)

@@ -43,18 +43,26 @@ def test_json_is_written_whole_and_read_back(folder):
 
 
 def test_a_failing_write_leaves_the_old_file(folder):
-    folder.write_json("a.json", 1)
+    folder.write_json("a.json", {"x": 1})
     with pytest.raises(TypeError):
         folder.write_json("a.json", {"x": object()})
     (folder.path / ".a.json.partial").mkdir()
     with pytest.raises(
         ArtifactError, match=r"a.json cannot be written: Is a directory\. Free some"
     ):
-        folder.write_json("a.json", 2)
-    assert folder.read_json("a.json") == 1
+        folder.write_json("a.json", {"x": 2})
+    assert folder.read_json("a.json") == {"x": 1}
 
 
-@pytest.mark.parametrize("content", [b"", b'{"x": 1', b"\xff"])
+def test_a_folder_with_files_of_others_is_left_alone(folder):
+    folder.path.mkdir(parents=True)
+    (folder.path / "thesis.txt").write_text("precious")
+    with pytest.raises(ArtifactError, match=r"holds something else \(thesis.txt\).*Set output to"):
+        folder.claim({"model": "abc"})
+    assert names(folder.path) == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"x": 1', b"\xff", b"[]"])
 def test_torn_json_names_the_file_and_the_remedy(folder, content):
     folder.write_json("a.json", 1)
     (folder.path / "a.json").write_bytes(content)

@@ -96,7 +96,7 @@ def test_optuna_users_can_read_the_study(tmp_path):
         (trial,) = other.trials
         assert trial.state == OptunaState.COMPLETE
         assert trial.value == COMPLETE.objective
-        assert samplers.allocation_from(SPACE, trial.params) == pending.proposal
+        assert samplers.allocation_from(SPACE, trial.params) == pending.allocation
         assert Trial.from_json(trial.user_attrs["rankadaptor_trial"]) == COMPLETE
 
 
