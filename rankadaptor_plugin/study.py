@@ -200,10 +200,12 @@ class TrialStore:
                 system_attrs=copy.get_trials(deepcopy=False)[-1].system_attrs,
             )
         )
-        predicts = isinstance(sampler, PredictingSampler) and allocation == proposal
+        predicted = None
+        if isinstance(sampler, PredictingSampler) and allocation == proposal:
+            predicted = sampler.predicted(asked.number)
         return PendingTrial(
             allocation=allocation,
-            predicted=sampler.predicted(asked.number) if predicts else None,
+            predicted=predicted,
             number=self._study.get_trials(deepcopy=False)[-1].number,
         )
 

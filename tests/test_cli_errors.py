@@ -73,6 +73,20 @@ BAD = {
     "unsorted ranks": ({"rank_space": {"candidates": [4, 2]}}, 2, "not ascending", "Sort"),
     "a rank twice": ({"rank_space": {"candidates": [2, 2]}}, 2, "distinct", "remove rep"),
     "no budget": ({"rank_space": {"default_rank": 1}}, 2, "budget", "Add a smaller candidate"),
+    "task path that is no folder": (
+        {"oracle": {"task_path": "nowhere"}},
+        *(2, "is no folder", "Name the folder"),
+    ),
+    "rank above the model's size": (
+        {"rank_space": {"candidates": [2, 5000], "budget": "free"}},
+        *(2, "more than the model's hidden size", "Lower"),
+    ),
+    "a single allocation": (
+        {"rank_space": {"candidates": [8]}},
+        *(2, "holds a single allocation", "Add [rank_space] candidates"),
+    ),
+    "empty output": ({"output": ""}, 2, "output is empty", "Name a folder"),
+    "one report document": ({"oracle": {"report_documents": 1}}, 2, "no interval", "at least 2"),
     "no layer left": ({"prune": {"keep_first": 5, "keep_last": 3}}, 2, "none of the 8", "Lower"),
     "too few trials": ({"search": {"initial_trials": 9}}, 2, "more than max_trials", "Raise"),
     "no task": ({"oracle": {"tasks": []}}, 2, "tasks is empty", "Name at least one"),

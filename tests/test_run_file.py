@@ -222,6 +222,13 @@ def test_the_template_overwrites_only_when_told(tmp_path):
     assert run_file.load(path).oracle.tasks
 
 
+def test_the_template_is_not_written_over_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in (tmp_path, Path()):
+        with pytest.raises(ConfigError, match=r"is a folder\. Name a file, such as .*RUN\.toml"):
+            write_template(place, force=True)
+
+
 @pytest.mark.parametrize("place", ["file/run.toml", "n" * 300])
 def test_a_place_that_cannot_be_written_is_a_config_error(tmp_path, place):
     (tmp_path / "file").write_text("")

@@ -12,6 +12,7 @@ import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.exceptions import StorageInternalError
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState as OptunaState
 
@@ -171,6 +172,27 @@ def test_foreign_study():
     optuna.logging.set_verbosity(verbosity)
     with pytest.raises(ArtifactError, match=r"\['minimize'\], not maximize"):
         TrialStore(storage, "study")
+
+
+def test_a_database_that_fails_meanwhile_is_one_line_with_a_remedy(tmp_path):
+    full = StorageInternalError("An exception is raised during the commit")
+    full.__cause__ = OSError("database or disk is full")
+    with (
+        pytest.raises(ArtifactError, match=r"written: database or disk is full\. Free some space"),
+        TrialStore.open(url(tmp_path), "study"),
+    ):
+        raise full
+
+
+def test_what_is_stored_as_parameters_is_what_was_fine_tuned(tmp_path):
+    ends = RankAllocation(tuple(SPACE.candidates[-1] for _ in range(SPACE.layers)))
+    with TrialStore.open(url(tmp_path), "study") as store:
+        pending = store.begin(sampler(), SPACE, place=lambda proposal: ends)
+        store.finish(pending, COMPLETE)
+    assert pending.allocation == ends
+    assert pending.predicted is None
+    (trial,) = optuna.load_study(study_name="study", storage=url(tmp_path)).trials
+    assert set(trial.params.values()) == {SPACE.candidates[-1]}
 
 
 @pytest.fixture
