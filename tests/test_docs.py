@@ -72,6 +72,11 @@ def test_the_changelog_has_a_section_for_what_is_not_released():
     assert sections[0] == "Unreleased"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_has_a_place_holder_left(page):
+    assert not re.findall(r"^[A-Z]{4,}$", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def test_the_page_of_the_run_file_is_made_from_its_fields():
     expected = runpy.run_path(str(ROOT / "docs" / "run_file_page.py"))["page"]()
     written = (ROOT / "docs" / "run-file.md").read_text(encoding="utf-8")
