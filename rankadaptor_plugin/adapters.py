@@ -19,12 +19,14 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from rankadaptor_plugin.errors import RankSpaceError
+from rankadaptor_plugin.ranks import RankSpace, allocation_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import PreTrainedModel
 
+    from rankadaptor_plugin.config import RankSpaceConfig
     from rankadaptor_plugin.ranks import RankAllocation
 
 PROJECTIONS = (
@@ -39,6 +41,7 @@ PROJECTIONS = (
 """The seven projections of a Llama block that LLM-Pruner and the paper adapt."""
 
 ADAPTER = "default"
+_LISTED = 1000  # rank spaces up to this size are listed to see whether there is a choice
 _BLOCK = 32  # rows drawn at a time; fixed, or a higher rank would change the rows before it
 
 
@@ -53,6 +56,43 @@ def rank_costs(model: PreTrainedModel) -> tuple[int, ...]:
         matrices = [layer.get_submodule(name) for name in PROJECTIONS]
         costs.append(sum(m.in_features + m.out_features for m in matrices))
     return tuple(costs)
+
+
+def rank_space(
+    model: PreTrainedModel, pruned_layers: Sequence[bool], config: RankSpaceConfig
+) -> RankSpace:
+    """Returns the rank space S of a pruned model as the run file describes it.
+
+    Args:
+        model: The pruned model.
+        pruned_layers: Whether a layer was pruned, one flag per layer.
+        config: The ``[rank_space]`` table.
+
+    Raises:
+        RankSpaceError: If a rank is larger than the model, or there is nothing to search.
+    """
+    costs = rank_costs(model)
+    everywhere = config.search == "all"
+    size = model.config.hidden_size
+    if config.candidates[-1] > size:
+        raise RankSpaceError(
+            f"Rank {config.candidates[-1]} is more than the model's hidden size {size}, where LoRA "
+            "has full rank already. Lower [rank_space] candidates."
+        )
+    space = RankSpace(
+        candidates=config.candidates,
+        searchable=tuple(everywhere or cut for cut in pruned_layers),
+        default_rank=config.default_rank,
+        costs=costs,
+        budget=config.default_rank * sum(costs) if config.budget == "uniform" else None,
+    )
+    if space.size <= _LISTED and len(space.every()) == 1:
+        raise RankSpaceError(
+            f"The rank space holds a single allocation ({allocation_of(space.every()[0])}), so "
+            "there is nothing to search. Add [rank_space] candidates, search more layers, or set "
+            'budget = "free".'
+        )
+    return space
 
 
 def lora_config(

@@ -23,8 +23,6 @@ from rankadaptor_plugin.confirmation import (
     run_name,
 )
 from rankadaptor_plugin.context import Recovered, RunContext, SamplerSettings
-from rankadaptor_plugin.errors import RankSpaceError
-from rankadaptor_plugin.ranks import RankAllocation, RankSpace, allocation_of
 from rankadaptor_plugin.recovery import recover
 from rankadaptor_plugin.run_folder import RunFolder
 from rankadaptor_plugin.scores import METRICS, Score
@@ -41,10 +39,7 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
     from rankadaptor_plugin.pruned_model import PrunedModel
-
-
-SMALL = 1000
-"""Rank spaces up to this size are listed to see whether there is anything to search."""
+    from rankadaptor_plugin.ranks import RankAllocation
 
 
 def recover_pruned(pruned: PrunedModel, context: RunContext) -> Recovered:
@@ -59,33 +54,6 @@ def recover_pruned(pruned: PrunedModel, context: RunContext) -> Recovered:
     return _Stage(pruned, context).run()
 
 
-def rank_space(pruned: PrunedModel, context: RunContext) -> RankSpace:
-    """Returns the rank space S of a pruned model as the run file describes it."""
-    config = context.config.rank_space
-    costs = adapters.rank_costs(pruned.model)
-    everywhere = config.search == "all"
-    size = pruned.model.config.hidden_size
-    if config.candidates[-1] > size:
-        raise RankSpaceError(
-            f"Rank {config.candidates[-1]} is more than the model's hidden size {size}, where LoRA "
-            "has full rank already. Lower [rank_space] candidates."
-        )
-    space = RankSpace(
-        candidates=config.candidates,
-        searchable=tuple(everywhere or cut for cut in pruned.pruned_layers),
-        default_rank=config.default_rank,
-        costs=costs,
-        budget=config.default_rank * sum(costs) if config.budget == "uniform" else None,
-    )
-    if space.size <= SMALL and len(space.every()) == 1:
-        raise RankSpaceError(
-            f"The rank space holds a single allocation ({allocation_of(space.every()[0])}), so "
-            "there is nothing to search. Add [rank_space] candidates, search more layers, or set "
-            'budget = "free".'
-        )
-    return space
-
-
 class _Stage:
     """One run of the stage; holds what its steps share."""
 
@@ -94,7 +62,9 @@ class _Stage:
         self.context = context
         self.config = context.config
         self.folder = RunFolder(context.folder)
-        self.space = rank_space(pruned, context)
+        self.space = adapters.rank_space(
+            pruned.model, pruned.pruned_layers, context.config.rank_space
+        )
         confirm = self.config.confirm
         self.seeds = fresh_seeds(self.config.seed, confirm.choosing_seeds, confirm.seeds)
         self.resident: Any = pruned.model  # wrapped by PEFT from the first adapter on
