@@ -3,7 +3,7 @@
 One base model stays in memory; adapters are swapped under it. The initial weights are drawn per
 module from a seed and its name, and nested: rank r takes the first r rows of one draw. So two
 allocations that agree on a layer start from the same weights there, whatever the others' ranks
-(common random numbers), and a difference in score is due to the ranks.
+(common random numbers), and what their scores differ by owes less to chance.
 """
 
 from __future__ import annotations

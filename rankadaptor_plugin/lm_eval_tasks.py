@@ -83,7 +83,7 @@ def partition(
         questions: What each document of the evaluated split asks, as `question` returns it.
         search: Number of search documents.
         report: Number of report documents; 0 for all that are left.
-        seed: Seed of the shuffle.
+        seed: Enters the order of the documents.
 
     Returns:
         Two disjoint, sorted lists of document ids; no question is in both.

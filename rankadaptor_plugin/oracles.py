@@ -1,8 +1,9 @@
 """P of the paper: lm-eval measures a model on documents kept apart for search and for report.
 
-Tasks are built once. Every task's documents are shuffled by the seed and cut into search and
-report documents, identical documents counted once, so the two are disjoint by construction. From
-the same multiple-choice requests come the accuracy that lm-eval reports and two scores with far
+Tasks are built once. Every task's documents are ordered by a hash of the seed and of what they
+ask and cut into search and report documents; identical questions count once, and no question of
+one task's report is searched in another, so the two are disjoint by construction. From the same
+multiple-choice requests come the accuracy that lm-eval reports and two scores with far
 less noise, `clp` and `margin` (`rankadaptor_plugin.scores`).
 """
 
@@ -44,9 +45,10 @@ class LmEvalOracle:
         settings: Tasks, document counts, tokenizer and seed.
 
     Raises:
-        ConfigError: If a task is unknown, or the target or a weight names no task.
-        OracleError: If a task is not multiple choice, or its documents cannot be loaded or
-            partitioned.
+        ConfigError: If a task is unknown or has too few documents, or the target or a weight names
+            no task.
+        OracleError: If a task is not multiple choice, its documents cannot be loaded, an answer is
+            not among its choices, or no document is left for the report.
     """
 
     def __init__(self, settings: OracleSettings) -> None:

@@ -1,4 +1,4 @@
-"""A whole run: load, evaluate, prune, recover, report. Finished stages are skipped."""
+"""A whole run: load, prune, evaluate, recover, report. Finished stages are skipped."""
 
 from __future__ import annotations
 
