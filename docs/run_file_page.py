@@ -69,10 +69,12 @@ def _type(hint: Any) -> str:
 def _allowed(rule: Any) -> str:
     if "choices" in rule:
         return ", ".join(f"`{choice}`" for choice in rule["choices"])
-    if "low" not in rule:
-        return ""
-    low = f"{rule['low']:,}"
-    return f"{low} to {rule['high']:,}" if "high" in rule else f"at least {low}"
+    low = f"at least {rule['low']:,}" if "low" in rule else ""
+    if "high" in rule:
+        return f"{rule['low']:,} to {rule['high']:,}"
+    above = f"above {rule['above']:g}" if "above" in rule else ""
+    below = f"below {rule['below']:g}" if "below" in rule else ""
+    return ", ".join(part for part in (low, above, below) if part)
 
 
 if __name__ == "__main__":

@@ -13,5 +13,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def rankadaptor_register_pruners(register: Registry[Pruner]) -> None:
-    """Registers LLM-Pruner's width pruning."""
-    register("width", "rankadaptor_plugin.pruning:prune_width")
+    """Registers LLM-Pruner's block-wise and channel-wise pruning, and Shortened LLaMA's."""
+    register("width", "rankadaptor_plugin.width:prune_width")
+    register("channel", "rankadaptor_plugin.channel:prune_channel")
+    register("depth", "rankadaptor_plugin.depth:prune_depth")

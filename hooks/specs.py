@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         RunContext,
         SamplerFactory,
     )
+    from rankadaptor_plugin.modeling_rankadaptor import Structure
     from rankadaptor_plugin.pruned_model import PrunedModel
     from rankadaptor_plugin.registry import Registry
     from rankadaptor_plugin.trials import Trial
@@ -40,6 +41,15 @@ def rankadaptor_register_pruners(register: Registry[Pruner]) -> None:
 
     Called once at the start. A pruner is ``(model, tokenizer, samples, config) -> PrunedModel``
     and may change the model in place. Example: ``register("width", "my_package.cut:prune")``.
+    """
+
+
+@hookspec
+def rankadaptor_register_families(register: Registry[Structure]) -> None:
+    """Registers model families that can be pruned: where the matrices of their layers are.
+
+    Called once at the start, under the name of the ``model_type`` in ``config.json``. Example:
+    ``register("olmo2", Structure(model_type="olmo2"))``.
     """
 
 

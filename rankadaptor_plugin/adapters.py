@@ -9,6 +9,7 @@ allocations that agree on a layer start from the same weights there, whatever th
 from __future__ import annotations
 
 import math
+import re
 import warnings
 import zlib
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ from torch import nn
 
 from rankadaptor_plugin.errors import RankSpaceError
 from rankadaptor_plugin.ranks import RankSpace, allocation_of
+from rankadaptor_plugin.structures import decoder_layers, structure_of
+from rankadaptor_plugin.units import is_transposed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,17 +32,6 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.config import RankSpaceConfig
     from rankadaptor_plugin.ranks import RankAllocation
 
-PROJECTIONS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-"""The seven projections of a Llama block that LLM-Pruner and the paper adapt."""
-
 ADAPTER = "default"
 _LISTED = 1000  # rank spaces up to this size are listed to see whether there is a choice
 _BLOCK = 32  # rows drawn at a time; fixed, or a higher rank would change the rows before it
@@ -48,14 +40,15 @@ _BLOCK = 32  # rows drawn at a time; fixed, or a higher rank would change the ro
 def rank_costs(model: PreTrainedModel) -> tuple[int, ...]:
     """Returns the trainable parameters that one unit of rank adds, one number per layer.
 
-    A LoRA pair on a matrix of shape (out, in) has r * (in + out) parameters, so the costs of an
-    unevenly pruned model differ from layer to layer.
+    All matrices of a layer are adapted: in Llama the seven projections that LLM-Pruner and the
+    paper name. A LoRA pair on a matrix of shape (out, in) has r * (in + out) parameters, so the
+    costs of an unevenly pruned model differ from layer to layer.
     """
-    costs = []
-    for layer in model.get_decoder().layers:
-        matrices = [layer.get_submodule(name) for name in PROJECTIONS]
-        costs.append(sum(m.in_features + m.out_features for m in matrices))
-    return tuple(costs)
+    names = structure_of(model).matrices
+    return tuple(
+        sum(sum(layer.get_parameter(f"{name}.weight").shape) for name in names)
+        for layer in decoder_layers(model)
+    )
 
 
 def rank_space(
@@ -96,20 +89,29 @@ def rank_space(
 
 
 def lora_config(
-    allocation: RankAllocation, *, alpha_over_rank: float, dropout: float = 0.0
+    model: PreTrainedModel,
+    allocation: RankAllocation,
+    *,
+    alpha_over_rank: float,
+    dropout: float = 0.0,
 ) -> LoraConfig:
-    """Returns PEFT's description of an allocation.
+    """Returns PEFT's description of an allocation on a model.
 
     PEFT matches a pattern against the whole module name, so each key spells out its layer up to
     the dot: ``layers.1`` would match nothing, ``layers.1.*`` the layers 10 to 19 as well.
     """
-    ranks = dict(enumerate(allocation.ranks))
+    structure = structure_of(model)
+    ranks = {f"{structure.layers}.{i}": r for i, r in enumerate(allocation.ranks)}
+    patterns = {rf"{re.escape(layer)}\..*": r for layer, r in ranks.items()}
     return LoraConfig(
         r=max(ranks.values()),
         lora_alpha=alpha_over_rank * max(ranks.values()),
-        rank_pattern={rf"model\.layers\.{i}\..*": r for i, r in ranks.items()},
-        alpha_pattern={rf"model\.layers\.{i}\..*": alpha_over_rank * r for i, r in ranks.items()},
-        target_modules=[f"model.layers.{i}.{name}" for i in ranks for name in PROJECTIONS],
+        rank_pattern=patterns,
+        alpha_pattern={pattern: alpha_over_rank * r for pattern, r in patterns.items()},
+        target_modules=[f"{layer}.{name}" for layer in ranks for name in structure.matrices],
+        fan_in_fan_out=is_transposed(
+            model.get_submodule(f"{structure.layers}.0.{structure.output}")
+        ),
         lora_dropout=dropout,
         bias="none",
         task_type="CAUSAL_LM",
@@ -136,13 +138,14 @@ def attach(
     Raises:
         RankSpaceError: If the allocation has not one rank per layer.
     """
-    layers = len(base.get_decoder().layers)
+    bare = base.get_base_model() if isinstance(base, PeftModel) else base
+    layers = len(decoder_layers(bare))
     if len(allocation.ranks) != layers:
         raise RankSpaceError(
             f"The allocation {allocation} has {len(allocation.ranks)} ranks for {layers} layers. "
             "Give one rank per decoder layer."
         )
-    config = lora_config(allocation, alpha_over_rank=alpha_over_rank, dropout=dropout)
+    config = lora_config(bare, allocation, alpha_over_rank=alpha_over_rank, dropout=dropout)
     if isinstance(base, PeftModel):
         base.delete_adapter(ADAPTER)
         base.add_adapter(ADAPTER, config)

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rankadaptor_plugin.errors import ConfigError, UnsupportedModelError
-from rankadaptor_plugin.structures import SUPPORTED_FAMILIES
+from rankadaptor_plugin.modeling_rankadaptor import PREFIX
+from rankadaptor_plugin.structures import family_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,10 +52,14 @@ def check_folder(folder: Path) -> str:
             f"{', '.join(architectures) or family or 'unknown'}). Set model to a decoder such as "
             "Llama."
         )
-    if family not in SUPPORTED_FAMILIES:
+    try:
+        family_of(config)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"The model in {folder} cannot be pruned. {error}") from None
+    if family.startswith(PREFIX):
         raise UnsupportedModelError(
-            f"The model in {folder} is of the family {family!r}. Supported: "
-            f"{', '.join(SUPPORTED_FAMILIES)}."
+            f"The model in {folder} is pruned already (model type {family!r}). Set model to the "
+            "base model that it was made from."
         )
     if not any(folder.glob("*.safetensors")):
         raise UnsupportedModelError(

@@ -19,21 +19,84 @@ EMBEDDED = "embedded"
 
 
 def _f(default: Any, help_: str, **rule: Any) -> Any:
-    """A field with its help text; `rule` is ``low``, ``high`` (inclusive) or ``choices``."""
+    """A field with its help text.
+
+    `rule` is ``low``, ``high`` (inclusive), ``above``, ``below`` (exclusive) or ``choices``.
+    """
     return field(default=default, metadata={"help": help_, **rule})
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:
-    """Stage 1: which units of the base model are removed (paper, section 2)."""
+    """Stage 1: what is removed from the base model (paper, section 2)."""
 
-    method: str = _f("width", "registered pruner; width removes attention heads and MLP channels")
-    importance: str = _f("taylor", "unit score: taylor, first order, sum of |gradient * weight|")
-    ratio: float = _f(0.5, "share of the units removed in each pruned layer", low=0.01, high=0.99)
+    method: str = _f(
+        "width",
+        "registered pruner: width (heads and MLP channels), channel (hidden size), depth (blocks)",
+    )
+    importance: str = _f(
+        "taylor", "score: taylor, magnitude, random; wanda for width, channel; ppl for depth"
+    )
+    taylor: str = _f(
+        "first",
+        "Taylor term per weight: first, second, mix (paper, equation 2), or vectorize",
+        choices=("first", "second", "mix", "vectorize"),
+    )
+    reduction: str = _f(
+        "sum",
+        "from the scores of a unit's matrices to one: sum, mean, max, or first",
+        choices=("sum", "mean", "max", "first"),
+    )
+    ratio: float = _f(0.5, "share to remove, between 0 and 1", above=0.0, below=1.0)
+    ratio_of: str = _f(
+        "units",
+        "the ratio is a share of the units in the layer range, or of all parameters of the model",
+        choices=("units", "parameters"),
+    )
+    ranking: str = _f(
+        "layer",
+        "layer: every layer loses the same share; global: units compete across layers",
+        choices=("layer", "global"),
+    )
+    floor: float = _f(0.0, "global ranking: least share of a layer's units removed", low=0.0)
+    ceiling: float = _f(
+        0.9, "global ranking: most share of a layer's units removed", low=0.0, below=1.0
+    )
+    blocks: int = _f(0, "depth: number of blocks to remove; 0 takes the ratio", low=0)
+    round_to: int = _f(1, "round the MLP channels that stay to a multiple of this", low=1)
+    if_emptied: str = _f(
+        "clamp",
+        "a layer would lose its last KV group or channel: clamp (keep one, warn), or refuse",
+        choices=("clamp", "refuse"),
+    )
     keep_first: int = _f(4, "layers at the bottom that are not pruned (paper: 4 of 32)", low=0)
     keep_last: int = _f(2, "layers at the top that are not pruned (paper: 2 of 32)", low=0)
-    calibration_samples: int = _f(10, "sequences for the gradients (paper: 10 or 50)", low=1)
-    calibration_tokens: int = _f(64, "tokens per calibration sequence, at most", low=2)
+    calibration: str = _f(
+        "", "text, JSON or JSONL file for the scores; empty takes the recovery corpus"
+    )
+    calibration_samples: int = _f(10, "calibration sequences (paper: 10 or 50)", low=1)
+    calibration_tokens: int = _f(64, "tokens per calibration sequence", low=2)
+
+    def __post_init__(self) -> None:
+        if not self.floor <= self.ceiling:
+            raise ConfigError(
+                f"[prune] floor {self.floor:g} is above ceiling {self.ceiling:g}. Lower floor or "
+                "raise ceiling."
+            )
+
+    def layers(self, count: int) -> range:
+        """Returns the layers that are pruned of a model with so many.
+
+        Raises:
+            ConfigError: If none is left.
+        """
+        first, last = self.keep_first, count - self.keep_last
+        if first >= last:
+            raise ConfigError(
+                f"[prune] keep_first {self.keep_first} and keep_last {self.keep_last} leave none "
+                f"of the {count} layers to prune. Lower one of them."
+            )
+        return range(first, last)
 
 
 @dataclass(frozen=True, kw_only=True)

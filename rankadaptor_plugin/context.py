@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         RunConfig,
     )
     from rankadaptor_plugin.corpus import Corpus
+    from rankadaptor_plugin.modeling_rankadaptor import Structure
     from rankadaptor_plugin.performance_model import PerformanceModel
     from rankadaptor_plugin.pruned_model import PrunedModel
     from rankadaptor_plugin.ranks import RankAllocation, RankSpace
@@ -129,6 +130,7 @@ class Registries:
     """All names that plugins registered."""
 
     pruners: Registry[Pruner] = field(default_factory=lambda: Registry("pruner"))
+    families: Registry[Structure] = field(default_factory=lambda: Registry("model family"))
     oracles: Registry[OracleFactory] = field(default_factory=lambda: Registry("oracle"))
     performance_models: Registry[PerformanceModelFactory] = field(
         default_factory=lambda: Registry("performance model")

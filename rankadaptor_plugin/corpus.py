@@ -125,8 +125,8 @@ def load_corpus(
     return Corpus(sequences=sequences, dropped=dropped)
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Reads the rows of a corpus file.
+def read_rows(path: Path, setting: str = "[corpus] path") -> list[dict[str, str]]:
+    """Reads the rows of a corpus file, which a setting of the run file names.
 
     Returns:
         Dictionaries with either ``text`` or ``instruction``, ``input`` and ``output``.
@@ -139,7 +139,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         content = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(
-            f"The corpus {path} cannot be read: {error.strerror}. Correct [corpus] path."
+            f"The corpus {path} cannot be read: {error.strerror}. Correct {setting}."
         ) from error
     except UnicodeDecodeError as error:
         raise CorpusError(f"The corpus {path} is not UTF-8 text: {error}. Convert it.") from error
@@ -162,22 +162,80 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return [_row(row, f"{path}, row {number}") for number, row in numbered]
 
 
-def calibration_samples(corpus: Corpus, count: int, tokens: int, seed: int) -> list[torch.Tensor]:
-    """Draws sequences for pruning, at random and without repetition.
+def calibration_documents(
+    path: Path, tokenizer: PreTrainedTokenizerBase, *, template: str = "alpaca"
+) -> list[torch.Tensor]:
+    """Reads and tokenizes the file that calibration sequences come from.
 
     Args:
-        corpus: The recovery corpus.
-        count: Number of sequences; all of them if the corpus has fewer.
-        tokens: Each sequence is cut to this length.
+        path: A ``.json``, ``.jsonl`` or text file, as for the corpus.
+        tokenizer: Tokenizer of the model.
+        template: ``alpaca`` or ``plain``, the prompt around instruction rows.
+
+    Returns:
+        Token ids of each row, or of the whole text, each of shape (t,), int64.
+
+    Raises:
+        ConfigError: If the file is missing.
+        CorpusError: If it is malformed.
+    """
+    texts = (
+        row["text"] if "text" in row else "".join(_prompt_and_response(row, template))
+        for row in read_rows(path, "[prune] calibration")
+    )
+    return [torch.tensor(_encode(tokenizer, text), dtype=torch.int64) for text in texts]
+
+
+def calibration_samples(
+    documents: Sequence[torch.Tensor], count: int, tokens: int, seed: int
+) -> list[torch.Tensor]:
+    """Draws sequences of one length, at random and without overlap.
+
+    As in LLM-Pruner they come from documents that are long enough, never from two at once.
+
+    Args:
+        documents: Token ids, each of shape (t,), int64.
+        count: Number of sequences; with a warning fewer if there are no more.
+        tokens: Length of each sequence.
         seed: Seed of the draw.
 
     Returns:
-        Token ids, each of shape (t,), 2 <= t <= tokens.
+        Token ids, each of shape (tokens,), int64.
+
+    Raises:
+        CorpusError: If no document is long enough.
     """
     generator = torch.Generator().manual_seed(seed)
-    usable = [s.tokens[:tokens] for s in corpus.sequences if len(s.tokens) > 1]
-    order = torch.randperm(len(usable), generator=generator)[:count]
-    return [usable[int(i)] for i in order]
+    windows = [
+        (number, place)
+        for number, document in enumerate(documents)
+        for place in range(len(document) // tokens)
+    ]
+    if not windows:
+        longest = max((len(document) for document in documents), default=0)
+        raise CorpusError(
+            f"The calibration text is too short: its longest document has {longest} tokens, but "
+            f"[prune] calibration_tokens is {tokens}. Lower it, or give longer text in [prune] "
+            "calibration."
+        )
+    if len(windows) < count:
+        logger.warning(
+            "The calibration text gives %d sequences of %d tokens, not %d. Give more text, or "
+            "lower [prune] calibration_tokens.",
+            len(windows),
+            tokens,
+            count,
+        )
+    samples = []
+    shifts: dict[int, int] = {}
+    for index in torch.randperm(len(windows), generator=generator)[:count].tolist():
+        number, place = windows[index]
+        if number not in shifts:  # one for all windows of a document, which so cannot overlap
+            spare = len(documents[number]) % tokens
+            shifts[number] = int(torch.randint(spare + 1, (1,), generator=generator))
+        start = shifts[number] + place * tokens
+        samples.append(documents[number][start : start + tokens])
+    return samples
 
 
 def _parse(content: str, path: Path, line: int | None) -> Any:
@@ -213,12 +271,7 @@ def _instruction(
     where: str,
 ) -> TrainingSequence | None:
     """Tokenizes prompt and response together; the loss begins where the prompt alone ends."""
-    if template == "alpaca":
-        prompt = ALPACA[bool(row["input"])].format(**row)
-        response = row["output"]
-    else:
-        prompt = f"{row['instruction']} {row['input']}".strip()
-        response = f" {row['output']}"
+    prompt, response = _prompt_and_response(row, template)
     if not row["output"].strip():
         return None
     head = len(_encode(tokenizer, prompt))
@@ -230,6 +283,12 @@ def _instruction(
     labels = ids.clone()
     labels[:head] = IGNORED
     return TrainingSequence(ids, labels)
+
+
+def _prompt_and_response(row: dict[str, str], template: str) -> tuple[str, str]:
+    if template == "alpaca":
+        return ALPACA[bool(row["input"])].format(**row), row["output"]
+    return f"{row['instruction']} {row['input']}".strip(), f" {row['output']}"
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -1,148 +1,250 @@
-"""How much the loss would change without a unit: first-order Taylor scores.
+"""How much each unit matters: scores of its weights, summed within each matrix it runs through.
 
-The score of a weight is |g * w| with g the gradient of the mean calibration loss, and that of a
-unit is the sum over all of its weights: ``param_first`` with sum aggregation in LLM-Pruner
-(arXiv 2305.11627, section 3.2). Biases are not counted, as there.
+Taylor scores estimate by how much the calibration loss would change without the weight, as in
+LLM-Pruner (arXiv 2305.11627, section 3.2) and the paper (arXiv 2406.15734, equation 2); Wanda
+(arXiv 2306.11695) takes the size of weight and input. Biases are not counted, as there.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
-from rankadaptor_plugin.errors import CorpusError, RankAdaptorError
-from rankadaptor_plugin.structures import decoder_layers, structure_of
+from rankadaptor_plugin.calibration import check_samples
+from rankadaptor_plugin.errors import ConfigError, RankAdaptorError, UnsupportedModelError
+from rankadaptor_plugin.streamed_gradients import stream_gradients, stream_inputs
+from rankadaptor_plugin.structures import decoder_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import nn
     from transformers import PreTrainedModel
 
-    from rankadaptor_plugin.units import LayerUnits, Units
+    from rankadaptor_plugin.config import PruneConfig
+    from rankadaptor_plugin.units import Member, Units
+
+    LineScores = dict[str, torch.Tensor]
+    """Sums over each row ("out", shape (rows,)) and column ("in") of a matrix, on the CPU."""
+
+_CHUNK = 2**22
+"""Most weights of a matrix that are scored at once; 16 MiB for each intermediate result."""
 
 
-class LayerScores(NamedTuple):
-    """The scores of one layer's units; higher means more important.
+def unit_scores(
+    model: PreTrainedModel,
+    kinds: Sequence[Units],
+    samples: Sequence[torch.Tensor],
+    config: PruneConfig,
+) -> list[torch.Tensor]:
+    """Scores units; higher means more important.
 
-    Attributes:
-        attention: One score per KV group, shape (groups,), float32, on the CPU.
-        mlp: One score per MLP channel, shape (channels,), float32, on the CPU.
-    """
+    A unit's score in one matrix is the sum over its weights there, and ``config.reduction`` makes
+    one score of those of all its matrices. What a weight w scores, ``config.importance`` says:
 
-    attention: torch.Tensor
-    mlp: torch.Tensor
+    - "taylor": by ``config.taylor``. The loss is the mean over the sequences of their mean
+      next-token loss, g its gradient, g_j that of sequence j's own mean loss. "first": abs(g w).
+      "second": the sum over j of (g_j w)^2; LLM-Pruner's code divides it by the number of
+      sequences, the paper does not. "mix": abs(g w - second / 2), equation 2 of the paper.
+      "vectorize": g w, and the absolute value of the sum of a row or column.
+    - "magnitude": abs(w).
+    - "wanda": abs(w) times the norm of w's input feature over all calibration tokens.
+    - "random": uniform numbers from torch's global generator, drawn per unit.
 
-
-def taylor(model: PreTrainedModel, samples: Sequence[torch.Tensor]) -> tuple[LayerScores, ...]:
-    """Scores the units of every layer by first-order Taylor expansion of the loss.
-
-    The loss is the mean over the sequences of their mean next-token loss. The model is left as it
-    was: gradients, what requires them, and training modes. Besides the model, the memory holds one
-    gradient per matrix of the layers, and the activations of one sequence.
+    A matrix tied to the input embeddings is scored by its use as a matrix only. The model is left
+    as it was. See `rankadaptor_plugin.streamed_gradients` for the memory this takes.
 
     Args:
         model: A causal language model of a supported family.
-        samples: Calibration sequences, each of shape (t,), int64, t >= 2, lengths may differ.
+        kinds: Units of any number of kinds, or none of a kind. A matrix may occur in several.
+        samples: Token ids, each of shape (t,), int64, t >= 2; for "taylor" and "wanda" only.
+        config: The ``[prune]`` table.
 
     Returns:
-        Scores of each decoder layer, bottom first.
+        The scores of each kind, shape (units,), float32, on the CPU.
 
     Raises:
-        UnsupportedModelError: If the family is not supported.
+        ConfigError: If the importance, the Taylor term or the reduction is unknown.
+        UnsupportedModelError: If the family is not supported, or a matrix is offloaded.
         CorpusError: If there is no sequence, or one is too short or has unknown tokens.
-        RankAdaptorError: If a gradient is not finite.
+        RankAdaptorError: If a score is not finite, or the loss does not depend on a matrix.
     """
-    _check_samples(model, samples)
-    structure = structure_of(model)
-    units = [structure.units(layer) for layer in decoder_layers(model)]
-    weights = [member.module.weight for layer in units for kind in layer for member in kind]
-    with _only_gradients_of(model, weights), torch.enable_grad():
-        for sample in samples:
-            tokens = sample.to(model.device).unsqueeze(0)  # (1, t)
-            output = model(input_ids=tokens, labels=tokens, use_cache=False)
-            (output.loss / len(samples)).backward()
-        scores = tuple(LayerScores(*(_scores(kind) for kind in layer)) for layer in units)
-        _check_finite(units, scores)
-    return scores
+    _check_names(config)
+    if config.importance == "random":
+        return [torch.rand(len(units[0].indices)) if units else torch.zeros(0) for units in kinds]
+    matrices = list({member.module: member for units in kinds for member in units}.values())
+    _check_loaded(model, matrices)
+    lines = _MEASURES[config.importance](model, matrices, samples, config)
+    if missing := [member.module for member in matrices if member.module not in lines]:
+        raise RankAdaptorError(
+            f"The loss has no gradient for {_place(model, missing[0])}. Use a model whose loss "
+            "depends on all of its layers."
+        )
+    _check_finite(model, lines, config.importance)
+    return [_reduced(units, lines, config.reduction) for units in kinds]
+
+
+def _taylor(
+    model: PreTrainedModel,
+    matrices: Sequence[Member],
+    samples: Sequence[torch.Tensor],
+    config: PruneConfig,
+) -> dict[nn.Module, LineScores]:
+    """Makes the scores of each matrix when the way back reaches it: those of the top come first."""
+    check_samples(model, samples)
+    lines: dict[nn.Module, LineScores] = {}
+
+    def receive(member: Member, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        score = partial(_taylor_scores, config.taylor, inputs.float(), gradients.float())
+        sums = _line_scores(member, score)
+        lines[member.module] = {side: values.abs() for side, values in sums.items()}
+
+    stream_gradients(model, matrices, samples, receive)
+    return lines
+
+
+def _taylor_scores(
+    term: str, inputs: torch.Tensor, gradients: torch.Tensor, rows: slice, weight: torch.Tensor
+) -> torch.Tensor:
+    """Scores some rows of a matrix from the factors of its sequences' own gradients g_j."""
+    count, gradients = len(inputs), gradients[..., rows]
+    if term in {"first", "vectorize"}:
+        signed = (gradients.flatten(0, 1).T @ inputs.flatten(0, 1)).mul_(weight).div_(count)
+        return signed if term == "vectorize" else signed.abs_()
+    first, second = torch.zeros_like(weight), torch.zeros_like(weight)
+    for x, d in zip(inputs, gradients, strict=True):
+        own = (d.T @ x).mul_(weight)
+        first.add_(own, alpha=1 / count)
+        second.addcmul_(own, own)
+    return second if term == "second" else first.sub_(second, alpha=0.5).abs_()
+
+
+def _magnitude(
+    model: PreTrainedModel,
+    matrices: Sequence[Member],
+    samples: Sequence[torch.Tensor],
+    config: PruneConfig,
+) -> dict[nn.Module, LineScores]:
+    return {m.module: _line_scores(m, lambda _, weight: weight.abs()) for m in matrices}
+
+
+def _wanda(
+    model: PreTrainedModel,
+    matrices: Sequence[Member],
+    samples: Sequence[torch.Tensor],
+    config: PruneConfig,
+) -> dict[nn.Module, LineScores]:
+    check_samples(model, samples)
+    squares: dict[nn.Module, tuple[Member, torch.Tensor]] = {}
+
+    def receive(member: Member, inputs: torch.Tensor) -> None:
+        own = inputs.float().square().sum(0)
+        _, before = squares.get(member.module, (member, torch.zeros_like(own)))
+        squares[member.module] = (member, before + own)
+
+    def score(squares: torch.Tensor, rows: slice, weight: torch.Tensor) -> torch.Tensor:
+        return weight.abs() * squares.sqrt()
+
+    stream_inputs(model, matrices, samples, receive)
+    return {key: _line_scores(m, partial(score, own)) for key, (m, own) in squares.items()}
+
+
+_MEASURES: dict[str, Callable[..., dict[nn.Module, LineScores]]] = {
+    "magnitude": _magnitude,
+    "taylor": _taylor,
+    "wanda": _wanda,
+}
+_REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sum": lambda scores: scores.sum(0),
+    "mean": lambda scores: scores.mean(0),
+    "max": lambda scores: scores.amax(0),
+    "first": lambda scores: scores[0],
+}
+_CHOICES = {
+    "importance": sorted([*_MEASURES, "random"]),
+    "taylor": ["first", "mix", "second", "vectorize"],
+    "reduction": sorted(_REDUCTIONS),
+}
 
 
 @torch.no_grad()
-def _scores(units: Units) -> torch.Tensor:
-    """Sums |g * w| over the weights of each unit; shape (units,), float32."""
-    total = torch.zeros(len(units[0].indices))
-    for member in units:
-        weight = member.module.weight
-        if weight.grad is None:
-            raise RankAdaptorError(
-                f"The loss has no gradient for {member.name}. Use a model whose loss depends on "
-                "all of its layers."
-            )
-        salience = (weight.grad.float() * weight.float()).abs()
-        lines = salience.sum(1 if member.side == "out" else 0).cpu()
-        total += lines[member.indices].sum(1)
-    return total
+def _line_scores(
+    member: Member, score: Callable[[slice, torch.Tensor], torch.Tensor]
+) -> LineScores:
+    """Sums the scores of single weights over rows and over columns, some rows at a time.
+
+    Args:
+        member: The matrix.
+        score: From some of its rows, as a slice and as float32 weights (not to be changed), makes
+            as many scores.
+    """
+    height, width = member.weight.shape
+    step = max(_CHUNK // width, 1)
+    out, into = [], torch.zeros(width, device=member.weight.device)
+    for start in range(0, height, step):
+        rows = slice(start, start + step)
+        scores = score(rows, member.weight[rows].float())
+        out.append(scores.sum(1))
+        into += scores.sum(0)
+    return {"out": torch.cat(out).cpu(), "in": into.cpu()}
 
 
-@contextmanager
-def _only_gradients_of(model: nn.Module, weights: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Evaluation mode with gradients for some weights; afterwards all is as it was."""
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = {id(weight) for weight in weights}
-    try:
-        model.eval()
-        for parameter, _, _ in parameters:
-            parameter.grad = None
-            parameter.requires_grad_(id(parameter) in wanted)
-        yield
-    finally:
-        for parameter, requires_grad, grad in parameters:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-        for module, training in modes:
-            module.training = training
+def _reduced(units: Units, lines: dict[nn.Module, LineScores], reduction: str) -> torch.Tensor:
+    scores = [lines[member.module][member.side][member.indices].sum(1) for member in units]
+    return _REDUCTIONS[reduction](torch.stack(scores)) if units else torch.zeros(0)
 
 
-def _check_samples(model: PreTrainedModel, samples: Sequence[torch.Tensor]) -> None:
-    if not len(samples):
-        raise CorpusError("There are no calibration sequences. Give at least one.")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    for number, sample in enumerate(samples):
-        if sample.dim() != 1 or len(sample) < 2:  # noqa: PLR2004 - one token has no next token
-            raise CorpusError(
-                f"Calibration sequence {number} has shape {tuple(sample.shape)}. Give sequences of "
-                "shape (tokens,) with at least 2 tokens."
-            )
-        if not 0 <= int(sample.min()) <= int(sample.max()) < vocabulary:
-            raise CorpusError(
-                f"Calibration sequence {number} has tokens from {int(sample.min())} to "
-                f"{int(sample.max())}; the model knows 0 to {vocabulary - 1}. Use the model's own "
-                "tokenizer."
+def _check_names(config: PruneConfig) -> None:
+    for key, names in _CHOICES.items():
+        value = getattr(config, key)
+        if value not in names:
+            known = ' for other methods than "depth"' if value == "ppl" else ""
+            raise ConfigError(
+                f'[prune] {key} "{value}" is unknown{known}. Use one of: {", ".join(names)}.'
             )
 
 
-def _check_finite(units: Sequence[LayerUnits], scores: Sequence[LayerScores]) -> None:
-    """Names the layer where the trouble begins.
+def _check_loaded(model: PreTrainedModel, matrices: Sequence[Member]) -> None:
+    for member in matrices:
+        if member.weight.is_meta:
+            raise UnsupportedModelError(
+                f"{_place(model, member.module)} is offloaded (its weight is on the meta device). "
+                "Load the model whole, onto one or more GPUs or the CPU, to prune it."
+            )
+
+
+def _check_finite(
+    model: PreTrainedModel, lines: dict[nn.Module, LineScores], importance: str
+) -> None:
+    """Names the matrix where the trouble begins.
 
     One bad weight spoils the loss and with it every gradient, so weights are looked at first;
-    otherwise the trouble came up on the way back, which starts at the top.
+    otherwise the trouble came up on the way, and scores are in the order of the way.
     """
-    bad = [i for i, layer in enumerate(scores) if not all(s.isfinite().all() for s in layer)]
+    bad = [m for m, sums in lines.items() if not all(s.isfinite().all() for s in sums.values())]
     if not bad:
         return
-    for index, layer in enumerate(units):
-        for kind in layer:
-            for member in kind:
-                if not member.module.weight.isfinite().all():
-                    raise RankAdaptorError(
-                        f"Layer {index}: {member.name} has weights that are not finite. Load an "
-                        "intact model."
-                    )
+    for module in model.modules():
+        for weight in module.parameters(recurse=False):
+            if not (weight.is_meta or weight.isfinite().all()):
+                raise RankAdaptorError(
+                    f"{_place(model, module)} has weights that are not finite. "
+                    "Load an intact model."
+                )
+    what, way = ("inputs", "up") if importance == "wanda" else ("gradients", "back")
     raise RankAdaptorError(
-        f"Layer {bad[-1]}: the gradients are not finite in {len(bad)} of {len(scores)} layers, "
-        'this being the topmost. Set dtype = "float32" or "bfloat16", or use other calibration '
+        f"{_place(model, bad[0])} has {what} that are not finite, the first of {len(bad)} such "
+        f'matrices on the way {way}. Set dtype = "float32" or "bfloat16", or use other calibration '
         "text."
     )
+
+
+def _place(model: PreTrainedModel, module: nn.Module) -> str:
+    """Says where in the model a module is, as "Layer 3: mlp.up_proj"."""
+    for index, layer in enumerate(decoder_layers(model)):
+        for name, inner in layer.named_modules():
+            if inner is module:
+                return f"Layer {index}: {name}"
+    return next((name for name, inner in model.named_modules() if inner is module), "a matrix")

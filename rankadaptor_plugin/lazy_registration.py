@@ -2,10 +2,10 @@
 
 transformers looks a model type up in a table of names and imports the module of the same name
 under ``transformers.models`` on first use. `install` adds our names to that table as soon as
-transformers has built it, and puts a stand-in where the module is looked for, which loads
+transformers has built it, and puts a stand-in where the module is looked for, which calls
 `rankadaptor_plugin.pruned_classes` when it is asked for a class. Programs that never touch a
-pruned model pay nothing. Should the table move in a later version, nothing breaks:
-``import rankadaptor_plugin.pruned_classes`` registers the classes as well.
+pruned model pay nothing. Should the table move in a later version, loading through
+`rankadaptor_plugin.pruned_model.load_pruned` still works.
 """
 
 from __future__ import annotations
@@ -20,8 +20,24 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
 
-CONFIGS = {"rankadaptor_llama": "PrunedLlamaConfig"}
-"""Our model types and their config classes in `rankadaptor_plugin.pruned_classes`."""
+_STOCK = {
+    "bloom": "BloomForCausalLM",
+    "falcon": "FalconForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "opt": "OPTForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+CONFIGS = {f"rankadaptor_{family}": f"rankadaptor_{family}_config" for family in _STOCK}
+"""Our model types, and the names under which transformers asks a stand-in for their config."""
 
 _TABLE_MODULE = "transformers.models.auto.configuration_auto"
 
@@ -39,13 +55,16 @@ def install() -> None:
 
 
 class _StandIn(ModuleType):
-    """Has our config classes, and loads them when asked."""
+    """Has the config class of one family, and makes it when asked."""
 
     def __getattr__(self, name: str) -> Any:
         # Any other name, such as those that tools look up in every module, must load nothing.
-        if name in CONFIGS.values():
-            return getattr(importlib.import_module("rankadaptor_plugin.pruned_classes"), name)
-        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        model_type = self.__name__.rpartition(".")[2]
+        if name != CONFIGS[model_type]:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        stock = _STOCK[model_type.removeprefix("rankadaptor_")]
+        register = importlib.import_module("rankadaptor_plugin.pruned_classes").register
+        return register(getattr(importlib.import_module("transformers"), stock))[0]
 
 
 class _Watcher(MetaPathFinder):

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import PeftModel
 
 from rankadaptor_plugin.base_model import (
     load_model,
 )
 from rankadaptor_plugin.context import Recovered
-from rankadaptor_plugin.corpus import calibration_samples
 from rankadaptor_plugin.device import (
     device_name,
     peak_memory_bytes,
@@ -178,18 +178,13 @@ class _Run:
         """Leaves the pruned model on disk."""
         self._progress("prune", 0)
         if not self.folder.pruned.is_dir():
-            config = self.config.prune
-            with self.folder.timed("prune"):
+            with self.folder.timed("prune"), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.config.seed)  # for pruners that draw at random
                 pruned = self.given or self.prepared.pruner(
                     self._base_model(),
                     self.prepared.tokenizer,
-                    calibration_samples(
-                        self.context.corpus,
-                        config.calibration_samples,
-                        config.calibration_tokens,
-                        self.config.seed,
-                    ),
-                    config,
+                    self.prepared.calibration,
+                    self.config.prune,
                 )
                 pruned.save(self.folder.pruned)
         self._progress("prune", 1)

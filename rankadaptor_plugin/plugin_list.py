@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.context import Registries
+from rankadaptor_plugin.errors import PluginError
 
 if TYPE_CHECKING:
     import pluggy
@@ -21,6 +22,7 @@ def registries(manager: pluggy.PluginManager) -> Registries:
     """Returns all names that the plugins register."""
     found = Registries()
     manager.hook.rankadaptor_register_pruners(register=found.pruners)
+    manager.hook.rankadaptor_register_families(register=found.families)
     manager.hook.rankadaptor_register_oracles(register=found.oracles)
     manager.hook.rankadaptor_register_performance_models(register=found.performance_models)
     manager.hook.rankadaptor_register_samplers(register=found.samplers)
@@ -28,16 +30,35 @@ def registries(manager: pluggy.PluginManager) -> Registries:
 
 
 def check_names(found: Registries, config: RunConfig) -> None:
-    """Checks, by loading it, everything that a run file names.
+    """Checks, by loading it, everything that a run file names, and makes all families known.
 
     Raises:
         UnknownNameError: If no plugin registers a name.
-        PluginError: If what is registered cannot be loaded.
+        PluginError: If what is registered cannot be loaded, or is no map of its model type.
     """
+    register_families(found)
     found.pruners.get(config.prune.method)
     found.oracles.get(config.oracle.name)
     found.samplers.get(config.search.sampler)
     found.performance_models.get(config.performance_model.name)
+
+
+def register_families(found: Registries) -> None:
+    """Makes the families of all plugins known, so that their models can be pruned and loaded.
+
+    Raises:
+        PluginError: If what is registered cannot be loaded, or is no map of its model type.
+    """
+    from rankadaptor_plugin.structures import register_family  # loads torch, unlike a mere list
+
+    for model_type in found.families.names():
+        structure = found.families.get(model_type)
+        if getattr(structure, "model_type", None) != model_type:
+            raise PluginError(
+                f'The model family "{model_type}" is registered with {structure!r}. Register a '
+                "Structure of that model_type."
+            )
+        register_family(structure)
 
 
 def describe(manager: pluggy.PluginManager) -> dict[str, Any]:
@@ -63,6 +84,7 @@ def describe(manager: pluggy.PluginManager) -> dict[str, Any]:
         "plugins": active,
         "registered": {
             "pruners": found.pruners.names(),
+            "model families": found.families.names(),
             "oracles": found.oracles.names(),
             "performance models": found.performance_models.names(),
             "samplers": found.samplers.names(),

@@ -15,6 +15,7 @@ import pluggy
 from rankadaptor_plugin.errors import PluginError
 from rankadaptor_plugin.hooks import (
     commands,
+    families,
     oracles,
     pruners,
     recovery,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = {
     "pruners": pruners,
+    "families": families,
     "oracles": oracles,
     "search": search,
     "commands": commands,

@@ -15,6 +15,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers import AutoConfig
+
 from rankadaptor_plugin import plugin_list, plugins, run_file
 from rankadaptor_plugin.base_model import check_folder, load_tokenizer
 from rankadaptor_plugin.embedded_default import model_folder
@@ -59,7 +61,8 @@ def recover_after_pruning(
         # Taylor pruners leave gradients behind, which would only take memory.
         model.zero_grad(set_to_none=True)
         tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
-        pruned = describe_pruned(model, tokenizer)
+        # The script may have changed the model's own config as it pruned.
+        pruned = describe_pruned(model, tokenizer, base_config=AutoConfig.from_pretrained(source))
         result = run(config, manager, pruned=pruned)
         if on_result is not None:
             on_result(result)

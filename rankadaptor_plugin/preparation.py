@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 from rankadaptor_plugin import plugin_list, run_file
 from rankadaptor_plugin.base_model import check_folder, load_tokenizer
 from rankadaptor_plugin.context import Oracle, OracleSettings, Pruner, RunContext
-from rankadaptor_plugin.corpus import load_corpus
+from rankadaptor_plugin.corpus import (
+    Corpus,
+    calibration_documents,
+    calibration_samples,
+    load_corpus,
+)
 from rankadaptor_plugin.device import resolve_device, resolve_dtype
 from rankadaptor_plugin.embedded_default import corpus_file, model_folder
 from rankadaptor_plugin.errors import ArtifactError, ConfigError
@@ -45,6 +50,7 @@ class Prepared:
         tokenizer: Its tokenizer.
         device: Where to compute.
         dtype: Type of the base model's weights.
+        calibration: Sequences for the pruner, each of shape (t,), int64; none if it is not needed.
     """
 
     context: RunContext
@@ -53,6 +59,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     dtype: torch.dtype
+    calibration: list[torch.Tensor]
 
 
 def prepare(
@@ -93,6 +100,7 @@ def prepare(
         max_tokens=config.corpus.max_tokens,
         limit=config.corpus.limit,
     )
+    calibration = [] if given else _calibration(config, corpus, tokenizer)
     paths = [Path(config.oracle.task_path)] if config.oracle.task_path else []
     for path in paths:
         if not path.is_dir():
@@ -121,10 +129,26 @@ def prepare(
         tokenizer=tokenizer,
         device=device,
         dtype=resolve_dtype(config.dtype, device),
+        calibration=calibration,
     )
     folder.add_seconds("load", time.perf_counter() - began)
     manager.hook.rankadaptor_on_progress(stage="load", done=1, total=1)
     return prepared
+
+
+def _calibration(
+    config: RunConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
+) -> list[torch.Tensor]:
+    prune = config.prune
+    if prune.calibration:
+        documents = calibration_documents(
+            Path(prune.calibration), tokenizer, template=config.corpus.template
+        )
+    else:
+        documents = [sequence.tokens for sequence in corpus.sequences]
+    return calibration_samples(
+        documents, prune.calibration_samples, prune.calibration_tokens, config.seed
+    )
 
 
 def _claim(folder: RunFolder, inputs: dict[str, Any]) -> None:
@@ -160,10 +184,12 @@ def _inputs(
     for key in ("output", "model", "device", "threads"):
         del plain[key]
     del plain["search"]["max_trials"], plain["corpus"]["path"], plain["oracle"]["task_path"]
+    calibration = plain["prune"].pop("calibration")
     return {
         "config": plain,
         "model": digest(source),
         "pruned model": given.weights_digest() if given else None,
         "corpus": digest(corpus),
+        "calibration": digest(Path(calibration)) if calibration and not given else None,
         "documents": oracle.describe()["digest"],
     }

@@ -1,105 +1,94 @@
-"""Model classes whose layers differ in width.
+"""Turns models whose layers were cut into classes that save and load, and registers those.
 
-Stock transformers classes give every layer the same width, so each family has a subclass of its
-own with the model type ``rankadaptor_<family>``. Its config keeps the sizes before pruning as
-global values and the widths of cut layers under transformers' native key ``per_layer_config``.
-Importing this module registers the classes, after which the ordinary
-``AutoModelForCausalLM.from_pretrained(folder)`` loads such a folder.
+Importing this module registers nothing; `register` is called for a family when one of its pruned
+configs is asked for (see `rankadaptor_plugin.lazy_registration`).
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from rankadaptor_plugin.errors import UnsupportedModelError
-from rankadaptor_plugin.structures import (
-    PRUNED_PREFIX,
-    base_widths,
-    decoder_layers,
-    layer_widths,
-    structure_of,
+from rankadaptor_plugin.modeling_rankadaptor import (
+    pruned_config_class,
+    pruned_model_class,
+    structure_entry,
 )
-from rankadaptor_plugin.units import LayerWidths
+from rankadaptor_plugin.structures import decoder_layers, layer_widths, set_config, structure_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Only warns when a global value of an uneven config is read, and ours are meant to be.
-logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").setLevel("ERROR")
+    from rankadaptor_plugin.units import ModelShape
 
 
-class PrunedLlamaConfig(LlamaConfig):  # type: ignore[misc] # transformers is untyped to us
-    """A Llama config with widths of its own for some layers."""
+def stock_class(model: PreTrainedModel) -> Any:
+    """Returns the transformers class of a model, pruned or not.
 
-    model_type = PRUNED_PREFIX + "llama"
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        # The global values are the sizes before pruning, and anyone may read them as such.
-        kwargs["allow_global_per_layer_attribute_access"] = True
-        super().__post_init__(**kwargs)
-
-
-class PrunedLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc] # transformers is untyped
-    """A Llama with widths of its own for some layers."""
-
-    config_class = PrunedLlamaConfig
-
-    def __init__(self, config: PrunedLlamaConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # builds all layers with the global values
-        structure = structure_of(self)
-        for layer, own in zip(decoder_layers(self), config.per_layer_config, strict=True):
-            structure.resize(layer, LayerWidths.from_config(own), config.hidden_size)
+    Raises:
+        UnsupportedModelError: If it is no causal LM of transformers.
+    """
+    stock = getattr(type(model), "stock_class", type(model))
+    if stock not in MODEL_FOR_CAUSAL_LM_MAPPING.values():
+        raise UnsupportedModelError(
+            f"The model is a {type(model).__name__}. Give a causal LM of transformers without "
+            "adapters."
+        )
+    return stock
 
 
-_FAMILIES = {"llama": (LlamaForCausalLM, PrunedLlamaConfig, PrunedLlamaForCausalLM)}
-
-for _stock, _config, _model in _FAMILIES.values():
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModelForCausalLM.register(_config, _model, exist_ok=True)
+def is_pruned(model: PreTrainedModel) -> bool:
+    """Returns whether a model is of a pruned class already."""
+    return hasattr(type(model), "stock_class")
 
 
-def to_pruned(model: PreTrainedModel) -> PreTrainedModel:
+def register(stock: Any) -> tuple[Any, Any]:
+    """Makes ``AutoModelForCausalLM`` load pruned models of a stock class.
+
+    Returns:
+        The config class and the model class of pruned models.
+    """
+    config_class, model_class = pruned_config_class(stock.config_class), pruned_model_class(stock)
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    return config_class, model_class
+
+
+def to_pruned(model: PreTrainedModel, base: ModelShape) -> PreTrainedModel:
     """Turns a model whose layers were cut into the class that can be saved, in place.
 
-    The forward pass stays the same. The config's global values must be the sizes before pruning.
+    The forward pass stays the same.
+
+    Args:
+        model: The model; its hidden size is that of its config.
+        base: The shape before pruning, layers that were left out not counted.
 
     Raises:
         UnsupportedModelError: If the class or the shapes of the model are not supported.
     """
-    structure, widths, base = structure_of(model), layer_widths(model), base_widths(model)
-    stock, config_class, model_class = _FAMILIES[structure.model_type]
-    if type(model) not in (stock, model_class):
-        raise UnsupportedModelError(
-            f"The model is a {type(model).__name__}. Give a {stock.__name__} without adapters."
-        )
-    for index, (layer, width) in enumerate(zip(decoder_layers(model), widths, strict=True)):
-        if any(now > was for now, was in zip(astuple(width), astuple(base), strict=True)):
+    structure, widths, stock = structure_of(model), layer_widths(model), stock_class(model)
+    for index, (width, was) in enumerate(zip(widths, base.layers, strict=True)):
+        if any(a > b for a, b in zip(astuple(width), astuple(was), strict=True)):
             raise UnsupportedModelError(
-                f"Layer {index} has {width}, more than {base} before pruning according to the "
-                "model's config. Set the config back to the sizes of the base model."
+                f"Layer {index} has {width}, more than {was} before pruning according to the "
+                "base model's config. Set the config back to the sizes of the base model."
             )
-        structure.repair(layer, width)
-    old = model.config
-    config = copy.deepcopy(old)  # other models may share the old one
+    config_class, model_class = register(stock)
+    config = copy.deepcopy(model.config)
     config.__class__ = config_class
     config.allow_global_per_layer_attribute_access = True
-    config.per_layer_config = {i: w.to_config() for i, w in enumerate(widths)}
+    for key, value in structure.to_config(base.layers[0]).items():
+        setattr(config, key, value)
+    config.structure = structure_entry(structure)
+    config.per_layer_config = {i: structure.to_config(w) for i, w in enumerate(widths)}
     config.architectures = [model_class.__name__]
-    try:
-        config.validate()  # saving would, too late
-    except StrictDataclassError as error:
-        raise UnsupportedModelError(
-            f"The model's config is that of no base model: {str(error).splitlines()[-1].strip()} "
-            "Set it back to the sizes of the base model."
-        ) from error
-    for module in model.modules():
-        if getattr(module, "config", None) is old:
-            module.config = config
+    set_config(model, config)
+    for layer, width in zip(decoder_layers(model), widths, strict=True):
+        structure.repair(layer, width)
     model.__class__ = model_class
     return model

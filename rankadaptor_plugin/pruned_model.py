@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -10,23 +11,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rankadaptor_plugin.errors import ArtifactError
-from rankadaptor_plugin.pruned_classes import to_pruned
-from rankadaptor_plugin.structures import (
-    base_widths,
-    decoder_layers,
-    layer_widths,
-    structure_of,
-)
+from rankadaptor_plugin.errors import ArtifactError, UnsupportedModelError
+from rankadaptor_plugin.footprint import Footprint, footprint, on_meta, shape_of
+from rankadaptor_plugin.modeling_rankadaptor import LayerWidths
+from rankadaptor_plugin.pruned_classes import is_pruned, stock_class, to_pruned
+from rankadaptor_plugin.units import ModelShape
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from collections.abc import Sequence
 
-    from rankadaptor_plugin.units import LayerWidths
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 RECORD = "pruned_model.json"
 """File beside the weights that says what was cut, and how."""
@@ -37,21 +36,27 @@ class PrunedModel:
     """PL of the paper: a pruned model and what was done to it.
 
     Attributes:
-        model: The model, of one of the pruned classes.
+        model: The model: of a pruned class where a layer is narrower than before, else of the stock
+            class.
         tokenizer: Its tokenizer.
-        widths: Width of each decoder layer, bottom first.
-        pruned_layers: Whether a layer is narrower than before pruning, one flag per layer.
-        base_parameters: Number of parameters before pruning.
-        parameters: Number of parameters now; tied weights count once.
+        shape: Hidden size and widths now.
+        base_shape: The same before pruning.
+        kept_layers: For each layer its number before pruning, which may have removed whole layers.
+        pruned_layers: Whether the rank of a layer is worth a search, one flag per layer: where it
+            lost something itself, or lies among layers that were removed.
+        footprint: What the model costs.
+        base_footprint: What it cost before pruning.
         provenance: Where it comes from, plain JSON values.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    widths: tuple[LayerWidths, ...]
+    shape: ModelShape
+    base_shape: ModelShape
+    kept_layers: tuple[int, ...]
     pruned_layers: tuple[bool, ...]
-    base_parameters: int
-    parameters: int
+    footprint: Footprint
+    base_footprint: Footprint
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -60,37 +65,109 @@ class PrunedModel:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         provenance: dict[str, Any] | None = None,
+        *,
+        base_config: PreTrainedConfig | None = None,
+        kept_layers: Sequence[int] | None = None,
+        pruned_layers: Sequence[bool] | None = None,
     ) -> PrunedModel:
-        """Describes a model whose layers were cut; the model is converted in place.
+        """Describes a model from which something was cut; where needed it is converted in place.
+
+        Args:
+            model: The model.
+            tokenizer: Its tokenizer.
+            provenance: Where it comes from, plain JSON values.
+            base_config: Config before pruning; None if the model's still holds those sizes.
+            kept_layers: For each layer its number before pruning; None if all are there.
+            pruned_layers: Flags of the attribute of that name; None takes what is narrower.
 
         Raises:
             UnsupportedModelError: If the class or the shapes of the model are not supported.
         """
-        model = to_pruned(model)
-        structure, hidden = structure_of(model), model.config.hidden_size
-        widths, base = layer_widths(model), base_widths(model)
-        parameters = sum(p.numel() for p in model.parameters())
-        removed = sum(
-            structure.parameters(layer, base, hidden) - structure.parameters(layer, width, hidden)
-            for layer, width in zip(decoder_layers(model), widths, strict=True)
+        base_config = copy.deepcopy(model.config) if base_config is None else base_config
+        try:
+            base_config.validate()  # saving would, too late
+        except StrictDataclassError as error:
+            raise UnsupportedModelError(
+                "The model's config is that of no base model: "
+                f"{str(error).splitlines()[-1].strip()} Set it back to the sizes of the base model."
+            ) from error
+        base = on_meta(stock_class(model), base_config, model.dtype)
+        kept = tuple(kept_layers or range(base.config.num_hidden_layers))
+        return cls._described(
+            model,
+            tokenizer,
+            base_shape=shape_of(base),
+            base_footprint=footprint(base),
+            kept_layers=kept,
+            pruned_layers=pruned_layers,
+            provenance=dict(provenance or {}),
         )
+
+    @classmethod
+    def _described(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        base_shape: ModelShape,
+        base_footprint: Footprint,
+        kept_layers: tuple[int, ...],
+        pruned_layers: Sequence[bool] | None,
+        provenance: dict[str, Any],
+    ) -> PrunedModel:
+        shape = shape_of(model)
+        if len(kept_layers) != len(shape.layers):
+            raise UnsupportedModelError(
+                f"The model has {len(shape.layers)} layers, but {len(kept_layers)} are said to be "
+                "kept. Say for each layer which number it had before pruning."
+            )
+        before = ModelShape(base_shape.hidden, tuple(base_shape.layers[i] for i in kept_layers))
+        if shape != before or is_pruned(model):
+            model = to_pruned(model, before)
+        narrower = shape.hidden != before.hidden
         return cls(
             model=model,
             tokenizer=tokenizer,
-            widths=widths,
-            pruned_layers=tuple(width != base for width in widths),
-            base_parameters=parameters + removed,
-            parameters=parameters,
-            provenance=dict(provenance or {}),
+            shape=shape,
+            base_shape=base_shape,
+            kept_layers=kept_layers,
+            pruned_layers=tuple(
+                pruned_layers
+                if pruned_layers is not None
+                else (
+                    narrower or now != was
+                    for now, was in zip(shape.layers, before.layers, strict=True)
+                )
+            ),
+            footprint=footprint(model),
+            base_footprint=base_footprint,
+            provenance=provenance,
         )
+
+    @property
+    def widths(self) -> tuple[LayerWidths, ...]:
+        """Width of each decoder layer, bottom first."""
+        return self.shape.layers
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters now; tied weights count once."""
+        return self.footprint.parameters
+
+    @property
+    def base_parameters(self) -> int:
+        """Number of parameters before pruning."""
+        return self.base_footprint.parameters
 
     def record(self) -> dict[str, Any]:
         """Returns all but the model and the tokenizer, as JSON values."""
         return {
-            "widths": [asdict(width) for width in self.widths],
+            "shape": _shape(self.shape),
+            "base_shape": _shape(self.base_shape),
+            "kept_layers": list(self.kept_layers),
             "pruned_layers": list(self.pruned_layers),
-            "base_parameters": self.base_parameters,
-            "parameters": self.parameters,
+            "footprint": asdict(self.footprint),
+            "base_footprint": asdict(self.base_footprint),
             "provenance": self.provenance,
         }
 
@@ -152,7 +229,7 @@ def load_pruned(
         ArtifactError: If the folder holds no intact pruned model.
     """
     folder = Path(folder)
-    record = _read_record(folder)
+    record = read_record(folder)
     try:
         model, notes = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -166,16 +243,35 @@ def load_pruned(
         raise _torn(
             folder, (str(error).strip().splitlines() or [type(error).__name__])[0]
         ) from error
-    pruned = PrunedModel.of(model.to(device), tokenizer, record["provenance"])
     wrong = sorted({*notes["missing_keys"], *notes["unexpected_keys"]})
     if wrong:
         raise _torn(folder, f"{wrong[0]} is missing or unknown")
+    try:
+        base = record["base_shape"]
+        pruned = PrunedModel._described(
+            model.to(device),
+            tokenizer,
+            base_shape=ModelShape(
+                base["hidden"], tuple(LayerWidths(**widths) for widths in base["layers"])
+            ),
+            base_footprint=Footprint(**record["base_footprint"]),
+            kept_layers=tuple(record["kept_layers"]),
+            pruned_layers=record["pruned_layers"],
+            provenance=record["provenance"],
+        )
+    except (KeyError, TypeError, IndexError) as error:
+        raise _torn(folder, f"{RECORD} cannot be read") from error
     if pruned.record() != record:
         raise _torn(folder, f"{RECORD} describes another model")
     return pruned
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """Reads the record beside a pruned model.
+
+    Raises:
+        ArtifactError: If there is none, or it is torn.
+    """
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text("utf-8"))
         intact = isinstance(record["provenance"], dict)
@@ -189,6 +285,10 @@ def _read_record(folder: Path) -> dict[str, Any]:
     if not intact:
         raise _torn(folder, f"{RECORD} cannot be read")
     return record
+
+
+def _shape(shape: ModelShape) -> dict[str, Any]:
+    return {"hidden": shape.hidden, "layers": [asdict(widths) for widths in shape.layers]}
 
 
 def _torn(folder: Path, reason: str) -> ArtifactError:

@@ -45,6 +45,10 @@ def load(path: Path) -> RunConfig:
         config,
         model=_absolute(config.model, folder),
         output=str(folder / config.output),
+        prune=dataclasses.replace(
+            config.prune,
+            calibration=str(folder / config.prune.calibration) if config.prune.calibration else "",
+        ),
         corpus=dataclasses.replace(config.corpus, path=_absolute(config.corpus.path, folder)),
         oracle=dataclasses.replace(
             config.oracle,
@@ -137,3 +141,8 @@ def _check_range(name: str, value: Any, rule: Any) -> None:
             raise ConfigError(f"{name} is {item}; it must be at least {low}. Raise it.")
         if high is not None and item > high:
             raise ConfigError(f"{name} is {item}; it must be at most {high}. Lower it.")
+        above, below = rule.get("above"), rule.get("below")
+        if above is not None and item <= above:
+            raise ConfigError(f"{name} is {item}; it must be more than {above:g}. Raise it.")
+        if below is not None and item >= below:
+            raise ConfigError(f"{name} is {item}; it must be less than {below:g}. Lower it.")

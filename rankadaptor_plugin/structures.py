@@ -1,156 +1,70 @@
 """Which rows and columns of a decoder layer belong together, per model family.
 
-Written down by hand, because tracing finds wrong groups for grouped-query attention; for the
-families where tracing is right, a test compares the two. A family with separate projections is one
-more `Structure` in `_STRUCTURES`.
+Written down by hand, because tracing finds wrong groups for grouped-query attention and fused
+projections; for the families where tracing is right, a test compares the two.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from rankadaptor_plugin.errors import UnsupportedModelError
-from rankadaptor_plugin.units import LayerUnits, LayerWidths, Member
+from rankadaptor_plugin.errors import PluginError, UnsupportedModelError
+from rankadaptor_plugin.families import BUILT_IN
+from rankadaptor_plugin.modeling_rankadaptor import PREFIX, LayerWidths, Structure
+from rankadaptor_plugin.units import LayerUnits, Member, Units, is_transposed
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-PRUNED_PREFIX = "rankadaptor_"
-"""Starts the ``model_type`` of a pruned model; the family's own follows."""
+_FAMILIES = {structure.model_type: structure for structure in BUILT_IN}
+# Where configs say how many experts they have.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Structure:
-    """The map of one family: where in a decoder layer its matrices are.
+def register_family(structure: Structure) -> None:
+    """Makes a family known to the whole process, as transformers does with its own.
 
-    Attributes:
-        model_type: Name of the family in ``config.json``.
-        attention: The attention module; it knows ``head_dim``.
-        query: Matrix that makes the queries.
-        key_value: Matrices that make the keys and the values.
-        output: Matrix that reads the heads.
-        expand: Matrices whose rows are the channels.
-        contract: Matrix that reads the channels.
+    Raises:
+        PluginError: If another map has the same model type.
     """
-
-    model_type: str
-    attention: str = "self_attn"
-    query: str = "self_attn.q_proj"
-    key_value: tuple[str, ...] = ("self_attn.k_proj", "self_attn.v_proj")
-    output: str = "self_attn.o_proj"
-    expand: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    contract: str = "mlp.down_proj"
-
-    def shapes(
-        self, layer: nn.Module, widths: LayerWidths, hidden: int
-    ) -> dict[str, tuple[int, int]]:
-        """Returns the shape (out, in) that each matrix has at the given widths."""
-        size = self._head_size(layer)
-        return {
-            self.query: (widths.heads * size, hidden),
-            **dict.fromkeys(self.key_value, (widths.kv_heads * size, hidden)),
-            self.output: (hidden, widths.heads * size),
-            **dict.fromkeys(self.expand, (widths.channels, hidden)),
-            self.contract: (hidden, widths.channels),
-        }
-
-    def widths(self, layer: nn.Module, hidden: int) -> LayerWidths:
-        """Reads the widths off the matrices of a layer.
-
-        Raises:
-            UnsupportedModelError: If the matrices do not fit each other.
-        """
-        size = self._head_size(layer)
-        found: dict[str, tuple[int, int]] = {}
-        for name in (self.query, *self.key_value, self.output, *self.expand, self.contract):
-            matrix: Any = layer.get_submodule(name)
-            found[name] = (matrix.out_features, matrix.in_features)
-        for name in (self.query, self.key_value[0]):
-            rows = found[name][0]
-            if rows % size or not rows:
-                raise UnsupportedModelError(
-                    f"{name} has {rows} rows, that is {rows / size:g} heads of size {size}. "
-                    "Remove whole heads only, and keep at least one."
-                )
-        heads, kv_heads = (found[name][0] // size for name in (self.query, self.key_value[0]))
-        if heads % kv_heads:
-            raise UnsupportedModelError(
-                f"{heads} query heads cannot share {kv_heads} key-value heads. Remove a key-value "
-                "head together with all query heads that read it."
-            )
-        widths = LayerWidths(heads, kv_heads, found[self.expand[0]][0])
-        for name, shape in self.shapes(layer, widths, hidden).items():
-            if found[name] != shape:
-                raise UnsupportedModelError(
-                    f"{name} has shape {found[name]}, but {shape} fits the rest of the model with "
-                    f"its hidden size {hidden}. Remove a head or MLP channel from all its "
-                    "matrices; where the hidden size was pruned, set config.hidden_size."
-                )
-        return widths
-
-    def units(self, layer: nn.Module) -> LayerUnits:
-        """Describes the units of a layer as it is now.
-
-        Raises:
-            UnsupportedModelError: If a matrix is no plain linear layer, such as a quantized one.
-        """
-        size = self._head_size(layer)
-        groups = _linear(layer, self.key_value[0]).out_features // size
-        per_group = _linear(layer, self.query).out_features // groups
-        channels = _linear(layer, self.contract).in_features
-        return LayerUnits(
-            attention=(
-                _member(layer, self.query, "out", groups, per_group),
-                *(_member(layer, name, "out", groups, size) for name in self.key_value),
-                _member(layer, self.output, "in", groups, per_group),
-            ),
-            mlp=(
-                *(_member(layer, name, "out", channels, 1) for name in self.expand),
-                _member(layer, self.contract, "in", channels, 1),
-            ),
+    known = _FAMILIES.setdefault(structure.model_type, structure)
+    if known != structure:
+        raise PluginError(
+            f'The model type "{structure.model_type}" has a map already that differs from the new '
+            "one. Remove one of the two plugins."
         )
 
-    def parameters(self, layer: nn.Module, widths: LayerWidths, hidden: int) -> int:
-        """Returns the number of parameters that the matrices of a layer have at given widths."""
-        shapes = self.shapes(layer, widths, hidden)
-        return sum(
-            rows * (columns + (layer.get_submodule(name).bias is not None))
-            for name, (rows, columns) in shapes.items()
+
+def supported_families() -> tuple[str, ...]:
+    """Returns the model types that can be pruned."""
+    return tuple(sorted(_FAMILIES))
+
+
+def family_of(config: PreTrainedConfig | dict[str, Any]) -> Structure:
+    """Returns the map of a family by the config of a model, pruned or not.
+
+    Raises:
+        UnsupportedModelError: If the family is not supported.
+    """
+    values = config if isinstance(config, dict) else vars(config)
+    get = values.get if isinstance(config, dict) else lambda key: getattr(config, key, None)
+    model_type = str(get("model_type") or "unknown")
+    if experts := next((key for key in _EXPERTS if get(key)), None):
+        raise UnsupportedModelError(
+            f'The model type "{model_type}" is a mixture of experts ({experts} {get(experts)}), '
+            f"which is not supported. Use a dense model of type {', '.join(supported_families())}."
         )
-
-    def resize(self, layer: nn.Module, widths: LayerWidths, hidden: int) -> None:
-        """Cuts a freshly built layer down to given widths, without regard to what is in it."""
-        for name, (rows, columns) in self.shapes(layer, widths, hidden).items():
-            matrix = _linear(layer, name)
-            if (matrix.out_features, matrix.in_features) == (rows, columns):
-                continue
-            # Slices keep device, type and initialization; on the meta device they cost nothing.
-            matrix.weight = nn.Parameter(matrix.weight.detach()[:rows, :columns].clone())
-            if matrix.bias is not None:
-                matrix.bias = nn.Parameter(matrix.bias.detach()[:rows].clone())
-            matrix.out_features, matrix.in_features = rows, columns
-        self.repair(layer, widths)
-
-    def repair(self, layer: nn.Module, widths: LayerWidths) -> None:
-        """Brings the numbers that modules keep beside their matrices up to date."""
-        attention: Any = layer.get_submodule(self.attention)
-        attention.num_key_value_groups = widths.heads // widths.kv_heads
-        mlp: Any = layer.get_submodule(self.contract.rpartition(".")[0])
-        if hasattr(mlp, "intermediate_size"):  # not read in the forward pass, but by other tools
-            mlp.intermediate_size = widths.channels
-
-    def _head_size(self, layer: nn.Module) -> int:
-        return int(cast("int", layer.get_submodule(self.attention).head_dim))
-
-
-_STRUCTURES = {s.model_type: s for s in (Structure(model_type="llama"),)}
-
-SUPPORTED_FAMILIES = tuple(sorted(_STRUCTURES))
-"""Model types that can be pruned."""
+    structure = _FAMILIES.get(model_type.removeprefix(PREFIX))
+    if structure is None:
+        raise UnsupportedModelError(
+            f'The model type "{model_type}" is not supported. Use a model of type '
+            f"{', '.join(supported_families())}, or add the family by a plugin (docs/families.md)."
+        )
+    return structure
 
 
 def structure_of(model: PreTrainedModel) -> Structure:
@@ -159,19 +73,24 @@ def structure_of(model: PreTrainedModel) -> Structure:
     Raises:
         UnsupportedModelError: If the family is not supported.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    structure = _STRUCTURES.get(model_type.removeprefix(PRUNED_PREFIX))
-    if structure is None:
-        raise UnsupportedModelError(
-            f'The model type "{model_type}" is not supported. Use a model of type '
-            f"{', '.join(sorted(_STRUCTURES))}."
-        )
-    return structure
+    config = getattr(model, "config", None)
+    return family_of(config if config is not None else {"model_type": type(model).__name__})
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Returns the decoder layers of a model, bottom first."""
-    return list(model.get_decoder().layers)
+    layers: Any = model.get_submodule(structure_of(model).layers)
+    return list(layers)
+
+
+def set_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Gives a model and its modules another config; other models may share the old one."""
+    old = model.config
+    module: Any
+    for module in model.modules():
+        own = getattr(module, "config", None)
+        if own is old or getattr(own, "_shared", None) is old:
+            module.config = config
 
 
 def layer_widths(model: PreTrainedModel) -> tuple[LayerWidths, ...]:
@@ -181,39 +100,163 @@ def layer_widths(model: PreTrainedModel) -> tuple[LayerWidths, ...]:
         UnsupportedModelError: If the family is not supported or matrices do not fit each other.
     """
     structure, hidden = structure_of(model), model.config.hidden_size
-    size = model.get_input_embeddings().weight.shape[1]
-    if size != hidden:
-        raise UnsupportedModelError(
-            f"The embeddings have size {size}, but config.hidden_size is {hidden}. Prune heads and "
-            "MLP channels only, or set config.hidden_size if it was pruned everywhere."
-        )
     widths = []
     for index, layer in enumerate(decoder_layers(model)):
         try:
-            widths.append(structure.widths(layer, hidden))
+            widths.append(_widths(structure, layer, hidden))
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"Layer {index}: {error}") from None
     return tuple(widths)
 
 
-def base_widths(model: PreTrainedModel) -> LayerWidths:
-    """Returns the widths before pruning, which the config keeps as its global values."""
-    return LayerWidths.from_config(model.config)
+def layer_units(model: PreTrainedModel) -> list[LayerUnits]:
+    """Describes the units of all layers as they are now, bottom first.
+
+    Raises:
+        UnsupportedModelError: If a matrix is not a plain linear layer, such as a quantized one.
+    """
+    structure, hidden = structure_of(model), model.config.hidden_size
+    heads = structure.prunable_heads and not getattr(model.config, "alibi", False)
+    units = []
+    for layer in decoder_layers(model):
+        for name in structure.matrices:
+            _check_plain(name, layer.get_submodule(name))
+        widths = _widths(structure, layer, hidden)
+        units.append(
+            LayerUnits(
+                attention=_attention(structure, layer, widths) if heads else (),
+                mlp=_mlp(structure, layer, widths),
+            )
+        )
+    return units
 
 
-def _linear(layer: nn.Module, name: str) -> nn.Linear:
-    matrix = layer.get_submodule(name)
-    if type(matrix) is not nn.Linear:
+def hidden_units(model: PreTrainedModel) -> Units:
+    """Describes the hidden size: its unit is one channel through the matrices of all layers.
+
+    Raises:
+        UnsupportedModelError: If the hidden size of this family cannot be pruned, or a matrix is
+            not a plain linear layer.
+    """
+    structure, hidden = structure_of(model), model.config.hidden_size
+    if not structure.norms:
+        able = [name for name, family in sorted(_FAMILIES.items()) if family.norms]
+        raise UnsupportedModelError(
+            f'The hidden size of model type "{structure.model_type}" cannot be pruned. Use '
+            f'[prune] method = "width" or "depth", or a model of type {", ".join(able)}.'
+        )
+    lines = torch.arange(hidden).view(hidden, 1)
+    members = []
+    for layer in decoder_layers(model):
+        for name in structure.matrices:
+            _check_plain(name, layer.get_submodule(name))
+            side: Literal["out", "in"] = (
+                "out" if name in (structure.output, structure.contract) else "in"
+            )
+            members.append(_member(layer, name, side, lines))
+    return tuple(members)
+
+
+def _widths(structure: Structure, layer: nn.Module, hidden: int) -> LayerWidths:
+    """Reads the widths off the matrices of one layer."""
+    size = structure.size_of_head(layer)
+    found = {name: _shape(layer.get_submodule(name)) for name in structure.matrices}
+    columns = {structure.output: found[structure.output][1]}
+    rows = {name: found[name][0] for name in structure.query_key_value}
+    for name, lines in (*rows.items(), *columns.items()):
+        if lines % size or not lines:
+            what = "columns" if name in columns else "rows"
+            raise UnsupportedModelError(
+                f"{name} has {lines} {what}, that is {lines / size:g} heads of size {size}. "
+                "Remove whole heads only, and keep at least one."
+            )
+    heads = columns[structure.output] // size
+    if len(rows) == 1:
+        kv_heads = (next(iter(rows.values())) // size - heads) // 2
+    else:
+        kv_heads = rows[structure.query_key_value[1]] // size
+    if kv_heads < 1 or heads % kv_heads:
+        raise UnsupportedModelError(
+            f"{heads} query heads cannot share {kv_heads} key-value heads. Remove a key-value "
+            "head together with all query heads that read it."
+        )
+    channels = found[structure.expand[0]][0] // structure.expand_blocks
+    widths = LayerWidths(heads, kv_heads, channels)
+    for name, shape in structure.shapes(layer, widths, hidden).items():
+        if found[name] != shape:
+            raise UnsupportedModelError(
+                f"{name} has shape {found[name]}, but {shape} fits the rest of the model with "
+                f"its hidden size {hidden}. Remove a head, MLP channel or hidden channel from all "
+                "its matrices."
+            )
+    return widths
+
+
+def _attention(structure: Structure, layer: nn.Module, widths: LayerWidths) -> Units:
+    """The KV groups of a layer; its query heads where they all share one key-value head."""
+    size, heads, groups = structure.size_of_head(layer), widths.heads, widths.kv_heads
+    names = structure.query_key_value
+    queries, keys, values = _head_rows(structure, size, widths)
+    columns = torch.arange(heads * size).view(heads, size)
+    if groups == 1 < heads:  # the one key-value head cannot go with all heads that read it
+        tables = {names[0]: queries}
+    else:
+        parts = (queries.reshape(groups, -1), keys, values)
+        tables = (
+            {names[0]: torch.cat(parts, dim=1)}
+            if len(names) == 1
+            else dict(zip(names, parts, strict=True))
+        )
+        columns = columns.reshape(groups, -1)
+    return (
+        *(_member(layer, name, "out", rows) for name, rows in tables.items()),
+        _member(layer, structure.output, "in", columns),
+    )
+
+
+def _head_rows(
+    structure: Structure, size: int, widths: LayerWidths
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns which rows of their matrix each query, key and value head has: (heads, size)."""
+    heads, groups = widths.heads, widths.kv_heads
+    if len(structure.query_key_value) > 1:
+        keys = torch.arange(groups * size).view(groups, size)
+        return torch.arange(heads * size).view(heads, size), keys, keys
+    rows = torch.arange((heads + 2 * groups) * size)
+    if not structure.interleaved:
+        by_head = rows.view(-1, size)
+        return by_head[:heads], by_head[heads : heads + groups], by_head[heads + groups :]
+    by_group = rows.view(groups, -1, size)  # the queries of a group, then its key, then its value
+    return by_group[:, :-2].reshape(heads, size), by_group[:, -2], by_group[:, -1]
+
+
+def _mlp(structure: Structure, layer: nn.Module, widths: LayerWidths) -> Units:
+    channels, blocks = widths.channels, structure.expand_blocks
+    rows = torch.arange(blocks * channels).view(blocks, channels).T
+    return (
+        *(_member(layer, name, "out", rows) for name in structure.expand),
+        _member(layer, structure.contract, "in", torch.arange(channels).view(channels, 1)),
+    )
+
+
+def _member(
+    layer: nn.Module, name: str, side: Literal["out", "in"], indices: torch.Tensor
+) -> Member:
+    return Member(name=name, module=layer.get_submodule(name), side=side, indices=indices)
+
+
+def _shape(matrix: nn.Module) -> tuple[int, int]:
+    """Returns the shape (out, in) of a matrix, also of one with an adapter on it."""
+    weight: Any = matrix.weight
+    rows, columns = weight.T.shape if is_transposed(matrix) else weight.shape
+    return rows, columns
+
+
+def _check_plain(name: str, matrix: nn.Module) -> None:
+    """Sees to it that a matrix is one that can be cut: of numbers, and without an adapter."""
+    weight = matrix.weight if isinstance(matrix, (nn.Linear, Conv1D)) else None
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         raise UnsupportedModelError(
             f"{name} is a {type(matrix).__name__}, not a plain linear layer. Load the model "
             "unquantized and without adapters."
         )
-    return matrix
-
-
-def _member(
-    layer: nn.Module, name: str, side: Literal["out", "in"], units: int, per_unit: int
-) -> Member:
-    """A matrix in which the units lie one after the other."""
-    indices = torch.arange(units * per_unit).view(units, per_unit)
-    return Member(name=name, module=_linear(layer, name), side=side, indices=indices)

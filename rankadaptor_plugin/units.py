@@ -8,39 +8,27 @@ not 11,008 objects. The groups are those of LLM-Pruner (arXiv 2305.11627, sectio
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedConfig
 
-_CONFIG_KEYS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    from rankadaptor_plugin.modeling_rankadaptor import LayerWidths
 
 
 @dataclass(frozen=True)
-class LayerWidths:
-    """How wide one decoder layer is.
+class ModelShape:
+    """What pruning changes about a model.
 
     Attributes:
-        heads: Query heads.
-        kv_heads: Key-value heads, a divisor of the query heads.
-        channels: Hidden channels of the MLP.
+        hidden: Hidden size.
+        layers: Widths of the decoder layers, bottom first.
     """
 
-    heads: int
-    kv_heads: int
-    channels: int
-
-    @classmethod
-    def from_config(cls, config: PreTrainedConfig) -> LayerWidths:
-        """Reads the widths from a transformers config."""
-        return cls(*(getattr(config, key) for key in _CONFIG_KEYS))
-
-    def to_config(self) -> dict[str, int]:
-        """Returns the widths as entries of a transformers config."""
-        return dict(zip(_CONFIG_KEYS, astuple(self), strict=True))
+    hidden: int
+    layers: tuple[LayerWidths, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +37,26 @@ class Member:
 
     Attributes:
         name: Name of the matrix within its layer.
-        module: The matrix, weight of shape (out, in).
+        module: The matrix: ``nn.Linear`` or, in GPT-2, transformers' ``Conv1D``.
         side: ``"out"`` if a unit owns rows (and entries of the bias), ``"in"`` if columns.
         indices: The rows or columns of each unit, shape (units, per unit), int64, on the CPU.
     """
 
     name: str
-    module: nn.Linear
+    module: nn.Module
     side: Literal["out", "in"]
     indices: torch.Tensor
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The matrix as (out, in), a view of the module's weight."""
+        weight = cast("torch.Tensor", self.module.weight)
+        return weight.T if is_transposed(self.module) else weight
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Returns whether a matrix is kept as (in, out): transformers' ``Conv1D`` does."""
+    return hasattr(module, "nf")
 
 
 Units = tuple[Member, ...]

@@ -72,7 +72,7 @@ SMALL = {
     "output": "out",
     "dtype": "float32",
     "threads": 1,
-    "prune": {"keep_first": 0, "keep_last": 0, "calibration_samples": 8, "calibration_tokens": 32},
+    "prune": {"keep_first": 0, "keep_last": 0, "calibration_samples": 8, "calibration_tokens": 7},
     "corpus": {"template": "plain", "max_tokens": 32},
     "recovery": {
         "steps": 3,

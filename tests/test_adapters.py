@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankadaptor_plugin.adapters import (
-    PROJECTIONS,
     attach,
     nested_rows,
     rank_costs,
     trainable_parameters,
 )
 from rankadaptor_plugin.errors import RankSpaceError
+from rankadaptor_plugin.families import LLAMA
 from rankadaptor_plugin.ranks import RankAllocation, RankSpace
 
 THIRTEEN = RankAllocation((2, 12, 4, 6, 8, 10, 2, 4, 6, 8, 3, 5, 7))
@@ -48,7 +48,7 @@ def test_every_layer_has_its_rank_and_one_scaling_on_seven_projections(deep, alp
     try:
         modules = adapted(model)
         expected = {
-            f"layers.{i}.{name}": r for i, r in enumerate(THIRTEEN.ranks) for name in PROJECTIONS
+            f"layers.{i}.{name}": r for i, r in enumerate(THIRTEEN.ranks) for name in LLAMA.matrices
         }
         assert {name: module.r["default"] for name, module in modules.items()} == expected
         for name, module in modules.items():
@@ -90,7 +90,7 @@ def test_a_layer_starts_from_the_first_rows_whatever_the_other_ranks(make_llama)
         for start in starts[:2]:
             assert start[name].equal(full[: len(start[name])])
         assert full.abs().max() <= full.shape[1] ** -0.5
-    assert len({tuple(w.flatten().tolist()) for w in starts[2].values()}) == 2 * len(PROJECTIONS)
+    assert len({tuple(w.flatten().tolist()) for w in starts[2].values()}) == 2 * len(LLAMA.matrices)
 
 
 @given(
@@ -123,7 +123,7 @@ def test_swapping_replaces_the_adapter_and_leaves_the_base(make_llama):
     assert second is first
     new = trainable_parameters(second)
     assert {id(p) for p in old}.isdisjoint({id(p) for p in second.parameters()})
-    assert len(new) == 2 * 2 * len(PROJECTIONS)
+    assert len(new) == 2 * 2 * len(LLAMA.matrices)
     assert second.active_adapters == ["default"]
     alone = attach(make_llama(), RankAllocation((2, 6)), seed=0, alpha_over_rank=2.0)
     assert all(a.equal(b) for a, b in zip(new, trainable_parameters(alone), strict=True))

@@ -77,10 +77,12 @@ def test_a_folder_without_a_readable_config_is_a_config_error(folder, content):
             r"no causal language model \(architecture unkn",
         ),
         (
-            {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"},
-            "family 'gpt2'. Supported: .*ll",
+            {"architectures": ["GPTJForCausalLM"], "model_type": "gptj"},
+            r'cannot be pruned. The model type "gptj" is not supported\. Use .* llama, ',
         ),
-        ({"architectures": None, "model_type": "gpt2"}, "family 'gpt2'. Supported: "),
+        ({"architectures": None, "model_type": "gptj"}, '"gptj" is not supported'),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts .*_experts 8"),
+        ({"model_type": "rankadaptor_llama"}, "pruned already .*base model that it was made from"),
     ],
 )
 def test_a_model_of_another_kind_is_named(folder, config, message):

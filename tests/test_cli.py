@@ -13,6 +13,7 @@ import pytest
 
 from rankadaptor_plugin import hookimpl, run_file
 from rankadaptor_plugin.embedded_default import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.families import BUILT_IN
 
 HELP = """
 import sys
@@ -89,12 +90,13 @@ def test_init_overwrites_only_when_forced_and_names_the_model(tmp_path, command)
 def test_plugins_lists_what_is_active_for_people_and_for_programs(command):
     found = json.loads(command("plugins", "--json").stdout)
     names = [plugin["name"] for plugin in found["plugins"]]
-    assert sorted(names) == ["commands", "oracles", "pruners", "rankadaptor", "search"]
+    assert sorted(names) == ["commands", "families", "oracles", "pruners", "rankadaptor", "search"]
     assert {plugin["provider"] for plugin in found["plugins"]} == {
         f"rankadaptor-plugin {version('rankadaptor-plugin')}, built in"
     }
     assert found["registered"] == {
-        "pruners": ["width"],
+        "pruners": ["channel", "depth", "width"],
+        "model families": sorted(structure.model_type for structure in BUILT_IN),
         "oracles": ["lm-eval"],
         "performance models": ["mlp"],
         "samplers": ["paper", "random", "tpe"],

@@ -66,7 +66,32 @@ BAD = {
     "unknown key": ({"modle": "x"}, 2, "Unknown key modle", "Did you mean 'model'?"),
     "unknown key in a table": ({"recovery": {"stepz": 1}}, 2, "recovery.stepz", "'steps'"),
     "wrong type": ({"recovery": {"steps": "many"}}, 2, "must be a whole number", "Change it"),
-    "value out of range": ({"prune": {"ratio": 1.5}}, 2, "at most 0.99", "Lower it"),
+    "ratio above 1": ({"prune": {"ratio": 1.5}}, 2, "ratio is 1.5", "less than 1", "Lower it"),
+    "ratio 0": ({"prune": {"ratio": 0}}, 2, "ratio is 0.0", "more than 0", "Raise it"),
+    "ratio beyond a layer": (
+        {"prune": {"ratio": 0.99, "if_emptied": "refuse"}},
+        *(2, "ratio 0.99 would remove the last KV group of layer 0", "Lower it, or set"),
+    ),
+    "floor above ceiling": (
+        {"prune": {"floor": 0.6, "ceiling": 0.5}},
+        *(2, "floor 0.6 is above ceiling 0.5", "Lower floor"),
+    ),
+    "short calibration text": (
+        {"prune": {"calibration_tokens": 99}},
+        *(1, "longest document has 16 tokens", "calibration_tokens is 99", "Lower it"),
+    ),
+    "no calibration file": (
+        {"prune": {"calibration": "nowhere.txt"}},
+        *(2, "nowhere.txt cannot be read", "Correct [prune] calibration"),
+    ),
+    "too many blocks": (
+        {"prune": {"method": "depth", "blocks": 9}},
+        *(2, "9 blocks, but only 8 of 8", "Lower it"),
+    ),
+    "importance of another method": (
+        {"prune": {"importance": "ppl"}},
+        *(2, 'importance "ppl" is unknown', "Use one of"),
+    ),
     "negative seed": ({"seed": -1}, 2, "seed is -1", "Raise it"),
     "rank 0": ({"rank_space": {"candidates": [0, 2]}}, 2, "at least 1", "Raise it"),
     "default rank 0": ({"rank_space": {"default_rank": 0}}, 2, "default_rank is 0", "Raise it"),
@@ -122,10 +147,10 @@ BAD = {
     "unsupported family": (
         lambda folder: {
             "model": config_only(
-                folder / "gpt2", model_type="gpt2", architectures=["GPT2LMHeadModel"]
+                folder / "gptj", model_type="gptj", architectures=["GPTJForCausalLM"]
             )
         },
-        *(1, "family 'gpt2'", "Supported: llama"),
+        *(1, '"gptj" is not supported', "Use a model of type"),
     ),
     "config.json is a list": (
         lambda folder: {"model": file_of(folder, "config.json", "[1]").removesuffix("config.json")},

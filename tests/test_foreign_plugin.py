@@ -50,7 +50,7 @@ def test_the_command_plugins_lists_it_with_distribution_and_version(installed, t
     at = lines.index("halve (rankadaptor-foreign 3.1.4)")
     assert lines[at + 1] == "    rankadaptor_register_pruners"
     assert "flat (rankadaptor-foreign 3.1.4)" in lines
-    assert "pruners: halve, width" in lines
+    assert "pruners: channel, depth, halve, width" in lines
     assert lines.count("    rankadaptor_post_prune") == 2
 
 

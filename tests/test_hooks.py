@@ -22,6 +22,7 @@ from rankadaptor_plugin.cli import build_cli
 from rankadaptor_plugin.config import OracleConfig, PruneConfig, RecoveryConfig, RunConfig
 from rankadaptor_plugin.context import OracleSettings, RunContext
 from rankadaptor_plugin.corpus import load_corpus
+from rankadaptor_plugin.families import LLAMA
 from rankadaptor_plugin.lm_eval_tasks import load_tasks
 from rankadaptor_plugin.plugin_list import GROUP, registries
 from rankadaptor_plugin.plugins import plugin_manager
@@ -140,6 +141,12 @@ def test_hook_rankadaptor_register_pruners(example, model, tokenizer):
     pruned = prune(model, tokenizer, [], PruneConfig())
     assert [(w.heads, w.kv_heads, w.channels) for w in pruned.widths] == [(2, 1, 12)] * 2
     assert torch.equal(pruned.model.model.layers[0].mlp.down_proj.weight, kept)
+
+
+def test_hook_rankadaptor_register_families(example):
+    structure = registries(example).families.get("olmo")
+    assert structure.model_type == "olmo"
+    assert structure.matrices == LLAMA.matrices
 
 
 def test_hook_rankadaptor_register_oracles(example, model, tokenizer):

@@ -54,10 +54,10 @@ def test_an_installed_plugin_is_listed_with_its_distribution_version_and_hooks(i
         "provider": "blue-pruner 2.5",
         "hooks": ["rankadaptor_register_pruners"],
     }
-    assert found["registered"]["pruners"] == ["blue", "width"]
+    assert found["registered"]["pruners"] == ["blue", "channel", "depth", "width"]
     text = CliRunner().invoke(build_cli(manager), ["plugins"]).output
     assert "blue-pruner (blue-pruner 2.5)\n    rankadaptor_register_pruners\n" in text
-    assert "pruners: blue, width\n" in text
+    assert "pruners: blue, channel, depth, width\n" in text
 
 
 def test_installed_plugins_can_be_left_out(install):

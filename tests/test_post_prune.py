@@ -16,17 +16,18 @@ from transformers import AutoConfig
 from rankadaptor_plugin import stage
 from rankadaptor_plugin.embedded_default import model_folder
 from rankadaptor_plugin.errors import ConfigError, UnsupportedModelError
+from rankadaptor_plugin.families import LLAMA
+from rankadaptor_plugin.modeling_rankadaptor import PrunedLlamaForCausalLM
 from rankadaptor_plugin.post_prune import recover_after_pruning
-from rankadaptor_plugin.pruned_classes import PrunedLlamaForCausalLM
 from rankadaptor_plugin.pruned_model import load_pruned
 from rankadaptor_plugin.pruning import describe_pruned
-from rankadaptor_plugin.structures import LayerWidths, layer_widths
+from rankadaptor_plugin.structures import layer_widths
 
 PAGE = Path(__file__).parent.parent / "docs" / "torch-pruning.md"
 SCRIPT = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
 BUILD, _, _ = SCRIPT.partition("recover_after_pruning(pruner")
-BASE = LayerWidths.from_config(AutoConfig.from_pretrained(model_folder("embedded")))
-HALF = {LayerWidths(BASE.heads // 2, BASE.kv_heads // 2, BASE.channels // 2)}
+BASE = LLAMA.from_config(AutoConfig.from_pretrained(model_folder("embedded")))
+HALF = {type(BASE)(BASE.heads // 2, BASE.kv_heads // 2, BASE.channels // 2)}
 
 pytestmark = [
     # What the page calls harmless: torch-pruning names the norms that are ignored.
@@ -164,9 +165,27 @@ def test_frozen_parameters_and_pruning_ratio_0_still_leave_heads_whole(old, new)
     assert {width.heads for width in layer_widths(names["model"])} == {BASE.heads}
 
 
-def test_a_pruned_hidden_size_is_refused():
+def test_a_hidden_size_that_was_pruned_as_well_is_described():
+    names = built(
+        **{
+            "ignored_layers += ": "unused = ",
+            '*(p for n, p in model.named_parameters() if "norm" in n)': "",
+        }
+    )
+    give_gradients(names)
+    names["pruner"].step()
+    before = AutoConfig.from_pretrained(model_folder("embedded"))
+    names["model"].config.num_attention_heads = 2  # as scripts in torch-pruning's style do
+    pruned = describe_pruned(names["model"], None, base_config=before)
+    assert pruned.shape.hidden == before.hidden_size // 2 == pruned.base_shape.hidden // 2
+    assert set(pruned.widths) == HALF
+    assert all(pruned.pruned_layers)
+    assert names["model"](**names["inputs"]).logits.isfinite().all()
+
+
+def test_a_hidden_size_that_was_pruned_in_part_is_refused():
     names = built(**{"ignored_layers += ": "unused = "})
     give_gradients(names)
     names["pruner"].step()
-    with pytest.raises(UnsupportedModelError, match="hidden_size"):
+    with pytest.raises(UnsupportedModelError, match=r"layernorm has 48 weights.*leave the norms"):
         describe_pruned(names["model"], None)

@@ -20,16 +20,17 @@ from transformers import (
 )
 
 from rankadaptor_plugin.errors import ArtifactError, UnsupportedModelError
+from rankadaptor_plugin.footprint import shape_of
 from rankadaptor_plugin.lazy_registration import install
-from rankadaptor_plugin.pruned_classes import (
+from rankadaptor_plugin.modeling_rankadaptor import (
+    LayerWidths,
     PrunedLlamaConfig,
     PrunedLlamaForCausalLM,
-    to_pruned,
 )
+from rankadaptor_plugin.pruned_classes import to_pruned
 from rankadaptor_plugin.pruned_model import RECORD, PrunedModel, load_pruned
 from rankadaptor_plugin.pruning import remove
-from rankadaptor_plugin.structures import decoder_layers, structure_of
-from rankadaptor_plugin.units import LayerWidths
+from rankadaptor_plugin.structures import layer_units
 
 TOKENS = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(1))
 
@@ -64,7 +65,7 @@ def stock(dtype=torch.float32, **changes) -> LlamaForCausalLM:
 
 def pruned(dtype=torch.float32, **changes) -> PrunedModel:
     model = stock(dtype, **changes)
-    units = [structure_of(model).units(layer) for layer in decoder_layers(model)]
+    units = layer_units(model)
     remove(units[1].attention, [0])
     remove(units[2].mlp, [3, 7, 11])
     return PrunedModel.of(model, tokenizer(), {"pruner": "test"})
@@ -99,7 +100,7 @@ def test_conversion_keeps_the_logits_and_other_models_of_the_config():
     model = stock()
     twin = LlamaForCausalLM(model.config)
     before = logits(model)
-    to_pruned(model)
+    to_pruned(model, shape_of(model))
     assert torch.equal(logits(model), before)
     assert type(model) is PrunedLlamaForCausalLM
     assert type(twin.config) is LlamaConfig
@@ -108,11 +109,11 @@ def test_conversion_keeps_the_logits_and_other_models_of_the_config():
 
 def test_a_config_that_holds_pruned_sizes_is_an_error():
     model = stock(num_key_value_heads=4)
-    for layer in decoder_layers(model):
-        remove(structure_of(model).units(layer).attention, [0])
+    for layer in layer_units(model):
+        remove(layer.attention, [0])
     model.config.num_attention_heads = model.config.num_key_value_heads = 3
     with pytest.raises(UnsupportedModelError, match=r"no base model: .* \(32\) is not a multiple"):
-        to_pruned(model)
+        PrunedModel.of(model, tokenizer())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -191,10 +192,10 @@ def test_names_are_added_at_once_where_transformers_is_already_there(monkeypatch
     monkeypatch.setitem(sys.modules, table.__name__, table)
     before = list(sys.meta_path)
     install()
-    assert table.CONFIG_MAPPING_NAMES["rankadaptor_llama"] == "PrunedLlamaConfig"
+    name = table.CONFIG_MAPPING_NAMES["rankadaptor_llama"]
     assert sys.meta_path == before
     stand_in = sys.modules["transformers.models.rankadaptor_llama"]
-    assert stand_in.PrunedLlamaConfig is PrunedLlamaConfig
+    assert getattr(stand_in, name) is PrunedLlamaConfig
     assert not hasattr(stand_in, "__wrapped__")
 
 
@@ -305,7 +306,10 @@ def _cut_file(name, size):
         (_cut_file("model.safetensors", 3000), "no intact pruned model"),
         (_cut_file("config.json", 30), "no intact pruned model"),
         (lambda f: (f / "tokenizer.json").unlink(), "no intact pruned model"),
-        (_edit(RECORD, lambda r: r.update(parameters=1)), f"{RECORD} describes another"),
+        (
+            _edit(RECORD, lambda r: r["footprint"].update(parameters=1)),
+            f"{RECORD} describes another",
+        ),
         (
             _edit("config.json", lambda c: c["per_layer_config"].pop("2")),
             "no intact pruned model",
@@ -343,11 +347,11 @@ def test_missing_weights_are_an_error(tmp_path):
 def test_models_with_adapters_or_wrong_sizes_are_not_converted():
     wrapped = get_peft_model(stock(), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(UnsupportedModelError, match=r"PeftModel.*without adapters"):
-        to_pruned(wrapped)
+        PrunedModel.of(wrapped, tokenizer())
     model = stock()
     model.config.intermediate_size = 20
     with pytest.raises(UnsupportedModelError, match=r"Layer 0 has .*channels=24.*channels=20"):
-        to_pruned(model)
+        PrunedModel.of(model, tokenizer())
 
 
 def test_the_tokenizer_loads_by_itself(tmp_path):

@@ -1,20 +1,15 @@
 from __future__ import annotations
 
-import copy
-import logging
-
 import pytest
 import torch
 import torch_pruning as tp
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rankadaptor_plugin.config import PruneConfig
-from rankadaptor_plugin.errors import ConfigError, UnsupportedModelError
-from rankadaptor_plugin.importance import taylor
+from rankadaptor_plugin.errors import UnsupportedModelError
+from rankadaptor_plugin.modeling_rankadaptor import LayerWidths
 from rankadaptor_plugin.pruned_model import load_pruned
-from rankadaptor_plugin.pruning import after_pruning, describe_pruned, prune_width
-from rankadaptor_plugin.units import LayerWidths
+from rankadaptor_plugin.pruning import after_pruning, describe_pruned
 
 TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"w0": 0})))
 SAMPLES = [
@@ -37,70 +32,6 @@ def tiny(**changes) -> LlamaForCausalLM:
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=SAMPLES[0][None], use_cache=False).logits
-
-
-def settings(**changes) -> PruneConfig:
-    return PruneConfig(**{"keep_first": 1, "keep_last": 1, **changes})
-
-
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2, "tie_word_embeddings": True}])
-def test_the_least_important_units_go(changes, tmp_path):
-    model = tiny(**changes)
-    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
-    masked = copy.deepcopy(model)
-    scores = taylor(model, SAMPLES)
-    groups = model.config.num_key_value_heads
-    share = 32 // groups
-    for index in (1, 2, 3):
-        layer = masked.model.layers[index]
-        for group in scores[index].attention.argsort()[: groups // 2].tolist():
-            layer.self_attn.o_proj.weight.data[:, group * share : (group + 1) * share] = 0
-        layer.mlp.down_proj.weight.data[:, scores[index].mlp.argsort()[:12]] = 0
-    pruned = prune_width(model, TOKENIZER, SAMPLES, settings(ratio=0.5))
-    assert pruned.pruned_layers == (False, True, True, True, False)
-    assert pruned.widths[2] == LayerWidths(2, groups // 2, 12)
-    assert (logits(pruned.model) - logits(masked)).abs().max() < 1e-5
-    assert pruned.base_parameters == masked.num_parameters()
-    assert pruned.provenance["ratio"] == 0.5
-    frozen = [name for name, p in pruned.model.named_parameters() if not p.requires_grad]
-    assert frozen == ["model.layers.1.mlp.up_proj.weight"]
-    pruned.save(tmp_path / "pruned")
-    assert torch.equal(logits(load_pruned(tmp_path / "pruned").model), logits(pruned.model))
-
-
-@pytest.mark.parametrize(
-    ("ratio", "heads", "channels"), [(0.25, 3, 18), (0.3, 2, 16), (0.1, 3, 21)]
-)
-def test_the_number_removed_is_that_of_llm_pruner(ratio, heads, channels):
-    pruned = prune_width(tiny(), TOKENIZER, SAMPLES, settings(ratio=ratio, keep_last=0))
-    assert pruned.widths[0] == LayerWidths(4, 4, 24)
-    assert set(pruned.widths[1:]) == {LayerWidths(heads, heads, channels)}
-
-
-def test_one_unit_is_always_kept(caplog):
-    with caplog.at_level(logging.WARNING):
-        pruned = prune_width(tiny(), TOKENIZER, SAMPLES, settings(ratio=0.97))
-    assert pruned.widths[1] == LayerWidths(1, 1, 1)
-    assert [r.message for r in caplog.records if "ratio 0.97 would remove all" in r.message]
-    assert logits(pruned.model).isfinite().all()
-
-
-def test_pruning_a_pruned_model_again():
-    once = prune_width(tiny(), TOKENIZER, SAMPLES, settings())
-    twice = prune_width(once.model, TOKENIZER, SAMPLES, settings())
-    assert twice.widths[1] == LayerWidths(1, 1, 6)
-    assert twice.base_parameters == once.base_parameters
-
-
-@pytest.mark.parametrize(("first", "last"), [(4, 2), (5, 0), (0, 5)])
-def test_layers_must_be_left_to_prune(first, last):
-    with pytest.raises(ConfigError, match=f"keep_first {first} and keep_last {last} leave none of"):
-        prune_width(tiny(), TOKENIZER, SAMPLES, settings(keep_first=first, keep_last=last))
-
-
-def test_an_unknown_importance_is_named():
-    with pytest.raises(ConfigError, match=r'importance "magic" is unknown. Use one of: taylor'):
-        prune_width(tiny(), TOKENIZER, SAMPLES, settings(importance="magic"))
 
 
 # torch-pruning warns of the norms although they are ignored below.
@@ -175,7 +106,7 @@ def test_a_script_that_cut_by_hand_is_described():
         tp.prune_linear_in_channels(layer.mlp.down_proj, [0, 1])
     model.config.intermediate_size = 22
     pruned = describe_pruned(
-        model, TOKENIZER, base=LayerWidths(4, 4, 24), provenance={"pruner": "mine"}
+        model, TOKENIZER, base_config=tiny().config, provenance={"pruner": "mine"}
     )
     assert pruned.pruned_layers == (True,) * 5
     assert pruned.base_parameters == tiny().num_parameters()

@@ -39,8 +39,8 @@ REFUSED = [
     ("[prune]\nratio = true", "prune.ratio is True; it must be a number."),
     ('[prune]\nratio = "half"', "prune.ratio is 'half'; it must be a number."),
     ("[prune]\nratio = nan", "prune.ratio is nan; it must be a finite number. Change it."),
-    ("[prune]\nratio = 1", "prune.ratio is 1.0; it must be at most 0.99. Lower it."),
-    ("[prune]\nratio = 0", "prune.ratio is 0.0; it must be at least 0.01. Raise it."),
+    ("[prune]\nratio = 1", "prune.ratio is 1.0; it must be less than 1. Lower it."),
+    ("[prune]\nratio = 0", "prune.ratio is 0.0; it must be more than 0. Raise it."),
     ("[recovery]\nlearning_rate = inf", "recovery.learning_rate is inf; it must be a finite"),
     ("[rank_space]\ncandidates = 8", "rank_space.candidates is 8; it must be a list, as in [1, 2]"),
     ("[rank_space]\ncandidates = [2, 0]", "rank_space.candidates is 0; it must be at least 1."),
@@ -111,7 +111,8 @@ def test_any_unknown_key_is_refused(table, key, value):
 
 
 def values(hint, rule):
-    low, high = rule.get("low"), rule.get("high")
+    low, high = rule.get("low", rule.get("above")), rule.get("high", rule.get("below"))
+    limits = {"exclude_min": "above" in rule, "exclude_max": "below" in rule}
     if "choices" in rule:
         return st.sampled_from(rule["choices"])
     if typing.get_origin(hint) is tuple:
@@ -121,7 +122,7 @@ def values(hint, rule):
         return st.dictionaries(st.text(), values(float, rule), max_size=3)
     return {
         int: st.integers(low, high),
-        float: st.floats(low, high, allow_nan=False, allow_infinity=False),
+        float: st.floats(low, high, allow_nan=False, allow_infinity=False, **limits),
         str: st.text(),
         bool: st.booleans(),
     }[hint]
@@ -140,6 +141,8 @@ def configs(cls):
         fields["initial_trials"] = st.just(2)
     if "report_documents" in fields:
         fields["report_documents"] = fields["report_documents"].filter(lambda count: count != 1)
+    if "floor" in fields:
+        fields["floor"] = st.just(0.0)  # at most the ceiling
     if "output" in fields:
         fields["output"] = fields["model"] = st.text(min_size=1)
     if "candidates" in fields and "default_rank" in fields:

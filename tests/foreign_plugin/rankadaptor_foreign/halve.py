@@ -13,9 +13,9 @@ def rankadaptor_register_pruners(register):
 def halve(model, tokenizer, samples, config):
     from rankadaptor_plugin.pruned_model import PrunedModel
     from rankadaptor_plugin.pruning import remove
-    from rankadaptor_plugin.structures import decoder_layers, structure_of
+    from rankadaptor_plugin.structures import layer_units
 
-    for units in structure_of(model).units(decoder_layers(model)[0]):
+    for units in layer_units(model)[0]:
         count = len(units[0].indices)
         remove(units, range(count // 2, count))
     return PrunedModel.of(model, tokenizer, {"pruner": "halve", "samples": len(samples)})

@@ -1,0 +1,124 @@
+"""Calibration sequences: what a model needs to read them, all at once, and leave no trace."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from rankadaptor_plugin.errors import CorpusError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from transformers import PreTrainedModel
+
+
+class Batch(NamedTuple):
+    """Sequences padded on the right.
+
+    Attributes:
+        ids: Token ids, shape (sequences, t), int64.
+        mask: 1 for tokens and 0 for padding, of the same shape and type.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+
+def check_samples(model: PreTrainedModel, samples: Sequence[torch.Tensor]) -> None:
+    """Sees to it that a model can read calibration sequences.
+
+    Raises:
+        CorpusError: If there is no sequence, or one is too short or has unknown tokens.
+    """
+    if not len(samples):
+        raise CorpusError("There are no calibration sequences. Give at least one.")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    for number, sample in enumerate(samples):
+        if sample.dim() != 1 or len(sample) < 2:  # noqa: PLR2004 - one token has no next token
+            raise CorpusError(
+                f"Calibration sequence {number} has shape {tuple(sample.shape)}. Give sequences of "
+                "shape (tokens,) with at least 2 tokens."
+            )
+        if not 0 <= int(sample.min()) <= int(sample.max()) < vocabulary:
+            raise CorpusError(
+                f"Calibration sequence {number} has tokens from {int(sample.min())} to "
+                f"{int(sample.max())}; the model knows 0 to {vocabulary - 1}. Use the model's own "
+                "tokenizer."
+            )
+
+
+def padded(samples: Sequence[torch.Tensor]) -> Batch:
+    """Makes one batch of sequences, each of shape (t,), int64, of any lengths."""
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    return Batch(pad(list(samples)), pad([torch.ones_like(sample) for sample in samples]))
+
+
+def logits_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Returns the logits, shape (sequences, t, vocabulary); the model may span devices."""
+    device = model.get_input_embeddings().weight.device
+    ids, mask = (tensor.to(device) for tensor in batch)
+    output = model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return cast("torch.Tensor", output.logits)
+
+
+def sequence_losses(model: PreTrainedModel, samples: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Returns the mean next-token loss of each sequence, in nats; shape (sequences,), float32."""
+    losses = []
+    for sample, logits in zip(samples, logits_of(model, padded(samples)), strict=True):
+        targets = sample[1:].to(logits.device)
+        losses.append(nn.functional.cross_entropy(logits[: len(targets)].float(), targets))
+    return torch.stack(losses)
+
+
+@contextmanager
+def checkpointed(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Keeps of each layer its inputs alone, and computes it again on the way back.
+
+    transformers' own checkpointing needs training mode, which would switch dropout on.
+    """
+    with ExitStack() as stack:
+        for layer in dict.fromkeys(layers):
+            light = partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+            )
+            stack.enter_context(replaced_forward(layer, light))
+        yield
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Gives one module another forward; accelerate's, kept on the same module, comes back."""
+    before = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if before is not None:
+            vars(module)["forward"] = before
+
+
+@contextmanager
+def only_gradients_of(model: nn.Module, weights: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Evaluation mode with gradients for some weights; afterwards all is as it was."""
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = {id(weight) for weight in weights}
+    try:
+        model.eval()
+        for parameter, _, _ in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, requires_grad, grad in parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,109 @@
+"""The pruner "channel": channel-wise LLM-Pruner (arXiv 2305.11627), which cuts the hidden size.
+
+A hidden channel runs through the whole model: embeddings, norms, every matrix of every layer, and
+the output layer. So there is no range of layers here, and all layers lose the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from rankadaptor_plugin.errors import ConfigError
+from rankadaptor_plugin.importance import unit_scores
+from rankadaptor_plugin.modeling_rankadaptor import take
+from rankadaptor_plugin.pruned_model import PrunedModel
+from rankadaptor_plugin.pruning import provenance, remove, set_hidden_size
+from rankadaptor_plugin.structures import decoder_layers, hidden_units, structure_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rankadaptor_plugin.config import PruneConfig
+
+log = logging.getLogger(__name__)
+
+
+def prune_channel(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[torch.Tensor],
+    config: PruneConfig,
+) -> PrunedModel:
+    """Removes the least important hidden channels, in place.
+
+    A channel is scored by its weights in the matrices of all layers. Almost all parameters of a
+    model are proportional to the hidden size, so a share of it is the same share of those.
+
+    Args:
+        model: The base model, of a Llama-type family.
+        tokenizer: Its tokenizer.
+        samples: Calibration sequences, each of shape (t,), int64.
+        config: The ``[prune]`` table; the range of layers and the ranking are not used.
+
+    Raises:
+        ConfigError: If the importance is unknown, or no channel would be left and ``if_emptied``
+            is ``"refuse"``.
+        UnsupportedModelError: If the model is not supported.
+        CorpusError: If the calibration sequences cannot be used.
+        RankAdaptorError: If a gradient is not finite.
+    """
+    units = hidden_units(model)
+    hidden = model.config.hidden_size
+    kept = int(hidden * (1 - config.ratio) + 1e-9)
+    step = config.round_to
+    kept = min(hidden, (2 * kept + step) // (2 * step) * step)
+    if kept < 1:
+        problem = f"[prune] ratio {config.ratio:g} would remove all {hidden} hidden channels"
+        if config.if_emptied == "refuse":
+            raise ConfigError(f'{problem}. Lower it, or set if_emptied = "clamp".')
+        log.warning("%s; %d are kept. Lower it to prune as asked.", problem, step)
+        kept = min(hidden, step)
+    base_config = copy.deepcopy(model.config)
+    (score,) = unit_scores(model, [units], samples, config)
+    removed = sorted(torch.argsort(score, stable=True)[: hidden - kept].tolist())
+    remove(units, removed)
+    _cut_the_rest(model, removed, hidden)
+    set_hidden_size(model, kept)
+    pruned = PrunedModel.of(model, tokenizer, provenance(config, samples), base_config=base_config)
+    log.info(
+        "Pruned the hidden size from %d to %d: %d of %d parameters are left.",
+        hidden,
+        kept,
+        pruned.parameters,
+        pruned.base_parameters,
+    )
+    return pruned
+
+
+def _cut_the_rest(model: PreTrainedModel, removed: Sequence[int], hidden: int) -> None:
+    """Cuts embeddings, norms and output layer."""
+    structure = structure_of(model)
+    kept: Any = torch.ones(hidden, dtype=torch.bool)
+    kept[list(removed)] = False
+    kept = kept.nonzero().flatten()
+    norms = [
+        layer.get_submodule(name) for layer in decoder_layers(model) for name in structure.norms
+    ]
+    for norm in (*norms, model.get_submodule(structure.final_norm)):
+        weight = norm.get_parameter("weight")
+        norm.weight = nn.Parameter(
+            weight.detach()[kept.to(weight.device)].clone(), requires_grad=weight.requires_grad
+        )
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embeddings.weight
+    weight = embeddings.weight
+    embeddings.weight = nn.Parameter(
+        weight.detach()[:, kept.to(weight.device)].clone(), requires_grad=weight.requires_grad
+    )
+    embeddings.embedding_dim = len(kept)
+    if tied:
+        head.weight, head.in_features = embeddings.weight, len(kept)
+    else:
+        take(head, slice(None), kept.to(head.weight.device))
