@@ -13,6 +13,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, cast
 
+from rankadaptor_plugin import report_model_tables as model_tables
 from rankadaptor_plugin import report_tables as tables
 from rankadaptor_plugin.errors import ArtifactError
 from rankadaptor_plugin.report_html import page
@@ -107,7 +108,8 @@ def markdown(data: ReportData) -> str:
     ]
     if verdict["comparisons"]:
         parts += ["### The comparison that decides", _table(tables.comparisons(data))]
-    parts += ["## Ranks by layer", _code(_bars(data)), _table(tables.parameters(data))]
+    parts += ["## Ranks by layer", _code(_bars(data)), _table(model_tables.parameters(data))]
+    parts += ["## The pruned model", _table(model_tables.footprint(data))]
     parts += [
         "## Search",
         _escape(search_line(data)),
@@ -120,7 +122,7 @@ def markdown(data: ReportData) -> str:
         _table(tables.documents(data)),
         "## Details",
         *(_table(tables.scores(data, metric)) for metric in metrics),
-        _table(tables.layers(data)),
+        _table(model_tables.layers(data)),
         _table(tables.pairs("versions", data["versions"])),
         _table(tables.pairs("seeds", data["seeds"])),
         "Inputs (run file)",

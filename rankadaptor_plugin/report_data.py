@@ -40,6 +40,22 @@ class Parameters(TypedDict):
     trainable: dict[str, int]
 
 
+class Footprint(TypedDict):
+    """What a model costs, as `rankadaptor_plugin.footprint.Footprint` counts it.
+
+    Attributes:
+        parameters: Number of parameters.
+        macs: Multiply-accumulates of a forward pass over 64 tokens.
+        kv_cache_bytes: Bytes of key-value cache per token.
+        checkpoint_bytes: Bytes of all weights.
+    """
+
+    parameters: int
+    macs: int
+    kv_cache_bytes: int
+    checkpoint_bytes: int
+
+
 class Objective(TypedDict):
     """What the search maximized: a metric, of the ``mean`` over the tasks or of one task."""
 
@@ -124,7 +140,11 @@ class ReportData(TypedDict):
             (what is delivered: the uniform or the searched one). Absent ones are left out.
         allocations: Ranks by ``uniform``, ``searched``, ``recovered``. Absent ones are left out.
         parameters: Numbers of parameters.
+        footprints: What the ``base`` and the ``pruned`` model cost.
         widths: ``[heads, kv_heads, channels]`` per layer of the pruned model.
+        kept_layers: For each of these layers the number that it had before pruning.
+        layers: Numbers of layers of the ``base`` and the ``pruned`` model.
+        hidden_sizes: The same of hidden sizes.
         trials: Trials as `Trial.to_json` writes them, by position.
         objective: What the search maximized.
         search: How the search went.
@@ -143,7 +163,11 @@ class ReportData(TypedDict):
     scores: dict[str, Column]
     allocations: dict[str, list[int]]
     parameters: Parameters
+    footprints: dict[str, Footprint]
     widths: list[list[int]]
+    kept_layers: list[int]
+    layers: dict[str, int]
+    hidden_sizes: dict[str, int]
     trials: list[dict[str, Any]]
     objective: Objective
     search: SearchSummary

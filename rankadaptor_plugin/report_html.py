@@ -8,6 +8,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
+from rankadaptor_plugin import report_model_tables as model_tables
 from rankadaptor_plugin import report_svg as svg
 from rankadaptor_plugin import report_tables as tables
 from rankadaptor_plugin.report_numbers import METRIC_UNITS
@@ -31,7 +32,9 @@ def page(data: ReportData) -> str:
         _decision(data),
         "<h2>Ranks by layer</h2>",
         _ranks(data),
-        _table(tables.parameters(data)),
+        _table(model_tables.parameters(data)),
+        "<h2>The pruned model</h2>",
+        _table(model_tables.footprint(data)),
         "<h2>Search</h2>",
         f"<p>{_text(search_line(data))}</p>",
         _pictures(data),
@@ -48,7 +51,7 @@ def page(data: ReportData) -> str:
             for metric in METRIC_UNITS
             if metric != "accuracy"
         ),
-        _details("Layers", _table(tables.layers(data))),
+        _details("Layers", _table(model_tables.layers(data))),
         _details("Versions", _table(tables.pairs("versions", data["versions"]))),
         _details("Seeds", _table(tables.pairs("seeds", data["seeds"]))),
         _details("Inputs (run file)", f"<pre>{escape(config_text(data['config']))}</pre>"),

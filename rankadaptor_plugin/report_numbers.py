@@ -38,6 +38,16 @@ def interval(mean: float | None, half_width: float | None, metric: str) -> str:
     return f"{scored(mean, metric)} +- {scored(half_width, metric)}"
 
 
+def size(count: int) -> str:
+    """Writes a number of bytes."""
+    if count < 2**10:
+        return f"{count} B"
+    for power, unit in ((10, "KiB"), (20, "MiB")):
+        if round(count / 2**power, 1) < 2**10:
+            return f"{count / 2**power:.1f} {unit}"
+    return f"{count / 2**30:,.1f} GiB"
+
+
 def duration(seconds: float | None) -> str:
     """Writes seconds, from a minute on with hours, minutes and seconds."""
     if seconds is None or not math.isfinite(seconds):

@@ -107,32 +107,6 @@ def comparisons(data: ReportData) -> Table:
     )
 
 
-def layers(data: ReportData) -> Table:
-    """Tabulates widths and ranks per layer."""
-    named = allocations(data)
-    rows = []
-    for layer in range(max(len(data["widths"]), *(len(ranks) for ranks in named.values()))):
-        widths = data["widths"][layer] if layer < len(data["widths"]) else [UNKNOWN] * 3
-        ranks = [r[layer] if layer < len(r) else UNKNOWN for r in named.values()]
-        rows.append(tuple(str(cell) for cell in (layer, *widths, *ranks)))
-    header = ("layer", "heads", "KV heads", "MLP channels", *(f"{name} rank" for name in named))
-    return Table("the pruned model and its ranks by layer", header, tuple(rows), ())
-
-
-def parameters(data: ReportData) -> Table:
-    """Tabulates parameter counts and their share of the base model."""
-    counts, base = data["parameters"], data["parameters"]["base"]
-    named = {"base": base, "pruned": counts["pruned"]}
-    for name, label in MODELS.items():
-        if name in counts["trainable"]:
-            named[f"{label}, trainable"] = counts["trainable"][name]
-    rows = (
-        (label, f"{count:,}", number(100 * count / base if base else None, 2))
-        for label, count in named.items()
-    )
-    return Table("parameters", ("model", "parameters", "% of base"), tuple(rows))
-
-
 def trials(data: ReportData) -> Table:
     """Tabulates the trials in the order of the search."""
     metric = data["objective"]["metric"]

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from rankadaptor_plugin import run_file
 from rankadaptor_plugin.confirmation import mean_objective
 from rankadaptor_plugin.report import baseline_label, verdict_sentence
+from rankadaptor_plugin.report_data import Footprint
 from rankadaptor_plugin.scores import METRICS, Score
 from rankadaptor_plugin.statistics import score_cells
 from rankadaptor_plugin.trials import TrialState
@@ -171,7 +172,14 @@ def report_data(
             "trainable": summary.get("trainable")
             or {"recovered": adapter_parameters(recovered.adapter)},
         },
+        "footprints": {
+            "base": Footprint(**pruned.base_footprint.with_bytes(pruned.model.dtype)),
+            "pruned": Footprint(**pruned.footprint.with_bytes(pruned.model.dtype)),
+        },
         "widths": [[w.heads, w.kv_heads, w.channels] for w in pruned.widths],
+        "kept_layers": list(pruned.kept_layers),
+        "layers": {"base": len(pruned.base_shape.layers), "pruned": len(pruned.widths)},
+        "hidden_sizes": {"base": pruned.base_shape.hidden, "pruned": pruned.shape.hidden},
         "trials": summary.get("trials", []),
         "objective": summary.get(
             "objective",

@@ -97,6 +97,23 @@ def report_data(
             "trainable": {"uniform": 40_000, "searched": 39_870, "recovered": 39_870},
         },
         "widths": [[4, 2, 352] if 3 < i < layers - 2 else [8, 4, 704] for i in range(layers)],
+        "kept_layers": list(range(layers)),
+        "layers": {"base": layers, "pruned": layers},
+        "hidden_sizes": {"base": 128, "pruned": 128},
+        "footprints": {
+            "base": {
+                "parameters": 1_200_000,
+                "macs": 80_000_000,
+                "kv_cache_bytes": 512,
+                "checkpoint_bytes": 4_800_000,
+            },
+            "pruned": {
+                "parameters": 800_000,
+                "macs": 50_000_000,
+                "kv_cache_bytes": 384,
+                "checkpoint_bytes": 3_200_000,
+            },
+        },
         "trials": listed,
         "objective": {"metric": objective, "target": "mean"},
         "search": {
