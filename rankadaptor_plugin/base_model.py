@@ -90,9 +90,21 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 
 
 def load_model(
-    folder: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    device_map: str = "",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Loads a model, in evaluation mode.
+
+    Args:
+        folder: The model folder.
+        device: Where it goes.
+        dtype: Type of its weights.
+        device_map: How accelerate spreads it over devices; empty puts all on `device`.
+        trust_remote_code: Whether code in the folder may run.
 
     Raises:
         UnsupportedModelError: If its weights are torn or do not fit its config.
@@ -101,6 +113,7 @@ def load_model(
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
+            device_map=device_map or None,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
@@ -109,7 +122,7 @@ def load_model(
             raise ValueError(f"its weights lack {min(found['missing_keys'])}")
     except Exception as error:  # transformers and safetensors raise all kinds
         raise _unloadable("model", folder, error) from error
-    return model.to(device).eval()
+    return (model if device_map else model.to(device)).eval()
 
 
 def _unloadable(what: str, folder: Path, error: Exception) -> UnsupportedModelError:

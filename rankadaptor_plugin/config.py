@@ -253,6 +253,11 @@ class RunConfig:
     output: str = _f("runs/embedded", "run folder; the same command continues a broken-off run")
     seed: int = _f(0, "seed of everything that is random", low=0, high=2**31 - 1)
     device: str = _f("auto", "auto, cpu, or cuda[:index]")
+    device_map: str = _f(
+        "",
+        "auto or balanced spreads the model over all GPUs (accelerate); empty: all on device",
+        choices=("", "auto", "balanced", "sequential"),
+    )
     dtype: str = _f(
         "auto",
         "weights of the base model; auto: bfloat16 on a GPU, else float32",

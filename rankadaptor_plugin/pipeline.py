@@ -153,6 +153,7 @@ class _Run:
             self.prepared.source,
             device=self.prepared.device,
             dtype=self.prepared.dtype,
+            device_map=self.config.device_map,
             trust_remote_code=self.config.trust_remote_code,
         )
 
@@ -192,7 +193,10 @@ class _Run:
     def _pruned(self) -> PrunedModel:
         """Returns the pruned model, unless it was given always as it reads back from disk."""
         return self.given or load_pruned(
-            self.folder.pruned, device=self.prepared.device, dtype=self.prepared.dtype
+            self.folder.pruned,
+            device=self.prepared.device,
+            dtype=self.prepared.dtype,
+            device_map=self.config.device_map,
         )
 
     def _progress(self, stage: str, done: int) -> None:

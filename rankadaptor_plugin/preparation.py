@@ -181,7 +181,7 @@ def _inputs(
     """Returns what must not change between two sessions in one run folder."""
     plain = run_file.to_dict(config)
     # A search may be prolonged, and a run may move to another machine or device.
-    for key in ("output", "model", "device", "threads"):
+    for key in ("output", "model", "device", "device_map", "threads"):
         del plain[key]
     del plain["search"]["max_trials"], plain["corpus"]["path"], plain["oracle"]["task_path"]
     calibration = plain["prune"].pop("calibration")

@@ -216,7 +216,10 @@ class PrunedModel:
 
 
 def load_pruned(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto"
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+    device_map: str = "",
 ) -> PrunedModel:
     """Loads what `PrunedModel.save` wrote.
 
@@ -224,6 +227,7 @@ def load_pruned(
         folder: The folder.
         device: Where the model goes.
         dtype: Type of the weights; ``"auto"`` keeps that of the files.
+        device_map: How accelerate spreads it over devices; empty puts all on `device`.
 
     Raises:
         ArtifactError: If the folder holds no intact pruned model.
@@ -234,6 +238,7 @@ def load_pruned(
         model, notes = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
+            device_map=device_map or None,
             output_loading_info=True,
             local_files_only=True,
             use_safetensors=True,
@@ -249,7 +254,7 @@ def load_pruned(
     try:
         base = record["base_shape"]
         pruned = PrunedModel._described(
-            model.to(device),
+            model if device_map else model.to(device),
             tokenizer,
             base_shape=ModelShape(
                 base["hidden"], tuple(LayerWidths(**widths) for widths in base["layers"])

@@ -153,7 +153,7 @@ def test_recovery_follows_the_last_group_of_the_last_interactive_step(tmp_path, 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("\npruner = ", "\nmodel.requires_grad_(False)\npruner = "),
+        ("\nwith traceable", "\nmodel.requires_grad_(False)\nwith traceable"),
         ("    pruning_ratio=0.5,", "    pruning_ratio=0,"),
     ],
 )

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch_pruning as tp
@@ -9,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from rankadaptor_plugin.errors import UnsupportedModelError
 from rankadaptor_plugin.modeling_rankadaptor import LayerWidths
 from rankadaptor_plugin.pruned_model import load_pruned
-from rankadaptor_plugin.pruning import after_pruning, describe_pruned
+from rankadaptor_plugin.pruning import after_pruning, describe_pruned, traceable
 
 TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"w0": 0})))
 SAMPLES = [
@@ -78,6 +80,74 @@ def test_the_callback_follows_a_step_and_gets_the_pruned_model(tmp_path):
     assert pruned.provenance == {"pruner": "custom"}
     pruned.save(tmp_path / "pruned")
     assert torch.equal(logits(load_pruned(tmp_path / "pruned").model), logits(model))
+
+
+@pytest.mark.filterwarnings(NORMS)
+@pytest.mark.parametrize("importance", ["GroupMagnitude", "GroupTaylor", "Random"])
+@pytest.mark.parametrize("hidden", [False, True], ids=["heads", "hidden too"])
+@pytest.mark.parametrize(("heads", "groups"), [(8, 2), (8, 4), (4, 4)])
+def test_torch_prunings_own_pruner_on_shared_key_value_heads(
+    heads, groups, hidden, importance, tmp_path
+):
+    model = tiny(
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=4,
+        hidden_size=4 * heads,
+    )
+    before, ignored = copy.deepcopy(model.config), [model.lm_head]
+    for layer in model.model.layers:
+        q, o = layer.self_attn.q_proj.weight, layer.self_attn.o_proj.weight
+        with torch.no_grad():  # each head is marked, to see that both lose the same
+            marks = (torch.arange(heads).repeat_interleave(4) + 1) * 1e-3
+            q[:, 0], o[0] = marks, marks
+        if not hidden:
+            ignored += [layer.self_attn.o_proj, layer.mlp.down_proj]
+    if not hidden:
+        ignored += [p for name, p in model.named_parameters() if "norm" in name]
+    with traceable():
+        pruner = tp.pruner.BasePruner(
+            model,
+            {"input_ids": SAMPLES[0][None]},
+            forward_fn=lambda m, inputs: m(**inputs, use_cache=False).logits,
+            importance=getattr(tp.importance, f"{importance}Importance")(),
+            root_module_types=[torch.nn.Linear],
+            ignored_layers=ignored,
+            num_heads={
+                x.self_attn.get_submodule(f"{p}_proj"): heads if p == "q" else groups
+                for x in model.model.layers
+                for p in ("q", "k", "v")
+            },
+            prune_num_heads=True,
+            prune_head_dims=False,
+            pruning_ratio=0.5,
+            head_pruning_ratio=0.5,
+            in_channel_groups={},
+            out_channel_groups={},
+        )
+    seen = []
+    after_pruning(pruner, lambda m: seen.append(describe_pruned(m, TOKENIZER, base_config=before)))
+    model(input_ids=SAMPLES[0][None], labels=SAMPLES[0][None], use_cache=False).loss.backward()
+    pruner.step()
+    (pruned,) = seen
+    left = LayerWidths(*((4, 2) if (heads, groups) == (8, 2) else (heads, groups)), 12)
+    if heads == groups:
+        left = LayerWidths(2, 2, 12)
+    assert set(pruned.widths) == {left}
+    assert pruned.shape.hidden == 4 * heads // (2 if hidden else 1)
+    if not hidden:
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            assert torch.equal(attention.q_proj.weight[:, 0], attention.o_proj.weight[0])
+    pruned.save(tmp_path / "pruned")
+    loaded = load_pruned(tmp_path / "pruned").model
+    assert torch.equal(logits(loaded), logits(model))
+    words = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(
+        loaded.generate(SAMPLES[0][None], **words),
+        loaded.generate(SAMPLES[0][None], use_cache=False, **words),
+    )
 
 
 @pytest.mark.filterwarnings(NORMS)
