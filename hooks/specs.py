@@ -49,7 +49,7 @@ def rankadaptor_register_families(register: Registry[Structure]) -> None:
     """Registers model families that can be pruned: where the matrices of their layers are.
 
     Called once at the start, under the name of the ``model_type`` in ``config.json``. Example:
-    ``register("olmo2", Structure(model_type="olmo2"))``.
+    ``register("olmo2", Structure(model_type="olmo2", prunable_heads=False))``.
     """
 
 

@@ -42,6 +42,13 @@ CONFIGS = {f"rankadaptor_{family}": f"rankadaptor_{family}_config" for family in
 _TABLE_MODULE = "transformers.models.auto.configuration_auto"
 
 
+def add(family: str, stock: str) -> None:
+    """Registers one more family, by its model type and the name of its causal LM. Repeatable."""
+    _STOCK[family] = stock
+    CONFIGS[f"rankadaptor_{family}"] = f"rankadaptor_{family}_config"
+    install()
+
+
 def install() -> None:
     """Registers our model types now, or as soon as transformers is imported. Repeatable."""
     for model_type in CONFIGS:

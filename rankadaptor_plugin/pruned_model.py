@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rankadaptor_plugin.atomic_folder import write_folder
 from rankadaptor_plugin.errors import ArtifactError, UnsupportedModelError
 from rankadaptor_plugin.footprint import Footprint, footprint, on_meta, shape_of
 from rankadaptor_plugin.modeling_rankadaptor import LayerWidths
@@ -193,26 +192,18 @@ class PrunedModel:
                 f"{folder} holds something other than a pruned model and is left alone. Choose "
                 "another folder."
             )
-        partial = folder.with_name(f".{folder.name}.partial")
-        outdated = folder.with_name(f".{folder.name}.outdated")
         try:
-            shutil.rmtree(partial, ignore_errors=True)  # what a killed run left behind
-            shutil.rmtree(outdated, ignore_errors=True)
-            partial.mkdir(parents=True)
-            self.model.save_pretrained(partial)
-            self.tokenizer.save_pretrained(partial)
-            (partial / RECORD).write_text(json.dumps(self.record(), indent=2) + "\n", "utf-8")
-            if folder.exists():
-                os.replace(folder, outdated)
-            os.replace(partial, folder)
+            write_folder(folder, self._write)
         except (OSError, SafetensorError) as error:
             raise ArtifactError(
                 f"The pruned model cannot be written to {folder}: {error}. Check the folder's "
                 "permissions and the free space."
             ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(outdated, ignore_errors=True)
+
+    def _write(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        (folder / RECORD).write_text(json.dumps(self.record(), indent=2) + "\n", "utf-8")
 
 
 def load_pruned(

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from rankadaptor_plugin.atomic_folder import write_folder
 from rankadaptor_plugin.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -159,13 +160,8 @@ class RunFolder:
             ArtifactError: If it cannot be written.
         """
         path = self.path / name
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            fill(partial)
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(partial, path)
+            write_folder(path, fill)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ArtifactError(

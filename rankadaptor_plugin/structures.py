@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
+from rankadaptor_plugin import lazy_registration
 from rankadaptor_plugin.errors import PluginError, UnsupportedModelError
 from rankadaptor_plugin.families import BUILT_IN
 from rankadaptor_plugin.modeling_rankadaptor import PREFIX, LayerWidths, Structure
@@ -37,6 +39,9 @@ def register_family(structure: Structure) -> None:
             f'The model type "{structure.model_type}" has a map already that differs from the new '
             "one. Remove one of the two plugins."
         )
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(structure.model_type)
+    if isinstance(stock, str):  # then AutoModelForCausalLM can load what was pruned
+        lazy_registration.add(structure.model_type, stock)
 
 
 def supported_families() -> tuple[str, ...]:

@@ -144,8 +144,8 @@ def test_hook_rankadaptor_register_pruners(example, model, tokenizer):
 
 
 def test_hook_rankadaptor_register_families(example):
-    structure = registries(example).families.get("olmo")
-    assert structure.model_type == "olmo"
+    structure = registries(example).families.get("olmo2")
+    assert structure.model_type == "olmo2"
     assert structure.matrices == LLAMA.matrices
 
 
