@@ -22,9 +22,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankadaptor_plugin.calibration import sequence_losses
+from rankadaptor_plugin.calibration_text import calibration_documents, calibration_samples
 from rankadaptor_plugin.channel import prune_channel
 from rankadaptor_plugin.config import PruneConfig
-from rankadaptor_plugin.corpus import calibration_documents, calibration_samples
 from rankadaptor_plugin.depth import prune_depth
 from rankadaptor_plugin.width import prune_width
 

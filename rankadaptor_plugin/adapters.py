@@ -19,13 +19,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from rankadaptor_plugin.errors import RankSpaceError
+from rankadaptor_plugin.errors import ArtifactError, RankSpaceError
 from rankadaptor_plugin.ranks import RankSpace, allocation_of
 from rankadaptor_plugin.structures import decoder_layers, structure_of
 from rankadaptor_plugin.units import is_transposed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from transformers import PreTrainedModel
 
@@ -189,3 +190,34 @@ def nested_rows(rank: int, features: int, seed: int, name: str) -> torch.Tensor:
 def trainable_parameters(model: PeftModel) -> list[nn.Parameter]:
     """Returns the adapter's parameters."""
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Adds a saved adapter to the weights of its model, in place; they keep their type.
+
+    Args:
+        model: The model that the adapter was trained on.
+        folder: The adapter, a PEFT folder with safetensors.
+
+    Returns:
+        The model, without adapter layers.
+
+    Raises:
+        ArtifactError: If the adapter is torn, pickled, or does not fit the model.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Without its weights PEFT would merge a fresh adapter, that is none.
+            warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            if not (folder / "adapter_model.safetensors").is_file():
+                raise ValueError("adapter_model.safetensors is missing")
+            wrapped = PeftModel.from_pretrained(model, folder)
+            whole: PreTrainedModel = wrapped.merge_and_unload(safe_merge=True)
+    except Exception as error:  # PEFT and the readers of a torn file raise all kinds
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ArtifactError(
+            f"The adapter in {folder} cannot be merged: {' '.join(lines[:2]).rstrip('.')}. Give "
+            "the adapter that was trained on this model."
+        ) from error
+    return whole

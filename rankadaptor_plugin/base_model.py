@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from rankadaptor_plugin.checkpoint_check import check_checkpoint
 from rankadaptor_plugin.errors import ConfigError, UnsupportedModelError
+from rankadaptor_plugin.families import family_of
 from rankadaptor_plugin.modeling_rankadaptor import PREFIX
-from rankadaptor_plugin.structures import family_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +29,7 @@ def check_folder(folder: Path) -> str:
     Raises:
         ConfigError: If the folder or its config.json is missing.
         UnsupportedModelError: If it is no causal LM, of another family, or has no safetensors.
+        ArtifactError: If a file is torn or missing, or contradicts config.json.
     """
     if not folder.is_dir():
         raise ConfigError(
@@ -66,6 +68,7 @@ def check_folder(folder: Path) -> str:
             f"The model folder {folder} has no *.safetensors file. Convert its weights with "
             "save_pretrained(..., safe_serialization=True); pickled weights are not read."
         )
+    check_checkpoint(folder, strict=False)
     return str(family)
 
 

@@ -97,7 +97,7 @@ def load_corpus(
     dropped = 0
     for number, row in enumerate(rows, start=1):
         if "text" in row:
-            running += _encode(tokenizer, row["text"]) + _end(tokenizer)
+            running += encode(tokenizer, row["text"]) + _end(tokenizer)
             continue
         sequence = _instruction(row, tokenizer, template, max_tokens, f"{path}, row {number}")
         if sequence is None:
@@ -162,82 +162,6 @@ def read_rows(path: Path, setting: str = "[corpus] path") -> list[dict[str, str]
     return [_row(row, f"{path}, row {number}") for number, row in numbered]
 
 
-def calibration_documents(
-    path: Path, tokenizer: PreTrainedTokenizerBase, *, template: str = "alpaca"
-) -> list[torch.Tensor]:
-    """Reads and tokenizes the file that calibration sequences come from.
-
-    Args:
-        path: A ``.json``, ``.jsonl`` or text file, as for the corpus.
-        tokenizer: Tokenizer of the model.
-        template: ``alpaca`` or ``plain``, the prompt around instruction rows.
-
-    Returns:
-        Token ids of each row, or of the whole text, each of shape (t,), int64.
-
-    Raises:
-        ConfigError: If the file is missing.
-        CorpusError: If it is malformed.
-    """
-    texts = (
-        row["text"] if "text" in row else "".join(_prompt_and_response(row, template))
-        for row in read_rows(path, "[prune] calibration")
-    )
-    return [torch.tensor(_encode(tokenizer, text), dtype=torch.int64) for text in texts]
-
-
-def calibration_samples(
-    documents: Sequence[torch.Tensor], count: int, tokens: int, seed: int
-) -> list[torch.Tensor]:
-    """Draws sequences of one length, at random and without overlap.
-
-    As in LLM-Pruner they come from documents that are long enough, never from two at once.
-
-    Args:
-        documents: Token ids, each of shape (t,), int64.
-        count: Number of sequences; with a warning fewer if there are no more.
-        tokens: Length of each sequence.
-        seed: Seed of the draw.
-
-    Returns:
-        Token ids, each of shape (tokens,), int64.
-
-    Raises:
-        CorpusError: If no document is long enough.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    windows = [
-        (number, place)
-        for number, document in enumerate(documents)
-        for place in range(len(document) // tokens)
-    ]
-    if not windows:
-        longest = max((len(document) for document in documents), default=0)
-        raise CorpusError(
-            f"The calibration text is too short: its longest document has {longest} tokens, but "
-            f"[prune] calibration_tokens is {tokens}. Lower it, or give longer text in [prune] "
-            "calibration."
-        )
-    if len(windows) < count:
-        logger.warning(
-            "The calibration text gives %d sequences of %d tokens, not %d. Give more text, or "
-            "lower [prune] calibration_tokens.",
-            len(windows),
-            tokens,
-            count,
-        )
-    samples = []
-    shifts: dict[int, int] = {}
-    for index in torch.randperm(len(windows), generator=generator)[:count].tolist():
-        number, place = windows[index]
-        if number not in shifts:  # one for all windows of a document, which so cannot overlap
-            spare = len(documents[number]) % tokens
-            shifts[number] = int(torch.randint(spare + 1, (1,), generator=generator))
-        start = shifts[number] + place * tokens
-        samples.append(documents[number][start : start + tokens])
-    return samples
-
-
 def _parse(content: str, path: Path, line: int | None) -> Any:
     try:
         return json.loads(content)
@@ -271,11 +195,11 @@ def _instruction(
     where: str,
 ) -> TrainingSequence | None:
     """Tokenizes prompt and response together; the loss begins where the prompt alone ends."""
-    prompt, response = _prompt_and_response(row, template)
+    prompt, response = prompt_and_response(row, template)
     if not row["output"].strip():
         return None
-    head = len(_encode(tokenizer, prompt))
-    tokens = (_encode(tokenizer, prompt + response) + _end(tokenizer))[:max_tokens]
+    head = len(encode(tokenizer, prompt))
+    tokens = (encode(tokenizer, prompt + response) + _end(tokenizer))[:max_tokens]
     if len(tokens) <= max(head, 1):  # nothing comes before the first token to predict it from
         logger.debug("%s: the prompt alone fills %d tokens", where, max_tokens)
         return None
@@ -285,14 +209,15 @@ def _instruction(
     return TrainingSequence(ids, labels)
 
 
-def _prompt_and_response(row: dict[str, str], template: str) -> tuple[str, str]:
+def prompt_and_response(row: dict[str, str], template: str) -> tuple[str, str]:
+    """Returns what an instruction row reads as; the two follow each other without a gap."""
     if template == "alpaca":
         return ALPACA[bool(row["input"])].format(**row), row["output"]
     return f"{row['instruction']} {row['input']}".strip(), f" {row['output']}"
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids with the tokenizer's own beginning, but without an end that it may add."""
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Returns token ids with the tokenizer's own beginning, but without an end that it may add."""
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 

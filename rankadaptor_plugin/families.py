@@ -1,11 +1,20 @@
-"""The maps of the families that come with the package: one `Structure` each.
+"""The model families that can be pruned: one `Structure` each, and the table of all.
 
-What is not named is as in Llama. docs/families.md says how to add one.
+What a map does not name is as in Llama. docs/families.md says how to add one.
 """
 
 from __future__ import annotations
 
-from rankadaptor_plugin.modeling_rankadaptor import Structure
+from typing import TYPE_CHECKING, Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from rankadaptor_plugin import lazy_registration
+from rankadaptor_plugin.errors import PluginError, UnsupportedModelError
+from rankadaptor_plugin.modeling_rankadaptor import PREFIX, Structure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm")
 
@@ -113,3 +122,56 @@ BUILT_IN = (
     FALCON,
     GPT2,
 )
+
+_FAMILIES = {structure.model_type: structure for structure in BUILT_IN}
+# Where configs say how many experts they have.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def register_family(structure: Structure) -> None:
+    """Makes a family known to the whole process, as transformers does with its own.
+
+    Raises:
+        PluginError: If another map has the same model type.
+    """
+    known = _FAMILIES.setdefault(structure.model_type, structure)
+    if known != structure:
+        raise PluginError(
+            f'The model type "{structure.model_type}" has a map already that differs from the new '
+            "one. Remove one of the two plugins."
+        )
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(structure.model_type)
+    if isinstance(stock, str):  # then AutoModelForCausalLM can load what was pruned
+        lazy_registration.add(structure.model_type, stock)
+
+
+def supported_families() -> tuple[str, ...]:
+    """Returns the model types that can be pruned."""
+    return tuple(sorted(_FAMILIES))
+
+
+def hidden_size_families() -> tuple[str, ...]:
+    """Returns the model types whose hidden size can be pruned."""
+    return tuple(name for name in supported_families() if _FAMILIES[name].norms)
+
+
+def family_of(config: PreTrainedConfig | dict[str, Any]) -> Structure:
+    """Returns the map of a family by the config of a model, pruned or not.
+
+    Raises:
+        UnsupportedModelError: If the family is not supported.
+    """
+    get = config.get if isinstance(config, dict) else lambda key: getattr(config, key, None)
+    model_type = str(get("model_type") or "unknown")
+    if experts := next((key for key in _EXPERTS if get(key)), None):
+        raise UnsupportedModelError(
+            f'The model type "{model_type}" is a mixture of experts ({experts} {get(experts)}), '
+            f"which is not supported. Use a dense model of type {', '.join(supported_families())}."
+        )
+    structure = _FAMILIES.get(model_type.removeprefix(PREFIX))
+    if structure is None:
+        raise UnsupportedModelError(
+            f'The model type "{model_type}" is not supported. Use a model of type '
+            f"{', '.join(supported_families())}, or add the family by a plugin (docs/families.md)."
+        )
+    return structure

@@ -5,7 +5,7 @@ under ``transformers.models`` on first use. `install` adds our names to that tab
 transformers has built it, and puts a stand-in where the module is looked for, which calls
 `rankadaptor_plugin.pruned_classes` when it is asked for a class. Programs that never touch a
 pruned model pay nothing. Should the table move in a later version, loading through
-`rankadaptor_plugin.pruned_model.load_pruned` still works.
+`rankadaptor_plugin.pruned_loading.load_pruned` still works.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from rankadaptor_plugin.device import (
 )
 from rankadaptor_plugin.errors import PluginError
 from rankadaptor_plugin.preparation import Prepared, prepare
-from rankadaptor_plugin.pruned_model import PrunedModel, load_pruned
+from rankadaptor_plugin.pruned_loading import load_pruned
 from rankadaptor_plugin.report import write_report
 from rankadaptor_plugin.run_folder import RunFolder, digest
 from rankadaptor_plugin.scores import Score
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rankadaptor_plugin.config import RunConfig
+    from rankadaptor_plugin.pruned_model import PrunedModel
 
 
 logger = logging.getLogger(__name__)

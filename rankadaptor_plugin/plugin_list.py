@@ -49,7 +49,7 @@ def register_families(found: Registries) -> None:
     Raises:
         PluginError: If what is registered cannot be loaded, or is no map of its model type.
     """
-    from rankadaptor_plugin.structures import register_family  # loads torch, unlike a mere list
+    from rankadaptor_plugin.families import register_family  # loads torch, unlike a mere list
 
     for model_type in found.families.names():
         structure = found.families.get(model_type)

@@ -14,13 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin import plugin_list, run_file
 from rankadaptor_plugin.base_model import check_folder, load_tokenizer
+from rankadaptor_plugin.calibration_text import calibration_documents, calibration_samples
 from rankadaptor_plugin.context import Oracle, OracleSettings, Pruner, RunContext
-from rankadaptor_plugin.corpus import (
-    Corpus,
-    calibration_documents,
-    calibration_samples,
-    load_corpus,
-)
+from rankadaptor_plugin.corpus import Corpus, load_corpus
 from rankadaptor_plugin.device import resolve_device, resolve_dtype
 from rankadaptor_plugin.embedded_default import corpus_file, model_folder
 from rankadaptor_plugin.errors import ArtifactError, ConfigError

@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankadaptor_plugin.atomic_folder import write_folder
 from rankadaptor_plugin.errors import ArtifactError, UnsupportedModelError
 from rankadaptor_plugin.footprint import Footprint, footprint, on_meta, shape_of
-from rankadaptor_plugin.modeling_rankadaptor import LayerWidths
 from rankadaptor_plugin.pruned_classes import is_pruned, stock_class, to_pruned
 from rankadaptor_plugin.units import ModelShape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from rankadaptor_plugin.modeling_rankadaptor import LayerWidths
 
 RECORD = "pruned_model.json"
 """File beside the weights that says what was cut, and how."""
@@ -92,7 +91,7 @@ class PrunedModel:
             ) from error
         base = on_meta(stock_class(model), base_config, model.dtype)
         kept = tuple(kept_layers or range(base.config.num_hidden_layers))
-        return cls._described(
+        return cls.described(
             model,
             tokenizer,
             base_shape=shape_of(base),
@@ -103,7 +102,7 @@ class PrunedModel:
         )
 
     @classmethod
-    def _described(
+    def described(
         cls,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
@@ -114,6 +113,11 @@ class PrunedModel:
         pruned_layers: Sequence[bool] | None,
         provenance: dict[str, Any],
     ) -> PrunedModel:
+        """Describes a model of which it is known what it was before; see `of`.
+
+        Raises:
+            UnsupportedModelError: If the class or the shapes of the model are not supported.
+        """
         shape = shape_of(model)
         if len(kept_layers) != len(shape.layers):
             raise UnsupportedModelError(
@@ -161,8 +165,8 @@ class PrunedModel:
     def record(self) -> dict[str, Any]:
         """Returns all but the model and the tokenizer, as JSON values."""
         return {
-            "shape": _shape(self.shape),
-            "base_shape": _shape(self.base_shape),
+            "shape": self.shape.to_json(),
+            "base_shape": self.base_shape.to_json(),
             "kept_layers": list(self.kept_layers),
             "pruned_layers": list(self.pruned_layers),
             "footprint": asdict(self.footprint),
@@ -204,93 +208,6 @@ class PrunedModel:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         (folder / RECORD).write_text(json.dumps(self.record(), indent=2) + "\n", "utf-8")
-
-
-def load_pruned(
-    folder: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: str | torch.dtype = "auto",
-    device_map: str = "",
-) -> PrunedModel:
-    """Loads what `PrunedModel.save` wrote.
-
-    Args:
-        folder: The folder.
-        device: Where the model goes.
-        dtype: Type of the weights; ``"auto"`` keeps that of the files.
-        device_map: How accelerate spreads it over devices; empty puts all on `device`.
-
-    Raises:
-        ArtifactError: If the folder holds no intact pruned model.
-    """
-    folder = Path(folder)
-    record = read_record(folder)
-    try:
-        model, notes = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map=device_map or None,
-            output_loading_info=True,
-            local_files_only=True,
-            use_safetensors=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the readers of a torn file raise whatever they stumble upon
-        raise _torn(
-            folder, (str(error).strip().splitlines() or [type(error).__name__])[0]
-        ) from error
-    wrong = sorted({*notes["missing_keys"], *notes["unexpected_keys"]})
-    if wrong:
-        raise _torn(folder, f"{wrong[0]} is missing or unknown")
-    try:
-        base = record["base_shape"]
-        pruned = PrunedModel._described(
-            model if device_map else model.to(device),
-            tokenizer,
-            base_shape=ModelShape(
-                base["hidden"], tuple(LayerWidths(**widths) for widths in base["layers"])
-            ),
-            base_footprint=Footprint(**record["base_footprint"]),
-            kept_layers=tuple(record["kept_layers"]),
-            pruned_layers=record["pruned_layers"],
-            provenance=record["provenance"],
-        )
-    except (KeyError, TypeError, IndexError) as error:
-        raise _torn(folder, f"{RECORD} cannot be read") from error
-    if pruned.record() != record:
-        raise _torn(folder, f"{RECORD} describes another model")
-    return pruned
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """Reads the record beside a pruned model.
-
-    Raises:
-        ArtifactError: If there is none, or it is torn.
-    """
-    try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text("utf-8"))
-        intact = isinstance(record["provenance"], dict)
-    except OSError as error:
-        raise ArtifactError(
-            f"{folder} holds no pruned model: {RECORD} is missing. Give a folder that the prune "
-            "stage wrote."
-        ) from error
-    except (ValueError, TypeError, KeyError):
-        intact = False
-    if not intact:
-        raise _torn(folder, f"{RECORD} cannot be read")
-    return record
-
-
-def _shape(shape: ModelShape) -> dict[str, Any]:
-    return {"hidden": shape.hidden, "layers": [asdict(widths) for widths in shape.layers]}
-
-
-def _torn(folder: Path, reason: str) -> ArtifactError:
-    return ArtifactError(
-        f"{folder} holds no intact pruned model: {reason.rstrip('.')}. Delete it and prune again."
-    )
 
 
 def _replaceable(folder: Path) -> bool:

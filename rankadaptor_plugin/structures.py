@@ -10,66 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from rankadaptor_plugin import lazy_registration
-from rankadaptor_plugin.errors import PluginError, UnsupportedModelError
-from rankadaptor_plugin.families import BUILT_IN
-from rankadaptor_plugin.modeling_rankadaptor import PREFIX, LayerWidths, Structure
+from rankadaptor_plugin.errors import UnsupportedModelError
+from rankadaptor_plugin.families import family_of, hidden_size_families
+from rankadaptor_plugin.modeling_rankadaptor import LayerWidths, Structure
 from rankadaptor_plugin.units import LayerUnits, Member, Units, is_transposed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-_FAMILIES = {structure.model_type: structure for structure in BUILT_IN}
-# Where configs say how many experts they have.
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
-
-def register_family(structure: Structure) -> None:
-    """Makes a family known to the whole process, as transformers does with its own.
-
-    Raises:
-        PluginError: If another map has the same model type.
-    """
-    known = _FAMILIES.setdefault(structure.model_type, structure)
-    if known != structure:
-        raise PluginError(
-            f'The model type "{structure.model_type}" has a map already that differs from the new '
-            "one. Remove one of the two plugins."
-        )
-    stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(structure.model_type)
-    if isinstance(stock, str):  # then AutoModelForCausalLM can load what was pruned
-        lazy_registration.add(structure.model_type, stock)
-
-
-def supported_families() -> tuple[str, ...]:
-    """Returns the model types that can be pruned."""
-    return tuple(sorted(_FAMILIES))
-
-
-def family_of(config: PreTrainedConfig | dict[str, Any]) -> Structure:
-    """Returns the map of a family by the config of a model, pruned or not.
-
-    Raises:
-        UnsupportedModelError: If the family is not supported.
-    """
-    values = config if isinstance(config, dict) else vars(config)
-    get = values.get if isinstance(config, dict) else lambda key: getattr(config, key, None)
-    model_type = str(get("model_type") or "unknown")
-    if experts := next((key for key in _EXPERTS if get(key)), None):
-        raise UnsupportedModelError(
-            f'The model type "{model_type}" is a mixture of experts ({experts} {get(experts)}), '
-            f"which is not supported. Use a dense model of type {', '.join(supported_families())}."
-        )
-    structure = _FAMILIES.get(model_type.removeprefix(PREFIX))
-    if structure is None:
-        raise UnsupportedModelError(
-            f'The model type "{model_type}" is not supported. Use a model of type '
-            f"{', '.join(supported_families())}, or add the family by a plugin (docs/families.md)."
-        )
-    return structure
 
 
 def structure_of(model: PreTrainedModel) -> Structure:
@@ -145,10 +94,10 @@ def hidden_units(model: PreTrainedModel) -> Units:
     """
     structure, hidden = structure_of(model), model.config.hidden_size
     if not structure.norms:
-        able = [name for name, family in sorted(_FAMILIES.items()) if family.norms]
+        able = ", ".join(hidden_size_families())
         raise UnsupportedModelError(
             f'The hidden size of model type "{structure.model_type}" cannot be pruned. Use '
-            f'[prune] method = "width" or "depth", or a model of type {", ".join(able)}.'
+            f'[prune] method = "width" or "depth", or a model of type {able}.'
         )
     lines = torch.arange(hidden).view(hidden, 1)
     members = []

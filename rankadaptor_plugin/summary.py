@@ -6,14 +6,13 @@ import math
 import platform
 import sys
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from safetensors import safe_open
 
 from rankadaptor_plugin import run_file
 from rankadaptor_plugin.confirmation import mean_objective
 from rankadaptor_plugin.report import baseline_label, verdict_sentence
-from rankadaptor_plugin.report_data import Footprint
 from rankadaptor_plugin.scores import METRICS, Score
 from rankadaptor_plugin.statistics import score_cells
 from rankadaptor_plugin.trials import TrialState
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.context import Recovered, RunContext
     from rankadaptor_plugin.pruned_model import PrunedModel
     from rankadaptor_plugin.ranks import RankAllocation, RankSpace
-    from rankadaptor_plugin.report_data import ReportData
+    from rankadaptor_plugin.report_data import Footprint, ReportData
     from rankadaptor_plugin.search import SearchResult
     from rankadaptor_plugin.statistics import Comparison
 
@@ -173,8 +172,8 @@ def report_data(
             or {"recovered": adapter_parameters(recovered.adapter)},
         },
         "footprints": {
-            "base": Footprint(**pruned.base_footprint.with_bytes(pruned.model.dtype)),
-            "pruned": Footprint(**pruned.footprint.with_bytes(pruned.model.dtype)),
+            "base": cast("Footprint", pruned.base_footprint.with_bytes(pruned.model.dtype)),
+            "pruned": cast("Footprint", pruned.footprint.with_bytes(pruned.model.dtype)),
         },
         "widths": [[w.heads, w.kv_heads, w.channels] for w in pruned.widths],
         "kept_layers": list(pruned.kept_layers),

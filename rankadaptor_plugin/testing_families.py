@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 from rankadaptor_plugin.adapters import attach, trainable_parameters
 from rankadaptor_plugin.channel import prune_channel
 from rankadaptor_plugin.config import PruneConfig
-from rankadaptor_plugin.pruned_model import PrunedModel, load_pruned
+from rankadaptor_plugin.pruned_loading import load_pruned
+from rankadaptor_plugin.pruned_model import PrunedModel
 from rankadaptor_plugin.ranks import RankAllocation
 from rankadaptor_plugin.structures import decoder_layers, hidden_units, layer_widths, structure_of
 from rankadaptor_plugin.testing_models import (

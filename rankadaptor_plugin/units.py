@@ -8,14 +8,14 @@ not 11,008 objects. The groups are those of LLM-Pruner (arXiv 2305.11627, sectio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+
+from rankadaptor_plugin.modeling_rankadaptor import LayerWidths
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from rankadaptor_plugin.modeling_rankadaptor import LayerWidths
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,19 @@ class ModelShape:
 
     hidden: int
     layers: tuple[LayerWidths, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain JSON values."""
+        return {"hidden": self.hidden, "layers": [asdict(widths) for widths in self.layers]}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> ModelShape:
+        """Takes back what `to_json` returned.
+
+        Raises:
+            KeyError, TypeError: If it is something else.
+        """
+        return cls(values["hidden"], tuple(LayerWidths(**widths) for widths in values["layers"]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ SMALLER = {
 
 def test_help_of_every_command_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True)
-    assert done.stdout == ";run;init;task-path;plugins;[]\n"
+    assert done.stdout == ";run;init;task-path;plugins;export;inspect;[]\n"
 
 
 def test_the_file_that_init_writes_runs(tmp_path, command):

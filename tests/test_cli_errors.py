@@ -162,7 +162,7 @@ BAD = {
     ),
     "torn weights": (
         lambda folder: {"model": torn(folder)},
-        *(1, "cannot be loaded", "Check that all its files are whole"),
+        *(1, "model.safetensors is torn", "Copy it again"),
     ),
     "no corpus": ({"corpus": {"path": "nowhere.jsonl"}}, 2, "cannot be read", "Correct"),
     "empty corpus": (

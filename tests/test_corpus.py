@@ -10,11 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankadaptor_plugin.calibration_text import calibration_documents, calibration_samples
 from rankadaptor_plugin.corpus import (
     ALPACA,
     IGNORED,
-    calibration_documents,
-    calibration_samples,
     load_corpus,
     read_rows,
 )

@@ -20,7 +20,7 @@ from rankadaptor_plugin.errors import (
     RankAdaptorError,
     UnsupportedModelError,
 )
-from rankadaptor_plugin.pruned_model import load_pruned
+from rankadaptor_plugin.pruned_loading import load_pruned
 
 VOCABULARY = 40
 BLOCKS = 5

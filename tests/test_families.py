@@ -16,6 +16,7 @@ import transformers
 from rankadaptor_plugin.hooks import families as family_hooks
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from rankadaptor_plugin import families as table
 from rankadaptor_plugin import lazy_registration, structures
 from rankadaptor_plugin.base_model import check_folder
 from rankadaptor_plugin.errors import PluginError, UnsupportedModelError
@@ -138,7 +139,7 @@ def test_an_unknown_family_is_named_with_the_list_of_all(tmp_path):
 @pytest.fixture
 def families(monkeypatch):
     """The table of the process, as it was before when the test is over."""
-    monkeypatch.setattr(structures, "_FAMILIES", dict(structures._FAMILIES))
+    monkeypatch.setattr(table, "_FAMILIES", dict(table._FAMILIES))
 
 
 # The norms of queries and keys span all heads, so these stay; all norms come after the matrices.
@@ -152,7 +153,7 @@ OLMO2 = Structure(
 class TestOlmo2(FamilyConformance):
     @pytest.fixture(autouse=True)
     def known(self, families):
-        structures.register_family(OLMO2)
+        table.register_family(OLMO2)
 
     def model(self, attention):
         config = transformers.Olmo2Config(**GQA, attn_implementation=attention)
@@ -160,14 +161,14 @@ class TestOlmo2(FamilyConformance):
 
 
 def test_a_wrong_map_fails_the_suite(families):
-    structures.register_family(dataclasses.replace(OLMO2, prunable_heads=True))
+    table.register_family(dataclasses.replace(OLMO2, prunable_heads=True))
     with pytest.raises(RuntimeError, match="must match the size"):
         TestOlmo2().test_a_pruned_model_equals_one_whose_units_are_zeroed()
     for name in ("falcon-gqa", "gpt-neox", "gpt2"):
         suite = TestBuiltIn()
         suite.name = name
         right = structures.structure_of(suite.model("eager"))
-        structures._FAMILIES[right.model_type] = dataclasses.replace(
+        table._FAMILIES[right.model_type] = dataclasses.replace(
             right, interleaved=not right.interleaved
         )
         with pytest.raises(AssertionError):
@@ -175,12 +176,12 @@ def test_a_wrong_map_fails_the_suite(families):
 
 
 def test_a_family_is_registered_once(families):
-    structures.register_family(OLMO2)
-    structures.register_family(dataclasses.replace(OLMO2))  # an equal one
-    assert "olmo2" in structures.supported_families()
+    table.register_family(OLMO2)
+    table.register_family(dataclasses.replace(OLMO2))  # an equal one
+    assert "olmo2" in table.supported_families()
     for other in (dataclasses.replace(OLMO2, norms=()), Structure(model_type="llama")):
         with pytest.raises(PluginError, match=f'"{other.model_type}" has a map already'):
-            structures.register_family(other)
+            table.register_family(other)
 
 
 def test_the_plugin_of_the_page_passes_the_suite_of_the_page(tmp_path):
@@ -238,16 +239,16 @@ def test_the_hook_registers_all_families():
 
 
 def test_a_pruned_model_of_another_family_loads_in_a_new_process(families, tmp_path):
-    structures.register_family(OLMO2)
+    table.register_family(OLMO2)
     suite = TestOlmo2()
     pruned = suite._pruned()
     pruned.save(tmp_path / "pruned")
     source = (
         "from rankadaptor_plugin.modeling_rankadaptor import Structure\n"
-        "from rankadaptor_plugin.structures import register_family\n"
+        "from rankadaptor_plugin.families import register_family\n"
         f"register_family({OLMO2!r})\n"
         "from transformers import AutoModelForCausalLM\n"
-        "from rankadaptor_plugin.pruned_model import load_pruned\n"
+        "from rankadaptor_plugin.pruned_loading import load_pruned\n"
         "AutoModelForCausalLM.from_pretrained('pruned')\n"
         "print(load_pruned('pruned').parameters)\n"
     )

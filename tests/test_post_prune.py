@@ -19,7 +19,7 @@ from rankadaptor_plugin.errors import ConfigError, UnsupportedModelError
 from rankadaptor_plugin.families import LLAMA
 from rankadaptor_plugin.modeling_rankadaptor import PrunedLlamaForCausalLM
 from rankadaptor_plugin.post_prune import recover_after_pruning
-from rankadaptor_plugin.pruned_model import load_pruned
+from rankadaptor_plugin.pruned_loading import load_pruned
 from rankadaptor_plugin.pruning import describe_pruned
 from rankadaptor_plugin.structures import layer_widths
 

@@ -24,7 +24,7 @@ from rankadaptor_plugin.errors import ConfigError, UnsupportedModelError
 from rankadaptor_plugin.footprint import footprint
 from rankadaptor_plugin.importance import unit_scores
 from rankadaptor_plugin.modeling_rankadaptor import LayerWidths
-from rankadaptor_plugin.pruned_model import load_pruned
+from rankadaptor_plugin.pruned_loading import load_pruned
 from rankadaptor_plugin.pruning import remove
 from rankadaptor_plugin.structures import layer_units
 from rankadaptor_plugin.width import (
