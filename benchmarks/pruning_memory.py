@@ -35,7 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankadaptor_plugin.config import PruneConfig
 from rankadaptor_plugin.importance import unit_scores
-from rankadaptor_plugin.units import Member
+from rankadaptor_plugin.structures import layer_units
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,25 +93,7 @@ def build(shape: str, layers: int, device: str, dtype: str) -> LlamaForCausalLM:
 
 def units_of(model: LlamaForCausalLM) -> list[Units]:
     """Describes the heads and the MLP channels of all layers."""
-    size = model.config.hidden_size // model.config.num_attention_heads
-    kinds = []
-    for layer in model.model.layers:
-        for names, per_unit in (
-            (("q_proj", "k_proj", "v_proj", "o_proj"), size),
-            (("gate_proj", "up_proj", "down_proj"), 1),
-        ):
-            block = layer.mlp if per_unit == 1 else layer.self_attn
-            count = block.get_submodule(names[0]).out_features
-            indices = torch.arange(count).view(-1, per_unit)
-            *made, read = names
-            parts = [(name, "out") for name in made] + [(read, "in")]
-            kinds.append(
-                tuple(
-                    Member(name=n, module=block.get_submodule(n), side=side, indices=indices)
-                    for n, side in parts
-                )
-            )
-    return kinds
+    return [kind for layer in layer_units(model) for kind in layer]
 
 
 def whole(model: LlamaForCausalLM, kinds: list[Units], samples: list[torch.Tensor]) -> None:

@@ -16,8 +16,8 @@ T = TypeVar("T")
 def write_folder(folder: Path, fill: Callable[[Path], T]) -> T:
     """Fills a temporary folder and moves it into place; one that is there is replaced.
 
-    The two lie side by side, hidden, until the last moment; what a killed process left of them is
-    removed by the next.
+    The two lie side by side, hidden, until the last moment; of what a killed process left, the next
+    one keeps the folder and removes the rest.
 
     Args:
         folder: The folder to write; its parents are made.
@@ -31,14 +31,21 @@ def write_folder(folder: Path, fill: Callable[[Path], T]) -> T:
     """
     partial = folder.with_name(f".{folder.name}.partial")
     outdated = folder.with_name(f".{folder.name}.outdated")
+    if outdated.exists() and not folder.exists():
+        os.replace(outdated, folder)
+    shutil.rmtree(outdated, ignore_errors=True)
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(outdated, ignore_errors=True)
         partial.mkdir(parents=True)
         result = fill(partial)
         if folder.exists():
             os.replace(folder, outdated)
-        os.replace(partial, folder)
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            if outdated.exists():
+                os.replace(outdated, folder)
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(outdated, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -16,7 +17,6 @@ from rankadaptor_plugin.modeling_rankadaptor import PREFIX
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -28,8 +28,8 @@ def check_folder(folder: Path) -> str:
 
     Raises:
         ConfigError: If the folder or its config.json is missing.
-        UnsupportedModelError: If it is no causal LM, of another family, or has no safetensors.
-        ArtifactError: If a file is torn or missing, or contradicts config.json.
+        UnsupportedModelError: If it is no causal LM, of another family, or quantized.
+        ArtifactError: If weights are pickled, torn or missing, or contradict config.json.
     """
     if not folder.is_dir():
         raise ConfigError(
@@ -40,19 +40,20 @@ def check_folder(folder: Path) -> str:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("it holds no table of settings")
+        family, architectures = config.get("model_type", ""), config.get("architectures") or []
+        if not isinstance(family, str) or not isinstance(architectures, list):
+            raise ValueError("model_type is no text, or architectures no list")
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"The model folder {folder} has no readable config.json ({error}). "
             "Set model to a Hugging Face model folder."
         ) from error
-    family = config.get("model_type", "")
-    architectures = config.get("architectures") or []
-    causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
+    causal = any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
     if not causal and (architectures or family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        named = ", ".join(map(str, architectures)) or family or "unknown"
         raise UnsupportedModelError(
-            f"The model in {folder} is no causal language model (architecture "
-            f"{', '.join(architectures) or family or 'unknown'}). Set model to a decoder such as "
-            "Llama."
+            f"The model in {folder} is no causal language model (architecture {named}). Set model "
+            "to a decoder such as Llama."
         )
     try:
         family_of(config)
@@ -62,11 +63,6 @@ def check_folder(folder: Path) -> str:
         raise UnsupportedModelError(
             f"The model in {folder} is pruned already (model type {family!r}). Set model to the "
             "base model that it was made from."
-        )
-    if not any(folder.glob("*.safetensors")):
-        raise UnsupportedModelError(
-            f"The model folder {folder} has no *.safetensors file. Convert its weights with "
-            "save_pretrained(..., safe_serialization=True); pickled weights are not read."
         )
     check_checkpoint(folder, strict=False)
     return str(family)
@@ -123,6 +119,8 @@ def load_model(
         )
         if found["missing_keys"]:  # transformers would go on with random weights in their place
             raise ValueError(f"its weights lack {min(found['missing_keys'])}")
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # transformers and safetensors raise all kinds
         raise _unloadable("model", folder, error) from error
     return (model if device_map else model.to(device)).eval()

@@ -112,7 +112,7 @@ def check_removable(model: PreTrainedModel) -> None:
     if model.config.model_type.startswith(PREFIX):
         raise UnsupportedModelError(
             f'The model is of type "{model.config.model_type}", so its blocks differ in width '
-            "already. Prune depth first, or give the base model."
+            "already. Give the base model."
         )
     if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
         raise UnsupportedModelError(

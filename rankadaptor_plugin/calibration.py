@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from rankadaptor_plugin.errors import CorpusError
+from rankadaptor_plugin.errors import CorpusError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,14 +30,29 @@ class Batch(NamedTuple):
     mask: torch.Tensor
 
 
+def check_loaded(model: PreTrainedModel) -> None:
+    """Sees to it that all weights are in memory, as scores and cuts need them.
+
+    Raises:
+        UnsupportedModelError: If some are offloaded.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedModelError(
+                f"{name} is offloaded (it is on the meta device). Load the model whole, onto one "
+                "or more GPUs or the CPU, to prune it."
+            )
+
+
 def check_samples(model: PreTrainedModel, samples: Sequence[torch.Tensor]) -> None:
     """Sees to it that a model can read calibration sequences.
 
     Raises:
-        CorpusError: If there is no sequence, or one is too short or has unknown tokens.
+        CorpusError: If there is no sequence, or one is too short or long, or has unknown tokens.
     """
     if not len(samples):
         raise CorpusError("There are no calibration sequences. Give at least one.")
+    longest = getattr(model.config, "max_position_embeddings", None)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     for number, sample in enumerate(samples):
         if sample.dim() != 1 or len(sample) < 2:  # noqa: PLR2004 - one token has no next token
@@ -50,6 +65,11 @@ def check_samples(model: PreTrainedModel, samples: Sequence[torch.Tensor]) -> No
                 f"Calibration sequence {number} has tokens from {int(sample.min())} to "
                 f"{int(sample.max())}; the model knows 0 to {vocabulary - 1}. Use the model's own "
                 "tokenizer."
+            )
+        if longest and len(sample) > longest:  # learned positions end there
+            raise CorpusError(
+                f"Calibration sequence {number} has {len(sample)} tokens; the model reads at most "
+                f"{longest}. Lower [prune] calibration_tokens."
             )
 
 
@@ -72,8 +92,13 @@ def sequence_losses(model: PreTrainedModel, samples: Sequence[torch.Tensor]) -> 
     losses = []
     for sample, logits in zip(samples, logits_of(model, padded(samples)), strict=True):
         targets = sample[1:].to(logits.device)
-        losses.append(nn.functional.cross_entropy(logits[: len(targets)].float(), targets))
+        # In full precision the logits of all sequences would outweigh the layers of many a model.
+        losses.append(checkpoint(_loss, logits[: len(targets)], targets, use_reentrant=False))
     return torch.stack(losses)
+
+
+def _loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits.float(), targets)
 
 
 @contextmanager

@@ -17,7 +17,14 @@ from rankadaptor_plugin.errors import ConfigError
 from rankadaptor_plugin.importance import unit_scores
 from rankadaptor_plugin.modeling_rankadaptor import take
 from rankadaptor_plugin.pruned_model import PrunedModel
-from rankadaptor_plugin.pruning import provenance, remove, set_hidden_size
+from rankadaptor_plugin.pruning import (
+    note_unused,
+    provenance,
+    refuse_or_warn,
+    remove,
+    rounded,
+    set_hidden_size,
+)
 from rankadaptor_plugin.structures import decoder_layers, hidden_units, structure_of
 
 if TYPE_CHECKING:
@@ -38,8 +45,8 @@ def prune_channel(
 ) -> PrunedModel:
     """Removes the least important hidden channels, in place.
 
-    A channel is scored by its weights in the matrices of all layers. Almost all parameters of a
-    model are proportional to the hidden size, so a share of it is the same share of those.
+    A channel is scored by its weights in the matrices of all layers. Almost all parameters are
+    proportional to the hidden size, so that ``ratio_of`` makes no difference here.
 
     Args:
         model: The base model, of a Llama-type family.
@@ -54,17 +61,21 @@ def prune_channel(
         CorpusError: If the calibration sequences cannot be used.
         RankAdaptorError: If a gradient is not finite.
     """
+    note_unused(config, "ranking", "floor", "ceiling", "blocks")
     units = hidden_units(model)
     hidden = model.config.hidden_size
-    kept = int(hidden * (1 - config.ratio) + 1e-9)
-    step = config.round_to
-    kept = min(hidden, (2 * kept + step) // (2 * step) * step)
-    if kept < 1:
-        problem = f"[prune] ratio {config.ratio:g} would remove all {hidden} hidden channels"
-        if config.if_emptied == "refuse":
-            raise ConfigError(f'{problem}. Lower it, or set if_emptied = "clamp".')
-        log.warning("%s; %d are kept. Lower it to prune as asked.", problem, step)
-        kept = min(hidden, step)
+    kept = rounded(max(1, int(hidden * (1 - config.ratio) + 1e-9)), config.round_to, hidden)
+    if int(hidden * (1 - config.ratio) + 1e-9) < 1:
+        refuse_or_warn(
+            f"[prune] ratio {config.ratio:g} would remove all {hidden} hidden channels",
+            f"{kept} stay",
+            config,
+        )
+    if kept == hidden:
+        raise ConfigError(
+            f"[prune] ratio {config.ratio:g} removes no hidden channel once they are rounded to "
+            f"multiples of {config.round_to}. Raise ratio or lower round_to."
+        )
     base_config = copy.deepcopy(model.config)
     (score,) = unit_scores(model, [units], samples, config)
     removed = sorted(torch.argsort(score, stable=True)[: hidden - kept].tolist())

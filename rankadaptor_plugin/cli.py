@@ -34,6 +34,17 @@ class _Group(click.Group):
         except RankAdaptorError as error:
             click.echo(f"Error: {' '.join(str(error).split())}", err=True)
             ctx.exit(error.exit_code)
+        except RuntimeError as error:
+            # By name, as help must not load torch.
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            reason = str(error).split(". ")[0]
+            click.echo(
+                f"Error: {reason}. Set a smaller batch_size or max_tokens, fewer or shorter "
+                'calibration sequences, or device_map = "auto" to use all GPUs; then run again.',
+                err=True,
+            )
+            ctx.exit(1)
 
 
 def build_cli(manager: pluggy.PluginManager) -> click.Group:

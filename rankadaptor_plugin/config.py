@@ -278,6 +278,11 @@ class RunConfig:
         for key in ("model", "output"):
             if not getattr(self, key):
                 raise ConfigError(f"{key} is empty. Name a folder.")
+        if self.device_map and self.device != "auto":
+            raise ConfigError(
+                f'device_map is "{self.device_map}", which chooses the devices, but device is '
+                f'"{self.device}". Set device = "auto", or device_map = "".'
+            )
         if not self.oracle.tasks:
             raise ConfigError(
                 "[oracle] tasks is empty. Name at least one lm-eval task, for example "

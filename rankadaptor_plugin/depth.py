@@ -19,6 +19,7 @@ import torch
 
 from rankadaptor_plugin.blocks import block_list, check_removable, keep_layers, without_layer
 from rankadaptor_plugin.calibration import (
+    check_loaded,
     check_samples,
     checkpointed,
     only_gradients_of,
@@ -26,6 +27,7 @@ from rankadaptor_plugin.calibration import (
 )
 from rankadaptor_plugin.errors import ConfigError, RankAdaptorError
 from rankadaptor_plugin.pruned_model import PrunedModel
+from rankadaptor_plugin.pruning import note_unused, provenance
 from rankadaptor_plugin.structures import layer_units
 
 if TYPE_CHECKING:
@@ -62,7 +64,9 @@ def prune_depth(
         CorpusError: If the calibration sequences cannot be used.
         RankAdaptorError: If a score is not finite.
     """
+    note_unused(config, "ranking", "floor", "ceiling", "round_to", "reduction")
     check_removable(model)
+    check_loaded(model)
     layer_units(model)  # before the scores are paid for, see whether the matrices are sound
     total = len(block_list(model))
     span = config.layers(total)
@@ -73,23 +77,20 @@ def prune_depth(
     _check_finite(model, scores)
     removed = sorted(sorted(scores, key=scores.__getitem__)[:count])
     kept = tuple(i for i in range(total) if i not in removed)
+    within = tuple(i in span for i in kept)
     keep_layers(model, kept)
     log.info("Removed blocks %s; %d of %d are left.", removed, len(kept), total)
     return PrunedModel.of(
         model,
         tokenizer,
         {
-            "pruner": "depth",
-            "importance": config.importance,
+            **provenance(config, samples),
             "removed_layers": removed,
             "scores": [float(f"{scores[i]:.6g}") if i in scores else None for i in range(total)],
-            "keep_first": config.keep_first,
-            "keep_last": config.keep_last,
-            "calibration_tokens": [len(sample) for sample in samples],
         },
         base_config=base_config,
         kept_layers=kept,
-        pruned_layers=tuple(i in span for i in kept),
+        pruned_layers=within if any(within) else (True,) * len(kept),
     )
 
 

@@ -64,11 +64,11 @@ def device_name(device: torch.device) -> str:
 def peak_memory_bytes(device: torch.device) -> int | None:
     """Returns the most memory in use so far, in bytes.
 
-    On a GPU, what torch has allocated there; on the CPU, the resident memory of the process, or
-    None where the system does not tell.
+    On a GPU, what torch has allocated on all of them; on the CPU, the resident memory of the
+    process, or None where the system does not tell.
     """
     if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     try:
         import resource
     except ImportError:  # not on Windows

@@ -129,10 +129,9 @@ def _fill(partial: Path, run: RunFolder, form: Format) -> PreTrainedModel:
         pruned.provenance = {**pruned.provenance, "merged_adapter": True}
         pruned.save(partial)
     else:
-        for file in sorted(run.pruned.iterdir()):
-            # Code beside a base model of the Hub serves an auto_map that is left out below.
-            if file.is_file() and file.suffix != ".py":
-                shutil.copyfile(file, partial / file.name)
+        # Code beside a base model of the Hub serves an auto_map that is left out below.
+        without_code = shutil.ignore_patterns("*.py")
+        shutil.copytree(run.pruned, partial, ignore=without_code, dirs_exist_ok=True)
         _copy_adapter(run.adapter, partial / "adapter")
     model = check_checkpoint(partial)
     _write_code(partial, model, with_code=form != "hf" and is_pruned(model))

@@ -32,7 +32,7 @@ GEMMA = Structure(model_type="gemma")
 
 GEMMA2 = Structure(model_type="gemma2")
 
-GEMMA3 = Structure(model_type="gemma3_text")
+GEMMA3_TEXT = Structure(model_type="gemma3_text")
 
 PHI3 = Structure(
     model_type="phi3",
@@ -114,7 +114,7 @@ BUILT_IN = (
     QWEN3,
     GEMMA,
     GEMMA2,
-    GEMMA3,
+    GEMMA3_TEXT,
     PHI3,
     OPT,
     GPT_NEOX,

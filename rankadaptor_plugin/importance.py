@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rankadaptor_plugin.calibration import check_samples
-from rankadaptor_plugin.errors import ConfigError, RankAdaptorError, UnsupportedModelError
+from rankadaptor_plugin.calibration import check_loaded, check_samples
+from rankadaptor_plugin.errors import ConfigError, RankAdaptorError
 from rankadaptor_plugin.streamed_gradients import stream_gradients, stream_inputs
 from rankadaptor_plugin.structures import decoder_layers
 
@@ -67,15 +67,15 @@ def unit_scores(
 
     Raises:
         ConfigError: If the importance, the Taylor term or the reduction is unknown.
-        UnsupportedModelError: If the family is not supported, or a matrix is offloaded.
-        CorpusError: If there is no sequence, or one is too short or has unknown tokens.
+        UnsupportedModelError: If the family is not supported, or a weight is offloaded.
+        CorpusError: If there is no sequence, or one is too short or long, or has unknown tokens.
         RankAdaptorError: If a score is not finite, or the loss does not depend on a matrix.
     """
     _check_names(config)
+    check_loaded(model)
     if config.importance == "random":
         return [torch.rand(len(units[0].indices)) if units else torch.zeros(0) for units in kinds]
     matrices = list({member.module: member for units in kinds for member in units}.values())
-    _check_loaded(model, matrices)
     lines = _MEASURES[config.importance](model, matrices, samples, config)
     if missing := [member.module for member in matrices if member.module not in lines]:
         raise RankAdaptorError(
@@ -92,7 +92,7 @@ def _taylor(
     samples: Sequence[torch.Tensor],
     config: PruneConfig,
 ) -> dict[nn.Module, LineScores]:
-    """Makes the scores of each matrix when the way back reaches it: those of the top come first."""
+    """Makes the scores of each matrix when the backward pass reaches it, those of the top first."""
     check_samples(model, samples)
     lines: dict[nn.Module, LineScores] = {}
 
@@ -206,22 +206,13 @@ def _check_names(config: PruneConfig) -> None:
             )
 
 
-def _check_loaded(model: PreTrainedModel, matrices: Sequence[Member]) -> None:
-    for member in matrices:
-        if member.weight.is_meta:
-            raise UnsupportedModelError(
-                f"{_place(model, member.module)} is offloaded (its weight is on the meta device). "
-                "Load the model whole, onto one or more GPUs or the CPU, to prune it."
-            )
-
-
 def _check_finite(
     model: PreTrainedModel, lines: dict[nn.Module, LineScores], importance: str
 ) -> None:
     """Names the matrix where the trouble begins.
 
     One bad weight spoils the loss and with it every gradient, so weights are looked at first;
-    otherwise the trouble came up on the way, and scores are in the order of the way.
+    otherwise the trouble came up in the pass, and scores are in its order.
     """
     bad = [m for m, sums in lines.items() if not all(s.isfinite().all() for s in sums.values())]
     if not bad:
@@ -233,11 +224,11 @@ def _check_finite(
                     f"{_place(model, module)} has weights that are not finite. "
                     "Load an intact model."
                 )
-    what, way = ("inputs", "up") if importance == "wanda" else ("gradients", "back")
+    what, way = ("inputs", "forward") if importance == "wanda" else ("gradients", "backward")
     raise RankAdaptorError(
         f"{_place(model, bad[0])} has {what} that are not finite, the first of {len(bad)} such "
-        f'matrices on the way {way}. Set dtype = "float32" or "bfloat16", or use other calibration '
-        "text."
+        f'matrices in the {way} pass. Set dtype = "float32" or "bfloat16", or use other '
+        "calibration text."
     )
 
 

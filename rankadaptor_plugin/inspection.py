@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.checkpoint_check import check_checkpoint
 from rankadaptor_plugin.errors import ArtifactError
 from rankadaptor_plugin.footprint import Footprint, footprint, on_meta, shape_of
 from rankadaptor_plugin.pruned_classes import is_pruned
-from rankadaptor_plugin.pruned_loading import read_record
+from rankadaptor_plugin.pruned_loading import Recorded, read_record, recorded
 from rankadaptor_plugin.pruned_model import RECORD
 from rankadaptor_plugin.structures import decoder_layers, structure_of
 from rankadaptor_plugin.units import ModelShape
@@ -22,14 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rankadaptor_plugin.modeling_rankadaptor import LayerWidths, Structure
-
-
-class _Base(NamedTuple):
-    """A model before pruning."""
-
-    shape: ModelShape
-    footprint: Footprint
-    kept_layers: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,28 +152,19 @@ def inspect_folder(folder: Path) -> Inspection:
     )
 
 
-def _recorded(folder: Path, model: PreTrainedModel) -> _Base:
+def _recorded(folder: Path, model: PreTrainedModel) -> Recorded:
     """Reads what the model was before from the record beside it."""
     record = read_record(folder)
-    try:
-        base, now = (ModelShape.from_json(record[key]) for key in ("base_shape", "shape"))
-        kept = tuple(int(number) for number in record["kept_layers"])
-        before = Footprint(**record["base_footprint"])
-        fits = now == shape_of(model) and len(kept) == len(now.layers)
-        fits = fits and set(kept) <= set(range(len(base.layers)))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"{folder / RECORD} cannot be read. Copy it again, or delete it and prune anew."
-        ) from error
-    if not fits:
+    found = recorded(folder, record)
+    if ModelShape.from_json(record["shape"]) != shape_of(model):
         raise ArtifactError(
             f"{folder / RECORD} describes another model. Copy it again, or delete it and prune "
             "anew."
         )
-    return _Base(base, before, kept)
+    return found
 
 
-def _configured(model: PreTrainedModel) -> _Base:
+def _configured(model: PreTrainedModel) -> Recorded:
     """Takes the config's global values for the sizes before pruning."""
     base = model
     if is_pruned(model):
@@ -190,7 +173,7 @@ def _configured(model: PreTrainedModel) -> _Base:
         config.per_layer_config = {i: dict(entry) for i in range(config.num_hidden_layers)}
         base = on_meta(type(model), config, model.dtype)
     shape = shape_of(base)
-    return _Base(shape, footprint(base), tuple(range(len(shape.layers))))
+    return Recorded(shape, footprint(base), tuple(range(len(shape.layers))))
 
 
 def _parameters(structure: Structure, block: nn.Module, widths: LayerWidths, hidden: int) -> int:

@@ -10,11 +10,11 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from rankadaptor_plugin.footprint import TOKENS
+from rankadaptor_plugin.report_numbers import size
 
 if TYPE_CHECKING:
     from rankadaptor_plugin.inspection import Inspection
 
-_KIB = 1024
 _ENDLESS = 10_000  # characters, more than any table has
 _STATISTICS = {
     "parameters": "parameters",
@@ -88,7 +88,7 @@ def _statistics(found: Inspection) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for key, label in _STATISTICS.items():
         before, after = found.before[key], found.after[key]
-        show = _size if key.endswith("_bytes") else _count
+        show = size if key.endswith("_bytes") else _count
         table.add_row(label, show(before), show(after), _percent(after / before))
     return table
 
@@ -99,13 +99,3 @@ def _count(number: int) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def _size(number: int) -> str:
-    if number < _KIB:
-        return f"{number} B"
-    size, units = number / _KIB, ["TiB", "GiB", "MiB", "KiB"]
-    while round(size, 1) >= _KIB and len(units) > 1:
-        size /= _KIB
-        units.pop()
-    return f"{size:,.1f} {units[-1]}"

@@ -36,6 +36,9 @@ _STOCK = {
     "qwen3": "Qwen3ForCausalLM",
 }
 
+BUILT_IN = tuple(_STOCK)
+"""Model types of the families in `rankadaptor_plugin.families`."""
+
 CONFIGS = {f"rankadaptor_{family}": f"rankadaptor_{family}_config" for family in _STOCK}
 """Our model types, and the names under which transformers asks a stand-in for their config."""
 

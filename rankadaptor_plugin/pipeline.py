@@ -11,15 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 
-from rankadaptor_plugin.base_model import (
-    load_model,
-)
+from rankadaptor_plugin.base_model import load_model
 from rankadaptor_plugin.context import Recovered
-from rankadaptor_plugin.device import (
-    device_name,
-    peak_memory_bytes,
-    threads,
-)
+from rankadaptor_plugin.device import device_name, peak_memory_bytes, threads
 from rankadaptor_plugin.errors import PluginError
 from rankadaptor_plugin.preparation import Prepared, prepare
 from rankadaptor_plugin.pruned_loading import load_pruned

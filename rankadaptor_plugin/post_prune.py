@@ -53,9 +53,9 @@ def recover_after_pruning(
     """
     config = run_file.load(Path(path))
     source = model_folder(config.model)
-    check_folder(source)
     manager = plugins.plugin_manager()
-    plugin_list.check_names(plugin_list.registries(manager), config)
+    plugin_list.check_names(plugin_list.registries(manager), config)  # and their families
+    check_folder(source)
 
     def recover(model: PreTrainedModel) -> None:
         # Taylor pruners leave gradients behind, which would only take memory.

@@ -96,7 +96,11 @@ def prepare(
         max_tokens=config.corpus.max_tokens,
         limit=config.corpus.limit,
     )
-    calibration = [] if given else _calibration(config, corpus, tokenizer)
+    if config.prune.calibration and not Path(config.prune.calibration).is_file():
+        raise ConfigError(
+            f"The calibration text {config.prune.calibration} does not exist. Correct [prune] "
+            "calibration, or leave it empty."
+        )
     paths = [Path(config.oracle.task_path)] if config.oracle.task_path else []
     for path in paths:
         if not path.is_dir():
@@ -111,6 +115,9 @@ def prepare(
         )
     )
     _claim(folder, _inputs(config, source, given, corpus_path, oracle))
+    scored = config.prune.importance not in ("magnitude", "random")
+    needed = scored and given is None and not folder.pruned.is_dir()
+    calibration = _calibration(config, corpus, tokenizer) if needed else []
     prepared = Prepared(
         context=RunContext(
             config=config,

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankadaptor_plugin.checkpoint_check import check_checkpoint
-from rankadaptor_plugin.errors import ArtifactError
+from rankadaptor_plugin.errors import ArtifactError, UnsupportedModelError
 from rankadaptor_plugin.footprint import Footprint
 from rankadaptor_plugin.pruned_model import RECORD, PrunedModel
 from rankadaptor_plugin.units import ModelShape
-
-if TYPE_CHECKING:
-    import torch
 
 
 def load_pruned(
@@ -48,6 +46,8 @@ def load_pruned(
             use_safetensors=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # the readers of a torn file raise whatever they stumble upon
         raise _torn(
             folder, (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -55,21 +55,36 @@ def load_pruned(
     wrong = sorted({*notes["missing_keys"], *notes["unexpected_keys"]})
     if wrong:
         raise _torn(folder, f"{wrong[0]} is missing or unknown")
+    base = recorded(folder, record)
     try:
         pruned = PrunedModel.described(
             model if device_map else model.to(device),
             tokenizer,
-            base_shape=ModelShape.from_json(record["base_shape"]),
-            base_footprint=Footprint(**record["base_footprint"]),
-            kept_layers=tuple(record["kept_layers"]),
+            base_shape=base.shape,
+            base_footprint=base.footprint,
+            kept_layers=base.kept_layers,
             pruned_layers=record["pruned_layers"],
             provenance=record["provenance"],
         )
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, UnsupportedModelError) as error:
         raise _torn(folder, f"{RECORD} cannot be read") from error
     if pruned.record() != record:
         raise _torn(folder, f"{RECORD} describes another model")
     return pruned
+
+
+class Recorded(NamedTuple):
+    """What a record says that a model was before pruning.
+
+    Attributes:
+        shape: Its hidden size and widths.
+        footprint: What it cost.
+        kept_layers: For each layer of the pruned model the number that it had.
+    """
+
+    shape: ModelShape
+    footprint: Footprint
+    kept_layers: tuple[int, ...]
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -91,6 +106,25 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not intact:
         raise _torn(folder, f"{RECORD} cannot be read")
     return record
+
+
+def recorded(folder: Path, record: dict[str, Any]) -> Recorded:
+    """Takes what the model was before from a record.
+
+    Raises:
+        ArtifactError: If the record is torn, or contradicts itself.
+    """
+    try:
+        base, now = (ModelShape.from_json(record[key]) for key in ("base_shape", "shape"))
+        kept = tuple(int(number) for number in record["kept_layers"])
+        figures = Footprint(**record["base_footprint"])
+        numbers = all(type(value) is int and value > 0 for value in vars(figures).values())
+    except (KeyError, TypeError, ValueError) as error:
+        raise _torn(folder, f"{RECORD} cannot be read") from error
+    ascending = list(kept) == sorted({number for number in kept if 0 <= number < len(base.layers)})
+    if not numbers or not ascending or len(kept) != len(now.layers):
+        raise _torn(folder, f"{RECORD} contradicts itself")
+    return Recorded(base, figures, kept)
 
 
 def _torn(folder: Path, reason: str) -> ArtifactError:

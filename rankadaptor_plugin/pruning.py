@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from dataclasses import asdict
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ import torch
 import torch_pruning as tp  # noqa: TC002
 from torch_pruning.dependency import index_mapping
 
-from rankadaptor_plugin.errors import UnsupportedModelError
+from rankadaptor_plugin.config import PruneConfig
+from rankadaptor_plugin.errors import ConfigError, UnsupportedModelError
 from rankadaptor_plugin.modeling_rankadaptor import take
 from rankadaptor_plugin.pruned_model import PrunedModel
 from rankadaptor_plugin.structures import decoder_layers, set_config, structure_of
@@ -25,8 +27,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from rankadaptor_plugin.config import PruneConfig
     from rankadaptor_plugin.units import Units
+
+log = logging.getLogger(__name__)
 
 
 def provenance(config: PruneConfig, samples: Sequence[torch.Tensor]) -> dict[str, Any]:
@@ -37,6 +40,29 @@ def provenance(config: PruneConfig, samples: Sequence[torch.Tensor]) -> dict[str
         **settings,
         "calibration_tokens": [len(sample) for sample in samples],
     }
+
+
+def refuse_or_warn(problem: str, remedy: str, config: PruneConfig) -> None:
+    """Ends the run, or goes on with a warning, where a setting asks for too much.
+
+    Raises:
+        ConfigError: If the run file says so.
+    """
+    if config.if_emptied == "refuse":
+        raise ConfigError(f'{problem}. Lower it, or set if_emptied = "clamp".')
+    log.warning("%s; %s. Lower it to prune as asked.", problem, remedy)
+
+
+def rounded(kept: int, step: int, most: int) -> int:
+    """Rounds a number of units that stay to the nearest multiple, at least one and at most all."""
+    return min(most, max(1, (2 * kept + step) // (2 * step)) * step)
+
+
+def note_unused(config: PruneConfig, *keys: str) -> None:
+    """Warns of settings that were changed but that the method does not use."""
+    for key in keys:
+        if getattr(config, key) != getattr(PruneConfig, key):
+            log.warning('[prune] %s is not used by method = "%s".', key, config.method)
 
 
 def remove(units: Units, numbers: Sequence[int]) -> None:

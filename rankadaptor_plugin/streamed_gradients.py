@@ -82,30 +82,26 @@ def stream_inputs(
     samples: Sequence[torch.Tensor],
     receive: Callable[[Member, torch.Tensor], None],
 ) -> None:
-    """Hands over the inputs of each matrix, on one way forward without gradients.
+    """Hands over the inputs of each matrix, sequence by sequence, without gradients.
 
     Args:
         model: A causal language model of a supported family; it is left as it was.
         matrices: One member per matrix.
         samples: Token ids, each of shape (t,), int64; lengths may differ.
         receive: Called at every use of a matrix, with its member and its inputs of shape
-            (tokens, in) without padding, in the model's dtype.
-
-    Raises:
-        UnsupportedModelError: If a matrix sees its tokens in another arrangement.
+            (t, in), in the model's dtype.
     """
-    batch = padded(samples)
 
     def hook(member: Member, module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs = _by_sequence(member, args[0], batch)
-        receive(member, inputs[batch.mask.to(inputs.device) == 1])
+        receive(member, args[0].flatten(0, -2))
 
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(only_gradients_of(model, []))
         for member in matrices:
             handle = member.module.register_forward_pre_hook(partial(hook, member))
             stack.callback(handle.remove)
-        logits_of(model, batch)
+        for sample in samples:
+            logits_of(model, padded([sample]))
 
 
 class _Tapped:

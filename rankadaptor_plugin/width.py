@@ -8,6 +8,7 @@ or the units of one kind compete across layers.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ import torch
 from rankadaptor_plugin.errors import ConfigError
 from rankadaptor_plugin.importance import unit_scores
 from rankadaptor_plugin.pruned_model import PrunedModel
-from rankadaptor_plugin.pruning import provenance, remove
+from rankadaptor_plugin.pruning import note_unused, provenance, refuse_or_warn, remove, rounded
 from rankadaptor_plugin.structures import layer_units, structure_of
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+GROUP, CHANNEL = "KV group", "MLP channel"
+_TINY = 1e-9  # 10 * (1 - 0.9) is 0.999...
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -36,7 +40,7 @@ class Kind:
 
     Attributes:
         layer: Number of the layer.
-        name: ``"KV group"`` or ``"MLP channel"``.
+        name: `GROUP` or `CHANNEL`.
         units: Their matrices.
         count: Number of units.
         cost: Parameters of one unit, biases included.
@@ -72,13 +76,21 @@ def prune_width(
         CorpusError: If the calibration sequences cannot be used.
         RankAdaptorError: If a gradient is not finite.
     """
+    note_unused(config, "blocks")
     kinds = prunable(model, config)
-    total = sum(p.numel() for p in model.parameters())
-    ratio = unit_ratio(kinds, total, config)
-    counts = layer_counts(kinds, ratio, config)  # complains before the scores are paid for
+    ratio = unit_ratio(kinds, sum(p.numel() for p in model.parameters()), config)
+    # Both say what is wrong before the scores are paid for.
+    is_global = config.ranking == "global"
+    counts = [] if is_global else layer_counts(kinds, ratio, config)
+    totals = global_totals(kinds, ratio, config) if is_global else {}
     scores = unit_scores(model, [kind.units for kind in kinds], samples, config)
-    if config.ranking == "global":
-        counts = _global_counts(kinds, scores, ratio, config)
+    if is_global:
+        counts = _global_counts(kinds, scores, totals, config)
+    if not any(counts):
+        raise ConfigError(
+            f"[prune] ratio {config.ratio:g} removes nothing with ceiling {config.ceiling:g} and "
+            f"round_to {config.round_to}. Raise ratio or ceiling, or lower round_to."
+        )
     for kind, score, count in zip(kinds, scores, counts, strict=True):
         remove(kind.units, sorted(torch.argsort(score, stable=True)[:count].tolist()))
     pruned = PrunedModel.of(
@@ -105,14 +117,14 @@ def prunable(model: PreTrainedModel, config: PruneConfig) -> list[Kind]:
     units = layer_units(model)
     kinds = []
     for index in config.layers(len(units)):
-        for name, kind in zip(("KV group", "MLP channel"), units[index], strict=True):
+        for name, kind in zip((GROUP, CHANNEL), units[index], strict=True):
             if kind:
                 cost = sum(_cost(member) for member in kind)
                 kinds.append(Kind(index, name, kind, len(kind[0].indices), cost))
-    if not any(kind.name == "KV group" for kind in kinds):
+    if not any(kind.name == GROUP for kind in kinds):
         log.warning(
-            'Of the model type "%s" only MLP channels are pruned: its ALiBi positions are tied to '
-            "the number of heads.",
+            'Of the model type "%s" only MLP channels are pruned: its heads cannot be removed '
+            "(docs/families.md).",
             structure_of(model).model_type,
         )
     return kinds
@@ -145,10 +157,13 @@ def unit_ratio(kinds: Sequence[Kind], total: int, config: PruneConfig) -> float:
 
 def share_removed(kinds: Sequence[Kind], total: int, ratio: float, config: PruneConfig) -> float:
     """Returns the share of all parameters that go with a share of the units."""
-    counts = (_count(kind, ratio, config) for kind in kinds)
-    removed = sum(
-        min(count, kind.count - 1) * kind.cost for kind, count in zip(kinds, counts, strict=True)
-    )
+    if config.ranking == "layer":
+        return sum(_layer_count(kind, ratio, config) * kind.cost for kind in kinds) / total
+    removed = 0.0
+    for own in _by_name(kinds).values():
+        limits = [_limits(kind, config) for kind in own]
+        count = min(max(_wanted(own, ratio), sum(x for x, _ in limits)), sum(x for _, x in limits))
+        removed += count * sum(kind.cost for kind in own) / len(own)
     return removed / total
 
 
@@ -158,68 +173,94 @@ def layer_counts(kinds: Sequence[Kind], ratio: float, config: PruneConfig) -> li
     Raises:
         ConfigError: If that would be all units of a layer, and ``if_emptied`` is ``"refuse"``.
     """
-    counts = [_count(kind, ratio, config) for kind in kinds]
-    emptied = [kind for kind, count in zip(kinds, counts, strict=True) if count >= kind.count]
+    emptied = next((kind for kind in kinds if _kept(kind.count, ratio) < 1), None)
     if emptied:
-        _emptied(
-            f"[prune] ratio {config.ratio:g} would remove the last {emptied[0].name} of layer "
-            f"{emptied[0].layer}",
+        refuse_or_warn(
+            f"[prune] ratio {config.ratio:g} would remove the last {emptied.name} of layer "
+            f"{emptied.layer}",
             "one is kept",
             config,
         )
-    return [min(count, kind.count - 1) for kind, count in zip(kinds, counts, strict=True)]
+    return [_layer_count(kind, ratio, config) for kind in kinds]
 
 
-def _count(kind: Kind, ratio: float, config: PruneConfig) -> int:
-    """Returns how many units of one kind go at a ratio, rounded as the run file asks."""
-    return kind.count - _rounded(kind, int(kind.count * (1 - ratio) + 1e-9), config)
+def global_totals(kinds: Sequence[Kind], ratio: float, config: PruneConfig) -> dict[str, int]:
+    """Returns how many units of each kind go over all layers where they compete.
 
-
-def _rounded(kind: Kind, kept: int, config: PruneConfig) -> int:
-    step = config.round_to
-    if kind.name != "MLP channel" or step == 1:
-        return kept
-    return min(kind.count, max(1, (2 * kept + step) // (2 * step)) * step)
+    Raises:
+        ConfigError: If floor or ceiling forbid it, and ``if_emptied`` is ``"refuse"``.
+    """
+    totals = {}
+    for name, own in _by_name(kinds).items():
+        limits = [_limits(kind, config) for kind in own]
+        least, most = sum(low for low, _ in limits), sum(high for _, high in limits)
+        wanted, count = _wanted(own, ratio), sum(kind.count for kind in own)
+        what = f"[prune] ratio {config.ratio:g} asks for {wanted} of {count} {name}s"
+        if wanted > most:
+            refuse_or_warn(
+                f"{what}, more than ceiling {config.ceiling:g} allows", f"{most} go", config
+            )
+        if wanted < least:
+            refuse_or_warn(
+                f"{what}, fewer than floor {config.floor:g} demands", f"{least} go", config
+            )
+        totals[name] = min(max(wanted, least), most)
+    return totals
 
 
 def _global_counts(
-    kinds: Sequence[Kind], scores: Sequence[torch.Tensor], ratio: float, config: PruneConfig
+    kinds: Sequence[Kind],
+    scores: Sequence[torch.Tensor],
+    totals: dict[str, int],
+    config: PruneConfig,
 ) -> list[int]:
-    """Returns how many units of each kind go where those of one kind compete across layers.
+    """Shares the totals out among the layers.
 
     Scores are compared as they are: a loss that changes by as much counts the same everywhere.
     """
-    counts = [0] * len(kinds)
-    for name in ("KV group", "MLP channel"):
+    counts = [_limits(kind, config)[0] for kind in kinds]
+    for name, total in totals.items():
         own = [i for i, kind in enumerate(kinds) if kind.name == name]
-        total = sum(kinds[i].count for i in own)
-        wanted = total - int(total * (1 - ratio) + 1e-9)
         queue = []
         for i in own:
-            least = -int(-kinds[i].count * config.floor // 1)
-            most = int(kinds[i].count * config.ceiling)
-            counts[i] = least
-            ordered = scores[i].sort(stable=True).values.tolist()
-            queue += [(score, i) for score in ordered[least:most]]
-        missing = wanted - sum(counts[i] for i in own)
-        if missing > len(queue):
-            _emptied(
-                f"[prune] ratio {config.ratio:g} would remove {wanted} of {total} {name}s, more "
-                f"than ceiling {config.ceiling:g} allows",
-                f"{wanted - missing + len(queue)} are removed",
-                config,
-            )
-        for _, i in sorted(queue)[: max(0, missing)]:
+            least, most = _limits(kinds[i], config)
+            queue += [
+                (score, i) for score in scores[i].sort(stable=True).values[least:most].tolist()
+            ]
+        for _, i in sorted(queue)[: total - sum(counts[i] for i in own)]:
             counts[i] += 1
-        for i in own:
-            counts[i] = kinds[i].count - _rounded(kinds[i], kinds[i].count - counts[i], config)
-    return counts
+    return [
+        kind.count - _rounded(kind, kind.count - count, config)
+        for kind, count in zip(kinds, counts, strict=True)
+    ]
 
 
-def _emptied(problem: str, remedy: str, config: PruneConfig) -> None:
-    if config.if_emptied == "refuse":
-        raise ConfigError(f'{problem}. Lower it, or set if_emptied = "clamp".')
-    log.warning("%s; %s. Lower it to prune as asked.", problem, remedy)
+def _by_name(kinds: Sequence[Kind]) -> dict[str, list[Kind]]:
+    return {name: [k for k in kinds if k.name == name] for name in {k.name: None for k in kinds}}
+
+
+def _limits(kind: Kind, config: PruneConfig) -> tuple[int, int]:
+    """Returns the least and the most units of one kind that a global ranking may remove."""
+    most = min(int(kind.count * config.ceiling + _TINY), kind.count - 1)
+    return min(math.ceil(kind.count * config.floor - _TINY), most), most
+
+
+def _wanted(kinds: Sequence[Kind], ratio: float) -> int:
+    total = sum(kind.count for kind in kinds)
+    return total - _kept(total, ratio)
+
+
+def _layer_count(kind: Kind, ratio: float, config: PruneConfig) -> int:
+    """Returns how many units of one kind go at a ratio; one always stays."""
+    return kind.count - _rounded(kind, max(1, _kept(kind.count, ratio)), config)
+
+
+def _kept(count: int, ratio: float) -> int:
+    return int(count * (1 - ratio) + _TINY)
+
+
+def _rounded(kind: Kind, kept: int, config: PruneConfig) -> int:
+    return rounded(kept, config.round_to, kind.count) if kind.name == CHANNEL else kept
 
 
 def _cost(member: Member) -> int:

@@ -14,7 +14,7 @@ from rankadaptor_plugin.base_model import (
     load_tokenizer,
 )
 from rankadaptor_plugin.device import resolve_device, resolve_dtype
-from rankadaptor_plugin.errors import ConfigError, UnsupportedModelError
+from rankadaptor_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,10 @@ def test_a_missing_folder_is_a_config_error(tmp_path):
         check_folder(tmp_path / "none")
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"{", b"[]", b"\xff", b'{"model_type": ["llama"]}', b'{"architectures": "Llama"}'],
+)
 def test_a_folder_without_a_readable_config_is_a_config_error(folder, content):
     (folder / "config.json").unlink()
     if content is not None:
@@ -98,7 +101,7 @@ def test_a_config_without_architectures_is_judged_by_its_family(folder):
 
 def test_pickled_weights_are_not_read(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(UnsupportedModelError, match=r"has no \*\.safetensors file\. Convert"):
+    with pytest.raises(ArtifactError, match=r"pickled weights \(pytorch_model.bin\), which are"):
         check_folder(folder)
 
 

@@ -36,8 +36,9 @@ def config_only(folder, **config):
 
 
 def pickled(folder):
-    (folder / "pytorch_model.bin").write_bytes(b"x")
-    return config_only(folder / "model", model_type="llama", architectures=["LlamaForCausalLM"])
+    model = config_only(folder / "model", model_type="llama", architectures=["LlamaForCausalLM"])
+    (folder / "model" / "pytorch_model.bin").write_bytes(b"x")
+    return model
 
 
 def torn(folder):
@@ -76,13 +77,17 @@ BAD = {
         {"prune": {"floor": 0.6, "ceiling": 0.5}},
         *(2, "floor 0.6 is above ceiling 0.5", "Lower floor"),
     ),
+    "device map and device": (
+        {"device_map": "auto", "device": "cpu"},
+        *(2, "device_map is", 'Set device = "auto"'),
+    ),
     "short calibration text": (
         {"prune": {"calibration_tokens": 99}},
         *(1, "longest document has 16 tokens", "calibration_tokens is 99", "Lower it"),
     ),
     "no calibration file": (
         {"prune": {"calibration": "nowhere.txt"}},
-        *(2, "nowhere.txt cannot be read", "Correct [prune] calibration"),
+        *(2, "nowhere.txt does not exist", "Correct [prune] calibration"),
     ),
     "too many blocks": (
         {"prune": {"method": "depth", "blocks": 9}},
@@ -158,7 +163,7 @@ BAD = {
     ),
     "pickled weights": (
         lambda folder: {"model": pickled(folder)},
-        *(1, "no *.safetensors file", "Convert its weights"),
+        *(1, "holds pickled weights", "convert them with"),
     ),
     "torn weights": (
         lambda folder: {"model": torn(folder)},

@@ -454,7 +454,7 @@ def test_no_parameter_ever_has_a_gradient(samples):
     assert seen == [[], [], []]
 
 
-def test_inputs_come_without_gradients_and_padding_is_masked(samples):
+def test_inputs_come_without_gradients_sequence_by_sequence(samples):
     model = tiny()
     model.enable_input_require_grads()
     masks, inputs = [], []
@@ -463,9 +463,9 @@ def test_inputs_come_without_gradients_and_padding_is_masked(samples):
     )
     matrices = llama_units(model)[1]
     stream_inputs(model, matrices, samples, lambda _, x: inputs.append(x))
-    assert masks[0].sum(1).tolist() == [12, 5, 9]
-    assert [x.requires_grad for x in inputs] == [False] * 3
-    assert [x.shape[0] for x in inputs] == [12 + 5 + 9] * 3
+    assert [mask.sum().item() for mask in masks] == [12, 5, 9]
+    assert not any(x.requires_grad for x in inputs)
+    assert [x.shape[0] for x in inputs] == [12] * 3 + [5] * 3 + [9] * 3
 
 
 def test_what_was_handed_over_is_given_up(samples):
@@ -507,11 +507,11 @@ def test_a_model_under_accelerate(samples, tmp_path):
 # ---------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize("name", ["taylor", "wanda", "magnitude"])
+@pytest.mark.parametrize("name", ["taylor", "wanda", "magnitude", "random"])
 def test_an_offloaded_matrix_is_an_error(name, samples):
     model = tiny()
     cpu_offload(model.model.layers[1], torch.device("cpu"))
-    with pytest.raises(UnsupportedModelError, match=r"Layer 1: self_attn.q_proj is offloaded"):
+    with pytest.raises(UnsupportedModelError, match=r"layers.1.self_attn.q_proj.weight is offlo"):
         unit_scores(model, llama_units(model), samples, settings(name))
 
 
@@ -522,14 +522,6 @@ def test_a_bad_weight_is_named(name, samples):
     with pytest.raises(RankAdaptorError, match=r"Layer 1: mlp.up_proj has weights that are not"):
         unit_scores(model, llama_units(model), samples, settings(name))
     assert all(p.grad is None for p in model.parameters())
-
-
-def test_a_bad_weight_is_named_where_others_are_offloaded():
-    model = tiny()
-    cpu_offload(model.model.layers[0], torch.device("cpu"))
-    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(RankAdaptorError, match=r"Layer 1: mlp.up_proj has weights that are not"):
-        unit_scores(model, llama_units(model)[2:], [], settings("magnitude"))
 
 
 def test_a_bad_weight_beside_the_scored_ones_is_named(samples):
@@ -544,7 +536,7 @@ def test_a_bad_gradient_names_the_matrix_where_it_begins(samples):
     model.model.layers[1].mlp.up_proj.register_full_backward_hook(
         lambda _, grads_in, __: tuple(g * torch.inf for g in grads_in)
     )
-    message = r"Layer 1: self_attn.o_proj has gradients .* first of 11 such matrices .* way back"
+    message = r"Layer 1: self_attn.o_proj has gradients .* first of 11 such .* the backward pass"
     with pytest.raises(RankAdaptorError, match=message):
         unit_scores(model, llama_units(model), samples, settings())
 
@@ -555,7 +547,7 @@ def test_an_overflow_of_float16_is_named(samples):
     model.model.layers[1].mlp.up_proj.weight.data *= 1e4
     with pytest.raises(RankAdaptorError, match=r'gradients that are not finite.*dtype = "float32"'):
         unit_scores(model, llama_units(model), samples, settings())
-    with pytest.raises(RankAdaptorError, match=r"Layer 1: mlp.down_proj has inputs .* way up"):
+    with pytest.raises(RankAdaptorError, match=r"Layer 1: mlp.down_proj has inputs .* forward"):
         unit_scores(model, llama_units(model), samples, settings("wanda"))
 
 
@@ -573,9 +565,8 @@ def test_tokens_in_another_arrangement_are_an_error(samples):
     linear = model.model.layers[1].mlp.up_proj
     hook = linear.register_forward_pre_hook(lambda _, args: (args[0].transpose(0, 1),))
     linear.register_forward_hook(lambda _, __, out: out.transpose(0, 1))
-    for name in ("taylor", "wanda"):
-        with pytest.raises(UnsupportedModelError, match=r"up_proj gets a tensor of shape \(12, 3,"):
-            unit_scores(model, llama_units(model), samples, settings(name))
+    with pytest.raises(UnsupportedModelError, match=r"up_proj gets a tensor of shape \(12, 3,"):
+        unit_scores(model, llama_units(model), samples, settings())
     hook.remove()
 
 

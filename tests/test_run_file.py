@@ -143,6 +143,8 @@ def configs(cls):
         fields["report_documents"] = fields["report_documents"].filter(lambda count: count != 1)
     if "floor" in fields:
         fields["floor"] = st.just(0.0)  # at most the ceiling
+    if "device_map" in fields:
+        fields["device"] = st.just("auto")  # the only one beside a device map
     if "output" in fields:
         fields["output"] = fields["model"] = st.text(min_size=1)
     if "candidates" in fields and "default_rank" in fields:

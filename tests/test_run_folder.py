@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
+from rankadaptor_plugin.atomic_folder import write_folder
 from rankadaptor_plugin.errors import ArtifactError
 from rankadaptor_plugin.run_folder import RunFolder, digest
 
@@ -211,3 +212,31 @@ def test_a_large_file_is_hashed_at_three_places(tmp_path):
             stream.write(b"x")
         seen.add(digest(path))
     assert len(seen) == 4
+
+
+def test_a_folder_survives_a_write_that_fails_and_a_process_that_was_killed(tmp_path, monkeypatch):
+    folder = tmp_path / "kept"
+
+    def fill(text):
+        return lambda partial: (partial / "file").write_text(text)
+
+    write_folder(folder, fill("old"))
+    replace = os.replace
+
+    def fail_to_move_in(source, target):
+        if str(source).endswith(".partial"):
+            raise OSError("No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_to_move_in)
+    with pytest.raises(OSError, match="No space"):
+        write_folder(folder, fill("new"))
+    monkeypatch.undo()
+    assert (folder / "file").read_text() == "old"
+    folder.rename(tmp_path / ".kept.outdated")  # killed between the two moves
+    with pytest.raises(ZeroDivisionError):
+        write_folder(folder, lambda partial: 1 / 0)
+    assert (folder / "file").read_text() == "old"
+    write_folder(folder, fill("new"))
+    assert (folder / "file").read_text() == "new"
+    assert os.listdir(tmp_path) == ["kept"]

@@ -180,28 +180,74 @@ def test_the_floor_of_a_global_ranking():
     assert sum(24 - width.channels for width in pruned.widths) == 36
 
 
+def test_a_floor_above_the_ratio_is_said(caplog):
+    with pytest.raises(ConfigError, match=r"asks for 2 of 12 KV groups, fewer than floor 0.5 dem"):
+        prune(tiny(), ratio=0.1, ranking="global", floor=0.5, if_emptied="refuse")
+    prune(tiny(), ratio=0.1, ranking="global", floor=0.5)
+    assert "fewer than floor 0.5 demands; 6 go" in caplog.text
+
+
 @given(
     ratio=st.floats(0.01, 0.99),
-    ceiling=st.floats(0.0, 0.99),
+    limits=st.tuples(st.floats(0.0, 0.99), st.floats(0.1, 0.99)).map(sorted),
     step=st.integers(1, 30),
-    seed=st.integers(0, 9),
+    heads=st.sampled_from([(4, 4), (4, 2), (1, 1)]),
 )
-@settings(max_examples=20, deadline=None)
-def test_any_global_ranking_leaves_every_layer_something(ratio, ceiling, step, seed):
-    torch.manual_seed(seed)
-    pruned = prune(
-        tiny(num_key_value_heads=2),
-        ratio=ratio,
-        ranking="global",
-        importance="random",
-        ceiling=ceiling,
-        round_to=step,
-    )
+@settings(max_examples=25, deadline=None)
+def test_any_global_ranking_leaves_every_layer_something(ratio, limits, step, heads):
+    model = tiny(num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=8)
+    asked = {
+        "ratio": ratio,
+        "ranking": "global",
+        "importance": "random",
+        "floor": limits[0],
+        "ceiling": limits[1],
+        "round_to": step,
+    }
+    try:
+        pruned = prune(model, **asked)
+    except ConfigError as error:
+        assert "removes nothing" in str(error)
+        return
     for width in pruned.widths[1:4]:
         assert width.kv_heads >= 1
-        assert width.heads == 2 * width.kv_heads
+        assert width.heads * heads[1] == width.kv_heads * heads[0]
         assert 1 <= width.channels <= 24
         assert width.channels % min(step, 24) == 0 or width.channels == 24
+
+
+@pytest.mark.parametrize("ranking", ["layer", "global"])
+@pytest.mark.parametrize("share", [0.2, 0.3, 0.5])
+def test_a_share_of_all_parameters_is_hit_in_either_ranking(ranking, share):
+    model = tiny(num_hidden_layers=8, num_attention_heads=8, head_dim=4, intermediate_size=100)
+    pruned = prune(model, ratio=share, ratio_of="parameters", ranking=ranking, importance="random")
+    step = 4 * 4 * 32 * (6 if ranking == "layer" else 1)  # one head, of every layer or of one
+    removed = pruned.base_parameters - pruned.parameters
+    assert abs(removed - share * pruned.base_parameters) < step
+
+
+def test_rounding_does_not_hide_an_emptied_layer():
+    with pytest.raises(ConfigError, match="the last KV group of layer 1"):
+        prune(tiny(), ratio=0.97, round_to=4, if_emptied="refuse")
+    with pytest.raises(ConfigError, match="the last MLP channel of layer 1"):
+        prune(tiny(num_attention_heads=32, head_dim=4), ratio=0.96, round_to=4, if_emptied="refuse")
+
+
+def test_a_rounding_that_leaves_nothing_to_remove_is_an_error():
+    sizes = {"vocab_size": 96, "hidden_size": 32, "n_layer": 3, "n_head": 4}
+    with pytest.raises(ConfigError, match=r"ratio 0.5 removes nothing with .* round_to 256"):
+        prune(BloomForCausalLM(BloomConfig(**sizes)), round_to=256)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "keys"),
+    [(prune_width, ["blocks"]), (prune_channel, ["ranking", "floor", "ceiling", "blocks"])],
+)
+def test_settings_that_a_method_does_not_use_are_named(pruner, keys, caplog):
+    config = table(importance="random", blocks=2, ranking="global", floor=0.1, ceiling=0.8)
+    pruner(tiny(), TOKENIZER, [], config)
+    named = [r.args[0] for r in caplog.records if "is not used by method" in r.msg]
+    assert named == keys
 
 
 @pytest.mark.parametrize(("step", "channels"), [(8, 16), (5, 15), (7, 14), (100, 24)])
@@ -224,10 +270,10 @@ def test_one_unit_is_kept_or_the_ratio_refused(caplog):
 
 
 def test_a_ceiling_in_the_way_of_the_ratio_is_said(caplog):
-    with pytest.raises(ConfigError, match=r"remove 9 of 12 KV groups, more than ceiling 0.5 allo"):
+    with pytest.raises(ConfigError, match=r"asks for 9 of 12 KV groups, more than ceiling 0.5 al"):
         prune(tiny(), ratio=0.75, ranking="global", ceiling=0.5, if_emptied="refuse")
     prune(tiny(), ratio=0.75, ranking="global", ceiling=0.5)
-    assert "more than ceiling 0.5 allows; 6 are removed" in caplog.text
+    assert "more than ceiling 0.5 allows; 6 go" in caplog.text
 
 
 def test_pruning_a_pruned_model_again():
@@ -315,7 +361,7 @@ def test_the_hidden_size_is_rounded_and_never_lost(caplog):
 
     assert cut(ratio=0.4, round_to=8) == 16
     assert cut(ratio=0.99) == 1
-    assert "would remove all 32 hidden channels; 1 are kept" in caplog.text
+    assert "would remove all 32 hidden channels; 1 stay" in caplog.text
     with pytest.raises(ConfigError, match=r"would remove all 32 hidden channels\. Lower it"):
         cut(ratio=0.99, if_emptied="refuse")
 
