@@ -93,7 +93,10 @@ def sequence_losses(model: PreTrainedModel, samples: Sequence[torch.Tensor]) -> 
     for sample, logits in zip(samples, logits_of(model, padded(samples)), strict=True):
         targets = sample[1:].to(logits.device)
         # In full precision the logits of all sequences would outweigh the layers of many a model.
-        losses.append(checkpoint(_loss, logits[: len(targets)], targets, use_reentrant=False))
+        part = logits[: len(targets)]
+        losses.append(
+            checkpoint(_loss, part, targets, use_reentrant=False, preserve_rng_state=False)
+        )
     return torch.stack(losses)
 
 
