@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rankadaptor_plugin.calibration import sequence_losses
+from rankadaptor_plugin.calibration import sequence_loss
 from rankadaptor_plugin.calibration_text import calibration_documents, calibration_samples
 from rankadaptor_plugin.channel import prune_channel
 from rankadaptor_plugin.config import PruneConfig
@@ -77,7 +77,7 @@ def main() -> None:
 
     def perplexity(model: torch.nn.Module) -> float:
         with torch.no_grad():
-            return float(sequence_losses(model, judged).mean().exp())
+            return float(torch.stack([sequence_loss(model, x) for x in judged]).mean().exp())
 
     def fresh() -> torch.nn.Module:
         return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()

@@ -102,6 +102,7 @@ def lora_config(
     the dot: ``layers.1`` would match nothing, ``layers.1.*`` the layers 10 to 19 as well.
     """
     structure = structure_of(model)
+    matrix = model.get_submodule(f"{structure.layers}.0.{structure.output}")
     ranks = {f"{structure.layers}.{i}": r for i, r in enumerate(allocation.ranks)}
     patterns = {rf"{re.escape(layer)}\..*": r for layer, r in ranks.items()}
     return LoraConfig(
@@ -110,9 +111,7 @@ def lora_config(
         rank_pattern=patterns,
         alpha_pattern={pattern: alpha_over_rank * r for pattern, r in patterns.items()},
         target_modules=[f"{layer}.{name}" for layer in ranks for name in structure.matrices],
-        fan_in_fan_out=is_transposed(
-            model.get_submodule(f"{structure.layers}.0.{structure.output}")
-        ),
+        fan_in_fan_out=is_transposed(getattr(matrix, "base_layer", matrix)),
         lora_dropout=dropout,
         bias="none",
         task_type="CAUSAL_LM",

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from rankadaptor_plugin.errors import CorpusError, UnsupportedModelError
+from rankadaptor_plugin.errors import CorpusError, RankAdaptorError, UnsupportedModelError
+from rankadaptor_plugin.structures import place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,16 +33,22 @@ class Batch(NamedTuple):
 
 
 def check_loaded(model: PreTrainedModel) -> None:
-    """Sees to it that all weights are in memory, as scores and cuts need them.
+    """Sees to it that all weights are in memory and are numbers, as scores and cuts need them.
 
     Raises:
         UnsupportedModelError: If some are offloaded.
+        RankAdaptorError: If some are not finite; the message names the layer.
     """
     for name, parameter in model.named_parameters():
+        where = place(model, name.removesuffix(".weight"))
         if parameter.is_meta:
             raise UnsupportedModelError(
-                f"{name} is offloaded (it is on the meta device). Load the model whole, onto one "
-                "or more GPUs or the CPU, to prune it."
+                f"{where} is offloaded (its weight is on the meta device). Load the model whole, "
+                "onto one or more GPUs or the CPU, to prune it."
+            )
+        if not parameter.isfinite().all():
+            raise RankAdaptorError(
+                f"{where} has weights that are not finite. Load an intact model."
             )
 
 
@@ -79,34 +87,53 @@ def padded(samples: Sequence[torch.Tensor]) -> Batch:
     return Batch(pad(list(samples)), pad([torch.ones_like(sample) for sample in samples]))
 
 
-def logits_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Returns the logits, shape (sequences, t, vocabulary); the model may span devices."""
+def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Returns what the output layer reads, shape (sequences, t, hidden)."""
     device = model.get_input_embeddings().weight.device
     ids, mask = (tensor.to(device) for tensor in batch)
-    output = model(input_ids=ids, attention_mask=mask, use_cache=False)
-    return cast("torch.Tensor", output.logits)
+    decoder: Any = model.get_decoder()
+    return cast("torch.Tensor", decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0])
 
 
-def sequence_losses(model: PreTrainedModel, samples: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Returns the mean next-token loss of each sequence, in nats; shape (sequences,), float32."""
-    losses = []
-    for sample, logits in zip(samples, logits_of(model, padded(samples)), strict=True):
-        targets = sample[1:].to(logits.device)
-        # In full precision the logits of all sequences would outweigh the layers of many a model.
-        part = logits[: len(targets)]
-        losses.append(
-            checkpoint(_loss, part, targets, use_reentrant=False, preserve_rng_state=False)
-        )
-    return torch.stack(losses)
+def sequence_loss(model: PreTrainedModel, sample: torch.Tensor) -> torch.Tensor:
+    """Returns the mean next-token loss of a sequence, in nats; a float32 scalar."""
+    ids = sample.to(model.get_input_embeddings().weight.device).unsqueeze(0)
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    return nn.functional.cross_entropy(logits, sample[1:].to(logits.device))
 
 
-def _loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(logits.float(), targets)
+def backward(model: PreTrainedModel, samples: Sequence[torch.Tensor], hidden: torch.Tensor) -> None:
+    """Takes the sum of the sequences' mean losses back through a model.
+
+    The output layer sees one sequence at a time: logits of all of them would outweigh the layers.
+
+    Args:
+        model: A causal language model.
+        samples: Token ids, each of shape (t,), int64.
+        hidden: What `hidden_states` returned for the batch of these.
+    """
+    if not hidden.requires_grad:
+        return
+    gradients = torch.zeros_like(hidden)
+    for number, sample in enumerate(samples):
+        own = hidden[number : number + 1, : len(sample)].detach().requires_grad_()
+        given = partial(_given, BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=own))
+        with replaced_forward(model.get_decoder(), given):
+            loss = sequence_loss(model, sample)
+        (gradient,) = torch.autograd.grad(loss, own)
+        gradients[number, : len(sample)] = gradient[0]
+    torch.autograd.backward(hidden, gradients)
+
+
+def _given(
+    output: BaseModelOutputWithPastAndCrossAttentions, *_: Any, **__: Any
+) -> BaseModelOutputWithPastAndCrossAttentions:
+    return output
 
 
 @contextmanager
 def checkpointed(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Keeps of each layer its inputs alone, and computes it again on the way back.
+    """Keeps of each layer its inputs alone, and computes it again in the backward pass.
 
     transformers' own checkpointing needs training mode, which would switch dropout on.
     """

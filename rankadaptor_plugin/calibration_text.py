@@ -38,7 +38,7 @@ def calibration_documents(
     """
     texts = (
         row["text"] if "text" in row else "".join(prompt_and_response(row, template))
-        for row in read_rows(path, "[prune] calibration")
+        for row in read_rows(path, "calibration text")
     )
     return [torch.tensor(encode(tokenizer, text), dtype=torch.int64) for text in texts]
 

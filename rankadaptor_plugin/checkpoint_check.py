@@ -7,6 +7,7 @@ two are compared before a load, where transformers would fill in or fail without
 from __future__ import annotations
 
 import json
+import logging
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+log = logging.getLogger(__name__)
+
 Shapes = dict[str, tuple[int, ...]]
 """Shape of each tensor by its name."""
 
@@ -47,8 +50,8 @@ def check_checkpoint(folder: Path, *, strict: bool = True) -> PreTrainedModel:
 
     Args:
         folder: A pruned model, an export, or a model of a supported family.
-        strict: Whether tensors that the model does not know are an error, or left to transformers,
-            which warns and ignores them.
+        strict: Whether tensors that the model does not know are an error, or are ignored with a
+            warning, as transformers does.
 
     Returns:
         The model that config.json describes, on the meta device and in its type.
@@ -61,9 +64,13 @@ def check_checkpoint(folder: Path, *, strict: bool = True) -> PreTrainedModel:
     model = meta_model(folder)
     expected: Shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     found = _as_in_model(header_shapes(folder), model, expected)
-    for name in sorted(found.keys() - expected.keys(), key=_by_layer) if strict else ():
-        if not _ignored(name, (*(model._keys_to_ignore_on_load_unexpected or ()), *_FORMER)):
-            raise _broken(folder, f"{name} is in the weights, but in no model by config.json")
+    known = (*(model._keys_to_ignore_on_load_unexpected or ()), *_FORMER)
+    unknown = sorted(found.keys() - expected.keys(), key=_by_layer)
+    if unknown := [name for name in unknown if not _ignored(name, known)]:
+        problem = f"{unknown[0]} is in the weights, but in no model by config.json"
+        if strict:
+            raise _broken(folder, problem)
+        log.warning("%s: %s. It is ignored, with %d more.", folder, problem, len(unknown) - 1)
     for name in expected:  # in the order of the model: the first contradiction comes first
         if name not in found:
             tied = (_tied_to(name, model) & found.keys()) or _ignored(

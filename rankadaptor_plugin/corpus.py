@@ -125,8 +125,8 @@ def load_corpus(
     return Corpus(sequences=sequences, dropped=dropped)
 
 
-def read_rows(path: Path, setting: str = "[corpus] path") -> list[dict[str, str]]:
-    """Reads the rows of a corpus file, which a setting of the run file names.
+def read_rows(path: Path, what: str = "corpus") -> list[dict[str, str]]:
+    """Reads the rows of a corpus file, or of the ``"calibration text"``.
 
     Returns:
         Dictionaries with either ``text`` or ``instruction``, ``input`` and ``output``.
@@ -135,24 +135,25 @@ def read_rows(path: Path, setting: str = "[corpus] path") -> list[dict[str, str]
         ConfigError: If the file is missing.
         CorpusError: If it is malformed.
     """
+    setting = "[corpus] path" if what == "corpus" else "[prune] calibration"
     try:
         content = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(
-            f"The corpus {path} cannot be read: {error.strerror}. Correct {setting}."
+            f"The {what} {path} cannot be read: {error.strerror}. Correct {setting}."
         ) from error
     except UnicodeDecodeError as error:
-        raise CorpusError(f"The corpus {path} is not UTF-8 text: {error}. Convert it.") from error
+        raise CorpusError(f"The {what} {path} is not UTF-8 text: {error}. Convert it.") from error
     if not content.strip():
-        raise CorpusError(f"The corpus {path} is empty. Give a file with at least one row.")
+        raise CorpusError(f"The {what} {path} is empty. Give a file with at least one row.")
     if path.suffix.lower() == ".json":
-        rows = _parse(content, path, line=None)
+        rows = _parse(content, path, what, line=None)
         if not isinstance(rows, list):
-            raise CorpusError(f"The corpus {path} is not a JSON list of rows. Wrap it in [ ].")
+            raise CorpusError(f"The {what} {path} is not a JSON list of rows. Wrap it in [ ].")
         numbered = list(enumerate(rows, start=1))
     elif path.suffix.lower() == ".jsonl":
         numbered = [
-            (number, _parse(line, path, line=number))
+            (number, _parse(line, path, what, line=number))
             # Not splitlines: JSON strings may hold the other characters that it breaks at.
             for number, line in enumerate(content.split("\n"), start=1)
             if line.strip()
@@ -162,13 +163,13 @@ def read_rows(path: Path, setting: str = "[corpus] path") -> list[dict[str, str]
     return [_row(row, f"{path}, row {number}") for number, row in numbered]
 
 
-def _parse(content: str, path: Path, line: int | None) -> Any:
+def _parse(content: str, path: Path, what: str, line: int | None) -> Any:
     try:
         return json.loads(content)
     except json.JSONDecodeError as error:
         where = f"line {line}" if line else f"line {error.lineno}"
         raise CorpusError(
-            f"The corpus {path} is not valid JSON in {where}: {error.msg}. Correct it."
+            f"The {what} {path} is not valid JSON in {where}: {error.msg}. Correct it."
         ) from error
 
 

@@ -19,11 +19,14 @@ import torch
 
 from rankadaptor_plugin.blocks import block_list, check_removable, keep_layers, without_layer
 from rankadaptor_plugin.calibration import (
+    backward,
     check_loaded,
     check_samples,
     checkpointed,
+    hidden_states,
     only_gradients_of,
-    sequence_losses,
+    padded,
+    sequence_loss,
 )
 from rankadaptor_plugin.errors import ConfigError, RankAdaptorError
 from rankadaptor_plugin.pruned_model import PrunedModel
@@ -70,11 +73,11 @@ def prune_depth(
     layer_units(model)  # before the scores are paid for, see whether the matrices are sound
     total = len(block_list(model))
     span = config.layers(total)
-    score = _importance(config)
+    check_importance(config)
     count = _count(model, span, config)
     base_config = copy.deepcopy(model.config)
-    scores = score(model, samples, span)
-    _check_finite(model, scores)
+    scores = _IMPORTANCES[config.importance](model, samples, span)
+    _check_finite(scores)
     removed = sorted(sorted(scores, key=scores.__getitem__)[:count])
     kept = tuple(i for i in range(total) if i not in removed)
     within = tuple(i in span for i in kept)
@@ -118,8 +121,8 @@ def _taylor(
         stack.enter_context(checkpointed(blocks))
         for index, weight in weights:
             stack.callback(hook_on(weight, partial(add, index)).remove)
-        sequence_losses(model, samples).mean().backward()  # type: ignore[no-untyped-call] # of torch
-    return totals
+        backward(model, samples, hidden_states(model, padded(samples)))
+    return {index: total / len(samples) for index, total in totals.items()}
 
 
 def _magnitude(
@@ -139,7 +142,7 @@ def _perplexity(
     with only_gradients_of(model, []), torch.no_grad():
         for index in span:
             with without_layer(model, index):
-                losses = [float(sequence_losses(model, [sample])) for sample in samples]
+                losses = [float(sequence_loss(model, sample)) for sample in samples]
             loss = sum(map(operator.mul, losses, counts)) / sum(counts)
             scores[index] = math.exp(min(loss, _EXP_LIMIT)) if loss < math.inf else loss
     return scores
@@ -164,7 +167,12 @@ def _absolute_sum(values: torch.Tensor) -> float:
     return float(values.float().abs().sum())
 
 
-def _importance(config: PruneConfig) -> _Importance:
+def check_importance(config: PruneConfig) -> None:
+    """Checks what `prune_depth` takes from a run file.
+
+    Raises:
+        ConfigError: If the score is unknown, or none of this method.
+    """
     if config.importance not in _IMPORTANCES:
         raise ConfigError(
             f'[prune] importance "{config.importance}" is unknown for method = "depth". Use one '
@@ -175,7 +183,6 @@ def _importance(config: PruneConfig) -> _Importance:
             f'[prune] taylor is "{config.taylor}", but method = "depth" uses the first-order '
             'term. Set taylor = "first".'
         )
-    return _IMPORTANCES[config.importance]
 
 
 def _count(model: PreTrainedModel, span: range, config: PruneConfig) -> int:
@@ -211,17 +218,11 @@ def _count(model: PreTrainedModel, span: range, config: PruneConfig) -> int:
     return asked - 1
 
 
-def _check_finite(model: PreTrainedModel, scores: dict[int, float]) -> None:
-    """Names the block where the trouble begins; a bad weight spoils the scores of others too."""
+def _check_finite(scores: dict[int, float]) -> None:
+    """Names the block where the trouble begins."""
     bad = [index for index, score in scores.items() if not math.isfinite(score)]
     if not bad:
         return
-    for index, block in enumerate(block_list(model)):
-        for name, weight in block.named_parameters():
-            if not weight.isfinite().all():
-                raise RankAdaptorError(
-                    f"Layer {index}: {name} has weights that are not finite. Load an intact model."
-                )
     raise RankAdaptorError(
         f"Layer {bad[-1]}: the score is not finite in {len(bad)} of {len(scores)} layers, this "
         'being the topmost. Set dtype = "float32" or "bfloat16", or use other calibration text.'

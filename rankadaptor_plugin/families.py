@@ -92,6 +92,7 @@ FALCON = Structure(
     contract="mlp.dense_4h_to_h",
     kv_heads_key="num_kv_heads",
     channels_key="ffn_hidden_size",
+    cached_per_query=True,
 )
 
 GPT2 = Structure(

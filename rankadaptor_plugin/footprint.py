@@ -28,7 +28,7 @@ class Footprint:
         parameters: Number of parameters; tied weights count once.
         macs: Multiply-accumulates of the forward pass over one sequence of `TOKENS` tokens: all
             matrices, the output layer included, and the attention; each position attends to all.
-        kv_cache: Numbers that the key-value cache holds per token of one sequence.
+        kv_cache: Numbers that transformers' key-value cache holds per token of one sequence.
     """
 
     parameters: int
@@ -63,7 +63,8 @@ def footprint(model: PreTrainedModel) -> Footprint:
     for layer, widths in zip(decoder_layers(model), layer_widths(model), strict=True):
         size = structure.size_of_head(layer)
         macs += 2 * TOKENS**2 * widths.heads * size  # queries times keys, weights times values
-        cached += 2 * widths.kv_heads * size
+        expanded = structure.cached_per_query and widths.kv_heads > 1
+        cached += 2 * (widths.heads if expanded else widths.kv_heads) * size
     return Footprint(
         parameters=sum(p.numel() for p in model.parameters()), macs=macs, kv_cache=cached
     )

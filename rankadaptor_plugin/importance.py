@@ -15,7 +15,7 @@ import torch
 from rankadaptor_plugin.calibration import check_loaded, check_samples
 from rankadaptor_plugin.errors import ConfigError, RankAdaptorError
 from rankadaptor_plugin.streamed_gradients import stream_gradients, stream_inputs
-from rankadaptor_plugin.structures import decoder_layers
+from rankadaptor_plugin.structures import place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -71,7 +71,7 @@ def unit_scores(
         CorpusError: If there is no sequence, or one is too short or long, or has unknown tokens.
         RankAdaptorError: If a score is not finite, or the loss does not depend on a matrix.
     """
-    _check_names(config)
+    check_names(config)
     check_loaded(model)
     if config.importance == "random":
         return [torch.rand(len(units[0].indices)) if units else torch.zeros(0) for units in kinds]
@@ -196,7 +196,12 @@ def _reduced(units: Units, lines: dict[nn.Module, LineScores], reduction: str) -
     return _REDUCTIONS[reduction](torch.stack(scores)) if units else torch.zeros(0)
 
 
-def _check_names(config: PruneConfig) -> None:
+def check_names(config: PruneConfig) -> None:
+    """Checks the names that `unit_scores` takes from a run file.
+
+    Raises:
+        ConfigError: If one is unknown.
+    """
     for key, names in _CHOICES.items():
         value = getattr(config, key)
         if value not in names:
@@ -209,21 +214,10 @@ def _check_names(config: PruneConfig) -> None:
 def _check_finite(
     model: PreTrainedModel, lines: dict[nn.Module, LineScores], importance: str
 ) -> None:
-    """Names the matrix where the trouble begins.
-
-    One bad weight spoils the loss and with it every gradient, so weights are looked at first;
-    otherwise the trouble came up in the pass, and scores are in its order.
-    """
+    """Names the matrix where the trouble begins: scores are in the order of the pass."""
     bad = [m for m, sums in lines.items() if not all(s.isfinite().all() for s in sums.values())]
     if not bad:
         return
-    for module in model.modules():
-        for weight in module.parameters(recurse=False):
-            if not (weight.is_meta or weight.isfinite().all()):
-                raise RankAdaptorError(
-                    f"{_place(model, module)} has weights that are not finite. "
-                    "Load an intact model."
-                )
     what, way = ("inputs", "forward") if importance == "wanda" else ("gradients", "backward")
     raise RankAdaptorError(
         f"{_place(model, bad[0])} has {what} that are not finite, the first of {len(bad)} such "
@@ -233,9 +227,5 @@ def _check_finite(
 
 
 def _place(model: PreTrainedModel, module: nn.Module) -> str:
-    """Says where in the model a module is, as "Layer 3: mlp.up_proj"."""
-    for index, layer in enumerate(decoder_layers(model)):
-        for name, inner in layer.named_modules():
-            if inner is module:
-                return f"Layer {index}: {name}"
-    return next((name for name, inner in model.named_modules() if inner is module), "a matrix")
+    names = (name for name, inner in model.named_modules() if inner is module)
+    return place(model, next(names, "a matrix"))

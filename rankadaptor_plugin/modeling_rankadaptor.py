@@ -65,6 +65,8 @@ class Structure:
         kv_heads_key: Key-value heads in the config; empty if there are as many as query heads.
         channels_key: MLP channels in the config.
         prunable_heads: False where positions are tied to the number of heads (ALiBi).
+        cached_per_query: Whether the key-value cache holds shared heads once per query head (not
+            where all query heads share one).
         own_config: Whether the attention reads the number of its heads from the config.
     """
 
@@ -84,6 +86,7 @@ class Structure:
     kv_heads_key: str = "num_key_value_heads"
     channels_key: str = "intermediate_size"
     prunable_heads: bool = True
+    cached_per_query: bool = False
     own_config: bool = False
 
     @property

@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import AutoConfig
+
 from rankadaptor_plugin import plugin_list, run_file
 from rankadaptor_plugin.base_model import check_folder, load_tokenizer
 from rankadaptor_plugin.calibration_text import calibration_documents, calibration_samples
 from rankadaptor_plugin.context import Oracle, OracleSettings, Pruner, RunContext
 from rankadaptor_plugin.corpus import Corpus, load_corpus
+from rankadaptor_plugin.depth import check_importance
 from rankadaptor_plugin.device import resolve_device, resolve_dtype
 from rankadaptor_plugin.embedded_default import corpus_file, model_folder
 from rankadaptor_plugin.errors import ArtifactError, ConfigError
+from rankadaptor_plugin.importance import check_names
 from rankadaptor_plugin.run_folder import RunFolder, digest
 from rankadaptor_plugin.study import TrialStore
 from rankadaptor_plugin.trials import TrialState
@@ -83,6 +87,8 @@ def prepare(
     device = given.model.device if given else resolve_device(config.device)
     source = model_folder(config.model)
     check_folder(source)
+    if given is None:
+        _check_prune(config, source)
     tokenizer = (
         given.tokenizer
         if given
@@ -137,6 +143,19 @@ def prepare(
     folder.add_seconds("load", time.perf_counter() - began)
     manager.hook.rankadaptor_on_progress(stage="load", done=1, total=1)
     return prepared
+
+
+def _check_prune(config: RunConfig, source: Path) -> None:
+    """Says what is wrong with the table of a built-in pruner before weights are loaded."""
+    checks = {"width": check_names, "channel": check_names, "depth": check_importance}
+    method = config.prune.method
+    if method in checks:
+        checks[method](config.prune)
+    if method in ("width", "depth"):
+        model = AutoConfig.from_pretrained(
+            source, trust_remote_code=config.trust_remote_code, local_files_only=True
+        )
+        config.prune.layers(model.num_hidden_layers)
 
 
 def _calibration(

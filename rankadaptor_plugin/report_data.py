@@ -140,6 +140,7 @@ class ReportData(TypedDict):
             (what is delivered: the uniform or the searched one). Absent ones are left out.
         allocations: Ranks by ``uniform``, ``searched``, ``recovered``. Absent ones are left out.
         parameters: Numbers of parameters.
+        dtype: Type of the weights, which the bytes are counted in.
         footprints: What the ``base`` and the ``pruned`` model cost.
         widths: ``[heads, kv_heads, channels]`` per layer of the pruned model.
         kept_layers: For each of these layers the number that it had before pruning.
@@ -163,6 +164,7 @@ class ReportData(TypedDict):
     scores: dict[str, Column]
     allocations: dict[str, list[int]]
     parameters: Parameters
+    dtype: str
     footprints: dict[str, Footprint]
     widths: list[list[int]]
     kept_layers: list[int]

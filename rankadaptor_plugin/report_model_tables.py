@@ -64,4 +64,5 @@ def footprint(data: ReportData) -> Table:
         for label, (was, now) in found.items()
     ]
     header = ("", "base", "pruned", "% of base")
-    return Table("what the model costs, without adapter", header, tuple(rows))
+    caption = f"what the model costs, without adapter; bytes in {data['dtype']}"
+    return Table(caption, header, tuple(rows))

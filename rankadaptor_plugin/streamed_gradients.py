@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from rankadaptor_plugin.calibration import (
+    backward,
     checkpointed,
-    logits_of,
+    hidden_states,
     only_gradients_of,
     padded,
     replaced_forward,
-    sequence_losses,
 )
 from rankadaptor_plugin.errors import UnsupportedModelError
 from rankadaptor_plugin.structures import decoder_layers
@@ -49,7 +49,7 @@ def stream_gradients(
 
     Args:
         model: A causal language model of a supported family.
-        matrices: One member per matrix.
+        matrices: One member per matrix; matrices of the decoder layers.
         samples: Token ids, each of shape (t,), int64, t >= 2; lengths may differ.
         receive: Called once per matrix that the loss depends on, with its member, its inputs of
             shape (sequences, t, in), and the gradients of its outputs of shape
@@ -67,11 +67,10 @@ def stream_gradients(
         tapped = [_Tapped(member, batch, anchor, receive) for member in matrices]
         for tap in tapped:
             stack.enter_context(replaced_forward(tap.member.module, tap.forward))
-        loss = sequence_losses(model, samples).sum()
+        hidden = hidden_states(model, batch)
         for tap in tapped:
             tap.counting = False
-        if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call] # of torch
+        backward(model, samples, hidden)
         for tap in tapped:
             tap.finish()
 
@@ -101,7 +100,7 @@ def stream_inputs(
             handle = member.module.register_forward_pre_hook(partial(hook, member))
             stack.callback(handle.remove)
         for sample in samples:
-            logits_of(model, padded([sample]))
+            hidden_states(model, padded([sample]))
 
 
 class _Tapped:

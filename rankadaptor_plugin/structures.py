@@ -37,6 +37,13 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return list(layers)
 
 
+def place(model: PreTrainedModel, name: str) -> str:
+    """Says where in a model a module or parameter is, such as ``Layer 3: mlp.up_proj``."""
+    prefix = structure_of(model).layers + "."
+    index, dot, rest = name.removeprefix(prefix).partition(".")
+    return f"Layer {index}: {rest}" if name.startswith(prefix) and dot else name
+
+
 def set_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     """Gives a model and its modules another config; other models may share the old one."""
     old = model.config

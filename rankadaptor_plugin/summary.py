@@ -171,6 +171,7 @@ def report_data(
             "trainable": summary.get("trainable")
             or {"recovered": adapter_parameters(recovered.adapter)},
         },
+        "dtype": str(pruned.model.dtype).removeprefix("torch."),
         "footprints": {
             "base": cast("Footprint", pruned.base_footprint.with_bytes(pruned.model.dtype)),
             "pruned": cast("Footprint", pruned.footprint.with_bytes(pruned.model.dtype)),

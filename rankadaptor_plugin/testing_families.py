@@ -20,14 +20,23 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rankadaptor_plugin.adapters import attach, trainable_parameters
+from rankadaptor_plugin.calibration import sequence_loss
 from rankadaptor_plugin.channel import prune_channel
 from rankadaptor_plugin.config import PruneConfig
+from rankadaptor_plugin.importance import unit_scores
 from rankadaptor_plugin.pruned_loading import load_pruned
 from rankadaptor_plugin.pruned_model import PrunedModel
 from rankadaptor_plugin.ranks import RankAllocation
-from rankadaptor_plugin.structures import decoder_layers, hidden_units, layer_widths, structure_of
+from rankadaptor_plugin.structures import (
+    decoder_layers,
+    hidden_units,
+    layer_units,
+    layer_widths,
+    structure_of,
+)
 from rankadaptor_plugin.testing_models import (
     choose_cuts,
+    first_order,
     generate,
     graded,
     logits_of,
@@ -127,7 +136,11 @@ class FamilyConformance:
     def test_a_saved_model_loads_bit_equal(self, tmp_path: Path) -> None:
         """By both ways of loading, in two types, sharded, a second time, as safetensors only."""
         for dtype in (torch.float32, torch.bfloat16):
-            pruned, folder = self._pruned(dtype=dtype), tmp_path / str(dtype)
+            folder = tmp_path / str(dtype)
+            self._model(dtype=dtype).save_pretrained(folder / "base")
+            model = _load(folder / "base")  # a model from a file remembers how that was written
+            remove_units(model, choose_cuts(model))
+            pruned = PrunedModel.of(model, tiny_tokenizer())
             pruned.save(folder / "first")
             again = load_pruned(folder / "first")
             again.save(folder / "second")
@@ -176,6 +189,18 @@ class FamilyConformance:
         _check_close(logits_of(merged), logits)
         merged.save_pretrained(tmp_path / "merged")
         _check_same(_load(tmp_path / "merged"), merged)
+
+    def test_units_are_scored(self) -> None:
+        """First-order Taylor scores of one layer equal those from whole gradients."""
+        for attention in self.attentions:
+            model = self._model(attention)
+            kinds = [kind for kind in layer_units(model)[1] if kind]
+            samples = [torch.arange(3, 12), torch.arange(20, 25)]
+            found = unit_scores(model, kinds, samples, PruneConfig())
+            losses = [sequence_loss(model, sample) for sample in samples]
+            torch.autograd.backward(torch.stack(losses).mean())
+            for scores, kind in zip(found, kinds, strict=True):
+                torch.testing.assert_close(scores, first_order(kind), rtol=1e-3, atol=1e-7)
 
     def test_hidden_channels_can_be_removed(self, tmp_path: Path) -> None:
         """As zeroing them, but that the norms then average over fewer; a family may forgo it."""

@@ -13,11 +13,14 @@ from transformers import PreTrainedTokenizerFast
 
 from rankadaptor_plugin.pruning import remove
 from rankadaptor_plugin.structures import decoder_layers, hidden_units, layer_units, structure_of
+from rankadaptor_plugin.units import is_transposed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import PreTrainedModel
+
+    from rankadaptor_plugin.units import Units
 
     Cut = tuple[int, int, list[int]]
     """Number of a layer, 0 for its attention or 1 for its MLP, numbers of the units to remove."""
@@ -50,6 +53,18 @@ def zero_units(model: PreTrainedModel, cuts: Sequence[Cut]) -> None:
         for member in units[index][kind]:
             if member.side == "in":
                 member.weight[:, member.indices[numbers].flatten()] = 0
+
+
+@torch.no_grad()
+def first_order(units: Units) -> torch.Tensor:
+    """Sums |g w| over the weights of each unit, with gradients that are there; shape (units,)."""
+    total = torch.zeros(len(units[0].indices))
+    for member in units:
+        gradient: Any = member.module.weight.grad
+        shaped = gradient.T if is_transposed(member.module) else gradient
+        salience = (shaped * member.weight).abs().sum(1 if member.side == "out" else 0)
+        total += salience[member.indices].sum(1)
+    return total
 
 
 @torch.no_grad()

@@ -93,9 +93,7 @@ def prune_width(
         )
     for kind, score, count in zip(kinds, scores, counts, strict=True):
         remove(kind.units, sorted(torch.argsort(score, stable=True)[:count].tolist()))
-    pruned = PrunedModel.of(
-        model, tokenizer, provenance(config, samples) | {"unit_ratio": round(ratio, 6)}
-    )
+    pruned = PrunedModel.of(model, tokenizer, provenance(config, samples) | {"unit_ratio": ratio})
     log.info(
         "Pruned layers %d to %d by %.3g of their units: %d of %d parameters are left.",
         kinds[0].layer,
@@ -181,7 +179,17 @@ def layer_counts(kinds: Sequence[Kind], ratio: float, config: PruneConfig) -> li
             "one is kept",
             config,
         )
-    return [_layer_count(kind, ratio, config) for kind in kinds]
+    counts = [_layer_count(kind, ratio, config) for kind in kinds]
+    for kind, count in zip(kinds, counts, strict=True):
+        if not count:
+            log.warning(
+                "[prune] round_to %d leaves all %d %ss of layer %d. Lower it to prune them.",
+                config.round_to,
+                kind.count,
+                kind.name,
+                kind.layer,
+            )
+    return counts
 
 
 def global_totals(kinds: Sequence[Kind], ratio: float, config: PruneConfig) -> dict[str, int]:
@@ -230,7 +238,7 @@ def _global_counts(
         for _, i in sorted(queue)[: total - sum(counts[i] for i in own)]:
             counts[i] += 1
     return [
-        kind.count - _rounded(kind, kind.count - count, config)
+        kind.count - _rounded_within(kind, kind.count - count, config)
         for kind, count in zip(kinds, counts, strict=True)
     ]
 
@@ -257,6 +265,16 @@ def _layer_count(kind: Kind, ratio: float, config: PruneConfig) -> int:
 
 def _kept(count: int, ratio: float) -> int:
     return int(count * (1 - ratio) + _TINY)
+
+
+def _rounded_within(kind: Kind, kept: int, config: PruneConfig) -> int:
+    """Rounds to the nearest multiple that floor and ceiling allow, if there is one."""
+    least, most = _limits(kind, config)
+    if kind.name != CHANNEL:
+        return kept
+    steps = range(config.round_to, kind.count + 1, config.round_to)
+    allowed = [count for count in steps if kind.count - most <= count <= kind.count - least]
+    return min(allowed, key=lambda count: abs(count - kept), default=kept)
 
 
 def _rounded(kind: Kind, kept: int, config: PruneConfig) -> int:

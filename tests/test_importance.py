@@ -266,8 +266,9 @@ def test_bfloat16_gives_float32_scores_that_are_close(term, samples):
 
 def test_units_through_all_layers_beside_units_of_one(samples):
     model = tiny()
+    matrix = model.model.layers[2].mlp.down_proj
     none = Member(
-        name="lm_head", module=model.lm_head, side="out", indices=torch.empty(32, 0, dtype=int)
+        name="mlp.down_proj", module=matrix, side="out", indices=torch.empty(32, 0, dtype=int)
     )
     kinds = [*llama_units(model), (*hidden_units(model), none), ()]
     *found, nothing = unit_scores(model, kinds, samples, settings(taylor="mix"))
@@ -458,7 +459,7 @@ def test_inputs_come_without_gradients_sequence_by_sequence(samples):
     model = tiny()
     model.enable_input_require_grads()
     masks, inputs = [], []
-    model.register_forward_pre_hook(
+    model.model.register_forward_pre_hook(
         lambda _, __, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
     matrices = llama_units(model)[1]
@@ -511,7 +512,7 @@ def test_a_model_under_accelerate(samples, tmp_path):
 def test_an_offloaded_matrix_is_an_error(name, samples):
     model = tiny()
     cpu_offload(model.model.layers[1], torch.device("cpu"))
-    with pytest.raises(UnsupportedModelError, match=r"layers.1.self_attn.q_proj.weight is offlo"):
+    with pytest.raises(UnsupportedModelError, match=r"Layer 1: self_attn.q_proj is offloaded"):
         unit_scores(model, llama_units(model), samples, settings(name))
 
 

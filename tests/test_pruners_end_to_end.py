@@ -62,6 +62,8 @@ def test_a_run_prunes_recovers_and_reports(name, tmp_path, write_run_file, comma
     assert result.exit_code == 0, result.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
     pruned = load_pruned(tmp_path / "out" / "pruned")
+    adapter = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text("utf-8"))
+    assert adapter["fan_in_fan_out"] == (model_type == "gpt2")
     assert report["footprints"]["pruned"]["parameters"] == pruned.model.num_parameters()
     assert report["footprints"]["base"]["parameters"] == base.num_parameters()
     assert report["footprints"]["pruned"]["macs"] < report["footprints"]["base"]["macs"]

@@ -100,6 +100,7 @@ def report_data(
         "kept_layers": list(range(layers)),
         "layers": {"base": layers, "pruned": layers},
         "hidden_sizes": {"base": 128, "pruned": 128},
+        "dtype": "float32",
         "footprints": {
             "base": {
                 "parameters": 1_200_000,
