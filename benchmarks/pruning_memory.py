@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = {
-    "small": {"hidden_size": 512, "heads": 8, "intermediate_size": 1408, "vocab_size": 1000},
+    "small": {"hidden_size": 512, "heads": 8, "intermediate_size": 1408, "vocab_size": 32000},
     "llama-7b": {"hidden_size": 4096, "heads": 32, "intermediate_size": 11008, "vocab_size": 32000},
 }
 LAYERS = {"small": (4, 8, 16, 32), "llama-7b": (32,)}

@@ -46,7 +46,8 @@ def check_loaded(model: PreTrainedModel) -> None:
                 f"{where} is offloaded (its weight is on the meta device). Load the model whole, "
                 "onto one or more GPUs or the CPU, to prune it."
             )
-        if not parameter.isfinite().all():
+        # The least and the greatest number take no memory, a comparison as much as the parameter.
+        if not all(end.isfinite() for end in parameter.detach().aminmax()):
             raise RankAdaptorError(
                 f"{where} has weights that are not finite. Load an intact model."
             )
