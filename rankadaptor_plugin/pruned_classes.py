@@ -36,7 +36,7 @@ def stock_class(model: PreTrainedModel) -> Any:
     stock = getattr(type(model), "stock_class", type(model))
     config_class = getattr(stock, "config_class", None)
     # Asked by its config: a look at all classes would import every model of transformers.
-    if config_class is None or MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class) is not stock:
+    if config_class is None or MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None) is not stock:
         raise UnsupportedModelError(
             f"The model is a {type(model).__name__}. Give a causal LM of transformers without "
             "adapters."
