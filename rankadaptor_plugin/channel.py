@@ -59,7 +59,7 @@ def prune_channel(
             is ``"refuse"``.
         UnsupportedModelError: If the model is not supported.
         CorpusError: If the calibration sequences cannot be used.
-        RankAdaptorError: If a gradient is not finite.
+        RankAdaptorError: If a weight or a gradient is not finite.
     """
     note_unused(config, "ranking", "floor", "ceiling", "blocks")
     units = hidden_units(model)

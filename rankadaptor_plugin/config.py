@@ -63,10 +63,13 @@ class PruneConfig:
         0.9, "global ranking: most share of a layer's units removed", low=0.0, below=1.0
     )
     blocks: int = _f(0, "depth: number of blocks to remove; 0 takes the ratio", low=0)
-    round_to: int = _f(1, "round the MLP channels that stay to a multiple of this", low=1)
+    round_to: int = _f(
+        1, "round what stays to a multiple of this: MLP channels, or the hidden size", low=1
+    )
     if_emptied: str = _f(
         "clamp",
-        "a layer would lose its last KV group or channel: clamp (keep one, warn), or refuse",
+        "the ratio asks for the last unit of a layer, or more than floor and ceiling allow: "
+        "clamp (with a warning), or refuse",
         choices=("clamp", "refuse"),
     )
     keep_first: int = _f(4, "layers at the bottom that are not pruned (paper: 4 of 32)", low=0)

@@ -65,7 +65,7 @@ def prune_depth(
         ConfigError: If the table asks for what the model or the method cannot give.
         UnsupportedModelError: If the model is not supported.
         CorpusError: If the calibration sequences cannot be used.
-        RankAdaptorError: If a score is not finite.
+        RankAdaptorError: If a weight or a score is not finite.
     """
     note_unused(config, "ranking", "floor", "ceiling", "round_to", "reduction")
     check_removable(model)

@@ -102,9 +102,10 @@ def prepare(
         max_tokens=config.corpus.max_tokens,
         limit=config.corpus.limit,
     )
-    if config.prune.calibration and not Path(config.prune.calibration).is_file():
+    text = config.prune.calibration
+    if text and given is None and not Path(text).is_file():
         raise ConfigError(
-            f"The calibration text {config.prune.calibration} does not exist. Correct [prune] "
+            f"The calibration text {text} does not exist. Correct [prune] "
             "calibration, or leave it empty."
         )
     paths = [Path(config.oracle.task_path)] if config.oracle.task_path else []

@@ -74,7 +74,7 @@ def prune_width(
             be had and ``if_emptied`` is ``"refuse"``.
         UnsupportedModelError: If the model is not supported.
         CorpusError: If the calibration sequences cannot be used.
-        RankAdaptorError: If a gradient is not finite.
+        RankAdaptorError: If a weight or a gradient is not finite.
     """
     note_unused(config, "blocks")
     kinds = prunable(model, config)
