@@ -53,7 +53,8 @@ def unit_scores(
     - "wanda": abs(w) times the norm of w's input feature over all calibration tokens.
     - "random": uniform numbers from torch's global generator, drawn per unit.
 
-    All matrices are those of decoder layers. The model is left as it was. See `rankadaptor_plugin.streamed_gradients` for the memory this takes.
+    All matrices are those of decoder layers. The model is left as it was. See
+    `rankadaptor_plugin.streamed_gradients` for the memory this takes.
 
     Args:
         model: A causal language model of a supported family.
@@ -68,7 +69,8 @@ def unit_scores(
         ConfigError: If the importance, the Taylor term or the reduction is unknown.
         UnsupportedModelError: If the family is not supported, or a weight is offloaded.
         CorpusError: If there is no sequence, or one is too short or long, or has unknown tokens.
-        RankAdaptorError: If a weight or score is not finite, or the loss does not depend on a matrix.
+        RankAdaptorError: If a weight or score is not finite, or the loss does not depend on a
+            matrix.
     """
     check_names(config)
     check_loaded(model)

@@ -1,7 +1,7 @@
 """What each matrix sees in one pass over the calibration sequences, handed over matrix by matrix.
 
 Whole gradients of a 7B model take as much memory as the model. The scores of a matrix need only
-its own gradient, so that each is made when the backward pass comes to its matrix, and then given up.
+its own gradient, so each is made when the backward pass comes to its matrix, and then given up.
 Besides the model the memory holds the inputs of the layers, the activations of one layer, and what
 the receiver takes.
 """
@@ -153,9 +153,9 @@ class _Tapped:
 class _TappedProduct(torch.autograd.Function):
     """``x @ W.T + b``, whose backward pass tells x and the output's gradient to a `_Tapped`.
 
-    The anchor is a leaf that requires a gradient, and gets none: with it the backward pass comes here
-    even if x does not depend on anything that requires one. So nothing below the lowest matrix
-    has to be differentiated.
+    The anchor is a leaf that requires a gradient, and gets none: with it the backward pass comes
+    here even if x does not depend on anything that requires one. So nothing below the lowest
+    matrix has to be differentiated.
     """
 
     @staticmethod

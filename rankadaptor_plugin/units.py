@@ -3,7 +3,8 @@
 A *unit* is the least that can be removed without breaking a layer: in the attention one KV group,
 that is one key-value head with all query heads that read it, or, where all of them read a single
 one, a query head; in the MLP one channel. The units of one kind are described all at once, by index
-tables, so that 11,008 channels cost one tensor and not 11,008 objects. The groups are those of LLM-Pruner (arXiv 2305.11627, section 3.1).
+tables, so that 11,008 channels cost one tensor and not 11,008 objects. The groups are those of
+LLM-Pruner (arXiv 2305.11627, section 3.1).
 """
 
 from __future__ import annotations
