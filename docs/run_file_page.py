@@ -62,19 +62,20 @@ def _section(title: str, config: Any) -> str:
 def _type(hint: Any) -> str:
     items = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
-        return "list of " + {int: "whole numbers", str: "texts"}[items[0]]
+        return "list of " + {int: "whole numbers", float: "numbers", str: "texts"}[items[0]]
     return "table of numbers" if typing.get_origin(hint) is dict else TYPES[hint]
 
 
 def _allowed(rule: Any) -> str:
     if "choices" in rule:
         return ", ".join(f"`{choice}`" for choice in rule["choices"])
-    low = f"at least {rule['low']:,}" if "low" in rule else ""
-    if "high" in rule:
+    if "low" in rule and "high" in rule:
         return f"{rule['low']:,} to {rule['high']:,}"
+    low = f"at least {rule['low']:,}" if "low" in rule else ""
+    high = f"at most {rule['high']:,}" if "high" in rule else ""
     above = f"above {rule['above']:g}" if "above" in rule else ""
     below = f"below {rule['below']:g}" if "below" in rule else ""
-    return ", ".join(part for part in (low, above, below) if part)
+    return ", ".join(part for part in (low, above, high, below) if part)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from rankadaptor_plugin.hooks.compare import compare
+from rankadaptor_plugin.hooks.lm_eval import lm_eval
 
 from rankadaptor_plugin import hookimpl
 
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
 
 @hookimpl
 def rankadaptor_register_commands(cli: click.Group) -> None:
-    """Adds ``plugins``, ``export`` and ``inspect``."""
-    for command in (plugins, export, inspect):
+    """Adds ``compare``, ``lm-eval``, ``plugins``, ``export`` and ``inspect``."""
+    for command in (compare, lm_eval, plugins, export, inspect):
         cli.add_command(command)
 
 

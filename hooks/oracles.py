@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 @hookimpl
 def rankadaptor_register_oracles(register: Registry[OracleFactory]) -> None:
-    """Registers lm-eval."""
+    """Registers lm-eval's tasks, and perplexity on held-out text."""
     register("lm-eval", "rankadaptor_plugin.oracles:lm_eval")
+    register("perplexity", "rankadaptor_plugin.perplexity:perplexity")
 
 
 @hookimpl
 def rankadaptor_lm_eval_task_paths() -> Path:
-    """Returns the folder of the seven tiny tasks."""
+    """Returns the folder of our tasks: the seven of the paper, and seven tiny ones."""
     return task_dir()

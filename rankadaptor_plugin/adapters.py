@@ -8,6 +8,7 @@ allocations that agree on a layer start from the same weights there, whatever th
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import warnings
@@ -25,7 +26,7 @@ from rankadaptor_plugin.structures import decoder_layers, structure_of
 from rankadaptor_plugin.units import is_transposed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -152,9 +153,7 @@ def attach(
         base.set_adapter(ADAPTER)  # after delete and add nothing would be trainable otherwise
         model = base
     else:
-        with warnings.catch_warnings():
-            # PEFT 0.21 asks for an attribute that transformers 5.23 has renamed.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        with _without_old_name():
             model = get_peft_model(base, config)
     initialize(model, seed)
     return model
@@ -191,6 +190,12 @@ def trainable_parameters(model: PeftModel) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def load(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Puts a saved adapter on its model."""
+    with _without_old_name():
+        return PeftModel.from_pretrained(model, folder)
+
+
 def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Adds a saved adapter to the weights of its model, in place; they keep their type.
 
@@ -208,10 +213,9 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         with warnings.catch_warnings():
             # Without its weights PEFT would merge a fresh adapter, that is none.
             warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             if not (folder / "adapter_model.safetensors").is_file():
                 raise ValueError("adapter_model.safetensors is missing")
-            wrapped = PeftModel.from_pretrained(model, folder)
+            wrapped = load(model, folder)
             whole: PreTrainedModel = wrapped.merge_and_unload(safe_merge=True)
     except Exception as error:  # PEFT and the readers of a torn file raise all kinds
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -220,3 +224,11 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             "the adapter that was trained on this model."
         ) from error
     return whole
+
+
+@contextlib.contextmanager
+def _without_old_name() -> Iterator[None]:
+    """Hides that PEFT 0.21 asks for an attribute that transformers 5.23 has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield

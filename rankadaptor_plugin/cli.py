@@ -55,7 +55,7 @@ def build_cli(manager: pluggy.PluginManager) -> click.Group:
         context_settings={"help_option_names": ["-h", "--help"], "obj": manager},
     )
     group = click.version_option(__version__, prog_name="rankadaptor-plugin")(group)
-    for command in (run, init, task_path):
+    for command in (run, noise, init, task_path):
         group.add_command(command)
     manager.hook.rankadaptor_register_commands(cli=group)
     return group
@@ -85,6 +85,47 @@ def run(
 
 
 @click.command()
+@click.argument("run_file", type=click.Path(path_type=Path), required=False, metavar="[RUN.toml]")
+@click.option("--output", type=click.Path(path_type=Path), help="Run folder, instead of output.")
+@click.option("--seeds", type=int, help="Fine-tunes of each allocation, instead of noise.seeds.")
+@click.option("--allocations", type=int, help="Allocations, instead of noise.allocations.")
+@click.option(
+    "--gain",
+    "gains",
+    type=float,
+    multiple=True,
+    help="Gain to detect, 0.01 is one point; may be repeated. Instead of noise.gains.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_obj
+def noise(
+    manager: pluggy.PluginManager,
+    run_file: Path | None,
+    output: Path | None,
+    seeds: int | None,
+    allocations: int | None,
+    gains: tuple[float, ...],
+    as_json: bool,
+) -> None:
+    """Measure how much of the scores is noise, before a search.
+
+    Fine-tunes uniform LoRA and a few random allocations with several seeds, and tells what gain
+    could be detected, with how many fine-tunes, and how long they take. A run of the same run file
+    goes on from there. Without RUN.toml, takes the embedded default.
+    """
+    began = time.perf_counter()
+    from rankadaptor_plugin.run_command import measured_noise
+
+    given = {"seeds": seeds, "allocations": allocations, "gains": list(gains) or None}
+    changes = {key: value for key, value in given.items() if value is not None}
+    try:
+        click.echo(measured_noise(manager, run_file, output, changes, as_json=as_json, began=began))
+    except KeyboardInterrupt:
+        click.echo("Interrupted. The same command goes on from what is finished.", err=True)
+        raise click.exceptions.Exit(_INTERRUPTED) from None
+
+
+@click.command()
 @click.argument("run_file", type=click.Path(path_type=Path), metavar="RUN.toml")
 @click.option("--model", help="Model folder to write into it; the embedded model if left out.")
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
@@ -107,8 +148,9 @@ def task_path() -> None:
 def main() -> None:
     """Runs the command line."""
     # Progress bars and notices of the libraries below would tear our own display apart.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if sys.argv[1:2] != ["lm-eval"]:  # which has a display of its own
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rankadaptor_plugin.errors import ConfigError, RankSpaceError
-from rankadaptor_plugin.scores import METRICS
 
 EMBEDDED = "embedded"
 """Stands for the model and the corpus that ship with the package."""
@@ -171,24 +170,46 @@ class RecoveryConfig:
 class OracleConfig:
     """How a recovered model is scored: lm-eval tasks, on search and on report documents."""
 
-    name: str = _f("lm-eval", "registered oracle")
+    name: str = _f("lm-eval", "registered oracle: lm-eval or perplexity")
+    search_name: str = _f("", "registered oracle that the search asks; empty: the same one")
     tasks: tuple[str, ...] = _f((), "lm-eval task or group names")
+    search_tasks: tuple[str, ...] = _f(
+        (),
+        "tasks with the search documents; empty: TASK_search of each task where there is one, "
+        "else the documents of the task are cut in two",
+    )
     task_path: str = _f("", "folder with more task YAML files; empty for none")
+    data_dir: str = _f(
+        "", "folder with local copies of the data of rankadaptor_commonsense7; empty: the hub"
+    )
+    text: str = _f("", "text, JSON or JSONL file for the oracle perplexity, not trained on")
     search_documents: int = _f(100, "documents per task that the search sees", low=1)
     report_documents: int = _f(
         200, "documents per task for the report, never seen by the search; 0 uses the rest", low=0
     )
+    overlap: str = _f(
+        "refuse",
+        "a document of the search tasks is a report document as well: refuse, or drop it",
+        choices=("refuse", "drop"),
+    )
     objective: str = _f(
-        "clp",
-        "what the search maximizes: clp, margin (both less noisy) or accuracy (paper)",
-        choices=METRICS,
+        "",
+        "metric that the search maximizes: clp, margin, gold_ll (less noisy) or accuracy (paper); "
+        "empty: clp, or what the oracle has",
     )
     target: str = _f("", "search for this one task; empty for the weighted mean of all")
     weights: dict[str, float] = field(
         default_factory=dict,
         metadata={"help": "weight per task in the mean; tasks left out weigh 1", "low": 0},
     )
-    batch_size: int = _f(16, "requests per forward pass", low=1)
+    normalize: str = _f(
+        "none",
+        "scale of a task in the objective: none, or spread (one standard deviation over the "
+        "documents of the pruned model counts as 1)",
+        choices=("none", "spread"),
+    )
+    batch_tokens: int = _f(8192, "tokens per forward pass, padding included", low=1)
+    batch_size: int = _f(0, "most requests per forward pass; 0 sets no limit", low=0)
     max_length: int = _f(0, "longest request in tokens; 0 takes the model's limit", low=0)
 
     def __post_init__(self) -> None:
@@ -197,6 +218,48 @@ class OracleConfig:
                 "oracle.report_documents is 1, which gives no interval. Use 0 for all that are "
                 "left, or at least 2."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """The noise floor before the search: how much do scores depend on the seed alone?"""
+
+    seeds: int = _f(3, "fine-tunes of each allocation with different seeds; 0 skips it", low=0)
+    allocations: int = _f(4, "uniform LoRA and this many less one random allocations", low=2)
+    gains: tuple[float, ...] = _f(
+        (0.005, 0.01, 0.02),
+        "accuracy gains (0.01 is one point) for which the fine-tunes needed are told",
+        above=0.0,
+        below=1.0,
+    )
+    if_drowned: str = _f(
+        "uniform",
+        "no plausible gain rises above the noise: uniform (deliver uniform LoRA without a "
+        "search), or search all the same",
+        choices=("uniform", "search"),
+    )
+
+    def __post_init__(self) -> None:
+        if self.seeds == 1:
+            raise ConfigError(
+                "noise.seeds is 1, which shows no noise. Use at least 2, or 0 to skip the step."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Texts that the models continue, side by side in the report (paper, section 4.2)."""
+
+    max_new_tokens: int = _f(
+        64,
+        "most tokens to write after each prompt, and at most half the context window; 0 skips it",
+        low=0,
+    )
+    prompts: tuple[str, ...] = _f(
+        (), "prompts; empty takes one article and one list of steps, or those of the tiny world"
+    )
+    temperature: float = _f(0.8, "temperature of the sampled texts", above=0.0)
+    top_p: float = _f(0.95, "nucleus of the sampled texts", above=0.0, high=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,8 +337,10 @@ class RunConfig:
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     oracle: OracleConfig = field(default_factory=OracleConfig)
     performance_model: PerformanceModelConfig = field(default_factory=PerformanceModelConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     confirm: ConfirmConfig = field(default_factory=ConfirmConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def __post_init__(self) -> None:
         for key in ("model", "output"):
@@ -286,7 +351,7 @@ class RunConfig:
                 f'device_map is "{self.device_map}", which chooses the devices, but device is '
                 f'"{self.device}". Set device = "auto", or device_map = "".'
             )
-        if not self.oracle.tasks:
+        if not self.oracle.tasks and "lm-eval" in (self.oracle.name, self.oracle.search_name):
             raise ConfigError(
                 "[oracle] tasks is empty. Name at least one lm-eval task, for example "
                 'tasks = ["tiny_boolq"].'

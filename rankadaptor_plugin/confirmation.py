@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.scores import Score
@@ -33,8 +33,8 @@ class ConfirmationRun:
 
     Attributes:
         search: Scores on the search documents.
-        report: Scores on the report documents, with per-document values; None where the run only
-            chooses among the finalists.
+        report: Scores on the report documents; None where the run only chooses among the
+            finalists.
         objective: What the search maximizes, on the search documents.
         train_loss: See `rankadaptor_plugin.trials.Outcome`.
         seconds: Wall time by part: ``recovery`` and ``oracle``.
@@ -46,11 +46,15 @@ class ConfirmationRun:
     train_loss: float
     seconds: dict[str, float]
 
+    def with_search(self, score: Score) -> ConfirmationRun:
+        """Returns the run with other scores on the search documents."""
+        return replace(self, search=score)
+
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values."""
+        """Returns plain values, without those per document."""
         return {
             "search": self.search.to_json(),
-            "report": self.report and self.report.to_json(per_document=True),
+            "report": self.report and self.report.to_json(),
             "objective": self.objective,
             "train_loss": self.train_loss,
             "seconds": self.seconds,
@@ -201,13 +205,19 @@ class Confirmation:
     ) -> Runs:
         runs = []
         for seed in seeds:
-            name = f"evaluations/{run_name(allocation, seed)}.json"
-            kept = self._folder.read_json(name)
+            name = f"evaluations/{run_name(allocation, seed)}"
+            kept = self._folder.read_json(f"{name}.json")
             if kept is None or not self._is_whole(allocation, seed):
-                kept = run(allocation, seed).to_json()
-                self._folder.write_json(name, kept)
+                done = run(allocation, seed)
+                if done.report is not None:
+                    self._folder.write_score(f"{name}.parquet", done.report)
+                kept = done.to_json()
+                self._folder.write_json(f"{name}.json", kept)
             # Always as it reads back, so that a run broken off ends like one that was not.
             result = ConfirmationRun.from_json(json.loads(json.dumps(kept)))
+            if result.report is not None:
+                report = self._folder.with_documents(f"{name}.parquet", result.report)
+                result = replace(result, report=report)
             if (allocation, seed) not in self._recorded:
                 self._store.add(_trial(allocation, seed, len(self._recorded), result))
                 self._recorded.add((allocation, seed))

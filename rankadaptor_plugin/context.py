@@ -54,14 +54,28 @@ class Pruner(Protocol):
 
 
 class Oracle(Protocol):
-    """P of the paper: measures a model."""
+    """P of the paper: measures a model.
+
+    `documents` is ``"search"`` or ``"report"`` everywhere: what the search sees, and what the
+    verdict is made from. The two sets of documents must be disjoint.
+    """
 
     def score(self, model: PreTrainedModel, documents: str) -> Score:
-        """Scores a model on the ``"search"`` or the ``"report"`` documents."""
+        """Scores a model; higher is better for every metric.
+
+        `TaskScore.of` makes the score of a task from its values per document.
+        """
         ...
 
-    def weights(self) -> dict[str, float]:
-        """Returns the weight of each task in the reported mean."""
+    def metrics(self, documents: str) -> tuple[str, ...]:
+        """Returns the metrics that every task of a score has.
+
+        The first one on the report documents decides the verdict.
+        """
+        ...
+
+    def weights(self, documents: str) -> dict[str, float]:
+        """Returns the weight of each task in the mean, in the order of the tables."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -76,7 +90,14 @@ class Oracle(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class OracleSettings:
-    """What an oracle is built from."""
+    """What an oracle is built from.
+
+    Attributes:
+        config: The ``[oracle]`` table.
+        tokenizer: Tokenizer of the model.
+        task_paths: Folders with lm-eval task YAML.
+        seed: Seed of the run; decides which documents are drawn.
+    """
 
     config: OracleConfig
     tokenizer: PreTrainedTokenizerBase

@@ -21,18 +21,20 @@ from typing import TYPE_CHECKING, Literal
 import transformers
 from safetensors import SafetensorError
 
-from rankadaptor_plugin import __version__, adapters, modeling_rankadaptor, run_file
+from rankadaptor_plugin import __version__, adapters, modeling_rankadaptor
 from rankadaptor_plugin.atomic_folder import write_folder
 from rankadaptor_plugin.checkpoint_check import check_checkpoint
-from rankadaptor_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
+from rankadaptor_plugin.errors import ArtifactError, UnsupportedModelError
 from rankadaptor_plugin.families import BUILT_IN
 from rankadaptor_plugin.pruned_classes import is_pruned, stock_class
 from rankadaptor_plugin.pruned_loading import load_pruned, read_record
-from rankadaptor_plugin.run_folder import RunFolder
+from rankadaptor_plugin.run_location import run_folder
 from rankadaptor_plugin.structures import structure_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from rankadaptor_plugin.run_folder import RunFolder
 
 Format = Literal["hf", "hf-remote-code", "merged"]
 
@@ -80,21 +82,6 @@ def export(run: Path, form: Format, output: Path | None = None) -> str:
             "the free space."
         ) from error
     return _how_to_load(target, model, form)
-
-
-def run_folder(run: Path) -> RunFolder:
-    """Finds a run by its folder or its run file.
-
-    Raises:
-        ConfigError: If there is neither, or the run file is wrong.
-    """
-    if run.is_dir():
-        return RunFolder(run)
-    if not run.exists():
-        raise ConfigError(
-            f"There is no run {run}. Give a run folder, or a run file whose run is finished."
-        )
-    return RunFolder(Path(run_file.load(run).output))
 
 
 def _check_finished(folder: RunFolder) -> None:

@@ -1,4 +1,4 @@
-"""lm-eval's tasks: loaded once, their documents partitioned, their answers read.
+"""lm-eval's tasks: loaded once, their answers understood.
 
 What the oracle needs to know of tasks, apart from any model.
 """
@@ -8,37 +8,22 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from lm_eval.tasks import TaskManager
 
-from rankadaptor_plugin.errors import ConfigError, OracleError
+from rankadaptor_plugin.errors import ConfigError, OracleError, RankAdaptorError
 from rankadaptor_plugin.registry import suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-logger = logging.getLogger(__name__)
+    from collections.abc import Iterable, Iterator, Sequence
 
 LENGTH_NORMALIZED = ("hellaswag", "arc_challenge", "openbookqa")
 """Tasks of the paper whose accuracy is `acc_norm`; all others report `acc`."""
 
-
-def choice_scores(likelihoods: np.ndarray[Any, Any], gold: set[int]) -> tuple[float, float]:
-    """Returns `clp` and `margin` of one document.
-
-    Args:
-        likelihoods: Log-likelihood of each choice, shape (choices,), in nats.
-        gold: Indices of the right choices.
-    """
-    right = [ll for i, ll in enumerate(likelihoods) if i in gold]
-    wrong = [ll for i, ll in enumerate(likelihoods) if i not in gold]
-    with np.errstate(invalid="ignore"):  # a broken model's NaN is for the oracle to report
-        clp = np.logaddexp.reduce(right) - np.logaddexp.reduce(likelihoods)
-    return float(clp), float(max(right) - max(wrong)) if wrong else 0.0
+SEARCH = "_search"
+"""Ends the name of a task that holds the search documents of the task before it."""
 
 
 def gold_choices(task: Any, doc: dict[str, Any]) -> set[int]:
@@ -62,10 +47,29 @@ def gold_choices(task: Any, doc: dict[str, Any]) -> set[int]:
     return found
 
 
-def accuracy_metric(task: str, sample: dict[str, Any]) -> str | None:
-    """Returns the lm-eval metric that counts as this task's accuracy, as in the paper."""
-    wanted = "acc_norm" if task.removeprefix("tiny_") in LENGTH_NORMALIZED else "acc"
-    return next((m for m in (wanted, "acc", "acc_norm") if m in sample), None)
+def accuracy_metric(name: str, task: Any) -> str:
+    """Returns the lm-eval metric that counts as this task's accuracy, as in the paper.
+
+    Raises:
+        OracleError: If the task is not multiple choice, or has neither metric.
+    """
+    if task.OUTPUT_TYPE != "multiple_choice":
+        raise OracleError(
+            f"The task {name!r} is of type {task.OUTPUT_TYPE!r}; the oracle lm-eval reads "
+            "log-likelihoods of choices, so it takes multiple_choice tasks only. Name other "
+            "[oracle] tasks."
+        )
+    plain = name.removeprefix("tiny_").removesuffix(SEARCH)
+    usual = "acc_norm" if plain in LENGTH_NORMALIZED else "acc"
+    wanted = getattr(task, "accuracy_metric", usual)
+    found = task.aggregation()
+    for metric in (wanted, "acc", "acc_norm"):
+        if metric in found:
+            return metric
+    raise OracleError(
+        f"The task {name!r} reports {', '.join(found) or 'no metric'}, but neither acc nor "
+        "acc_norm. Name other [oracle] tasks."
+    )
 
 
 def question(task: Any, doc: dict[str, Any]) -> str:
@@ -73,80 +77,86 @@ def question(task: Any, doc: dict[str, Any]) -> str:
     return json.dumps([str(task.doc_to_text(doc)), task.doc_to_choice(doc)], default=str)
 
 
-def partition(
-    task: str, questions: Iterable[str], search: int, report: int, seed: int
-) -> tuple[list[int], list[int]]:
-    """Cuts a task's documents into search and report documents.
+class Tasks:
+    """lm-eval's tasks by name; its own thousands are indexed only if a name needs them.
 
     Args:
-        task: Name of the task, for messages.
-        questions: What each document of the evaluated split asks, as `question` returns it.
-        search: Number of search documents.
-        report: Number of report documents; 0 for all that are left.
-        seed: Enters the order of the documents.
-
-    Returns:
-        Two disjoint, sorted lists of document ids; no question is in both.
-
-    Raises:
-        ConfigError: If no document would be left for the report.
+        paths: Folders with task YAML.
+        data_dir: Folder with local copies of data, for tasks that know of such; empty for none.
     """
-    distinct: dict[str, int] = {}
-    for index, asked in enumerate(questions):
-        distinct.setdefault(asked, index)
-    ids = np.array(sorted(distinct.values()))
-    if len(ids) <= search:
-        raise ConfigError(
-            f"The task {task!r} has {len(ids)} distinct documents; {search} for the search leave "
-            "none for the report. Lower [oracle] search_documents."
+
+    def __init__(self, paths: Iterable[Path], data_dir: str = "") -> None:
+        self._paths = [path.resolve() for path in paths]
+        # Merged into the metadata of every task, which may hand it on: only where it is asked for.
+        self._metadata = {"data_dir": data_dir} if data_dir else None
+        self._manager = self._indexed(include_defaults=False)
+        self._whole = False
+
+    def _indexed(self, *, include_defaults: bool) -> Any:
+        return TaskManager(
+            include_path=[str(path) for path in self._paths],
+            include_defaults=include_defaults,
+            metadata=self._metadata,
         )
-    # Ranked by the questions themselves: tasks that share questions cut them alike.
-    keys = {index: zlib.crc32(f"{seed} {asked}".encode()) for asked, index in distinct.items()}
-    ids = np.array(sorted(ids.tolist(), key=lambda index: (keys[index], index)))
-    end = search + report if report else len(ids)
-    if end > len(ids):
-        logger.warning(
-            "%s has %d documents left for the report, not %d", task, len(ids) - search, report
-        )
-    return sorted(ids[:search].tolist()), sorted(ids[search:end].tolist())
 
+    def load(self, names: Sequence[str], key: str) -> dict[str, Any]:
+        """Builds tasks; groups are taken apart.
 
-def load_tasks(names: Iterable[str], paths: Iterable[Path]) -> dict[str, Any]:
-    """Builds lm-eval tasks; its own thousands of tasks are indexed only if a name needs them.
+        A YAML file's relative ``data_files`` are looked for from the current folder, as lm-eval
+        does, then from the task folders and the folders above them.
 
-    A YAML file's relative ``data_files`` are looked for from the current folder, as lm-eval does,
-    then from the task folders and the folders above them.
+        Args:
+            names: Tasks or groups.
+            key: The key of ``[oracle]`` that names them, for messages.
 
-    Raises:
-        ConfigError: If a name is unknown.
-        OracleError: If a task's data cannot be loaded.
-    """
-    names, paths = list(names), [path.resolve() for path in paths]
-    manager = TaskManager(include_path=[str(p) for p in paths], include_defaults=False)
-    if any(name not in manager.all_tasks for name in names):
-        manager = TaskManager(include_path=[str(p) for p in paths])
-    for name in names:
-        if name not in manager.all_tasks:
-            raise ConfigError(
-                f"Unknown lm-eval task {name!r}.{suggestion(name, manager.all_tasks)} Correct "
-                "[oracle] tasks, or name the folder of its YAML file in task_path."
-            )
-    folders = [Path.cwd(), *(f for path in paths for f in (path, *path.parents))]
-    failure: Exception | None = None
-    for folder in folders:
-        try:
-            with contextlib.chdir(folder), quiet("lm_eval"):
-                return dict(manager.load(names))
-        except FileNotFoundError as error:
-            failure = failure or error
-        except Exception as error:  # the task's own code and the data library raise anything
-            failure = error
-            break
-    reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
-    raise OracleError(
-        f"The data of the tasks {', '.join(names)} cannot be loaded: {reason}. Check the task's "
-        "data files, or the connection if they lie on a hub."
-    ) from failure
+        Raises:
+            ConfigError: If a name is unknown.
+            OracleError: If a task's data cannot be loaded, or it has no accuracy.
+        """
+        if not self._whole and any(name not in self._manager.all_tasks for name in names):
+            self._manager, self._whole = self._indexed(include_defaults=True), True
+        for name in names:
+            if name not in self._manager.all_tasks:
+                raise ConfigError(
+                    f"Unknown lm-eval task {name!r}.{suggestion(name, self._manager.all_tasks)} "
+                    f"Correct [oracle] {key}, or name the folder of its YAML file in task_path."
+                )
+        found: dict[str, Any] = {}
+        for name in names:
+            found |= self._load(name)
+        for name, task in found.items():
+            accuracy_metric(name, task)
+        return found
+
+    def search_task(self, name: str) -> Any | None:
+        """Returns the task with the search documents of a task, None if there is none."""
+        partner = name + SEARCH
+        return self._load(partner)[partner] if partner in self._manager.all_tasks else None
+
+    def _load(self, name: str) -> dict[str, Any]:
+        folders = [Path.cwd(), *(f for path in self._paths for f in (path, *path.parents))]
+        failure: Exception | None = None
+        for folder in folders:
+            try:
+                with contextlib.chdir(folder), quiet("lm_eval"):
+                    return dict(self._manager.load([name])["tasks"])
+            except RankAdaptorError:
+                raise
+            except FileNotFoundError as error:
+                failure = failure or error
+            except IndexError as error:  # lm-eval looks at the first document
+                raise OracleError(
+                    f"The task {name!r} has no documents, perhaps because its process_docs leaves "
+                    "none. Check its data."
+                ) from error
+            except Exception as error:  # the task's own code and the data library raise anything
+                failure = error
+                break
+        reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
+        raise OracleError(
+            f"The data of the task {name!r} cannot be loaded: {reason}. Check the task's data "
+            "files, or the connection if they lie on a hub."
+        ) from failure
 
 
 @contextlib.contextmanager

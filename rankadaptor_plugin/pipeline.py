@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 
+from rankadaptor_plugin import adapters
 from rankadaptor_plugin.base_model import load_model
 from rankadaptor_plugin.context import Recovered
 from rankadaptor_plugin.device import device_name, peak_memory_bytes, threads
@@ -19,17 +19,21 @@ from rankadaptor_plugin.preparation import Prepared, prepare
 from rankadaptor_plugin.pruned_loading import load_pruned
 from rankadaptor_plugin.report import write_report
 from rankadaptor_plugin.run_folder import RunFolder, digest
+from rankadaptor_plugin.sample_texts import sample_texts
 from rankadaptor_plugin.scores import Score
+from rankadaptor_plugin.stage import measure_noise
 from rankadaptor_plugin.summary import report_data
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import pluggy
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from rankadaptor_plugin.config import RunConfig
     from rankadaptor_plugin.pruned_model import PrunedModel
+    from rankadaptor_plugin.report_data import Result
 
 
 logger = logging.getLogger(__name__)
@@ -76,6 +80,29 @@ def run(
         return _Run(prepared, folder, pruned).result()
 
 
+def noise(
+    config: RunConfig, manager: pluggy.PluginManager, *, began: float | None = None
+) -> dict[str, Any] | None:
+    """Prunes the model and measures the noise floor; a later `run` goes on from there.
+
+    Args:
+        config: The run file.
+        manager: Plugins.
+        began: ``time.perf_counter()`` at the start of the program, to count its imports in.
+
+    Returns:
+        What `rankadaptor_plugin.noise.Noise.to_json` returns; None if too few allocations can be
+        fine-tuned.
+
+    Raises:
+        RankAdaptorError: Whatever is wrong with the inputs or goes wrong on the way.
+    """
+    folder = RunFolder(Path(config.output))
+    with folder.opened(), threads(config.threads):
+        prepared = prepare(config, manager, folder, None, began or time.perf_counter())
+        return _Run(prepared, folder, None).noise()
+
+
 class _Run:
     """One session of a run; holds what its stages share."""
 
@@ -84,6 +111,7 @@ class _Run:
         self.context = prepared.context
         self.config = prepared.context.config
         self.evaluation_seconds = 0.0
+        self.results: dict[str, list[Result]] = {}
 
     def result(self) -> RunResult:
         """Runs the stages in order and returns what they left."""
@@ -94,12 +122,15 @@ class _Run:
         recovered = self._recovered(pruned)
         if "scores" not in recovered.summary:
             scores["recovered"] = [self._evaluated_adapter(pruned, recovered.adapter)]
+        generation = self._texts(pruned, recovered)
         self._progress("report", 0)
         data = report_data(
             pruned,
             recovered,
             scores,
             self.context,
+            results=self.results,
+            generation=generation,
             timings=self.folder.timings(),
             evaluation_seconds=self.evaluation_seconds,
             peak_memory_bytes=peak_memory_bytes(self.prepared.device),
@@ -133,7 +164,7 @@ class _Run:
         wrapped: list[PeftModel] = []
 
         def load() -> PeftModel:
-            wrapped.append(PeftModel.from_pretrained(pruned.model, adapter))
+            wrapped.append(adapters.load(pruned.model, adapter))
             return wrapped[0]
 
         try:
@@ -156,19 +187,49 @@ class _Run:
         self, name: str, model: Callable[[], PreTrainedModel | PeftModel], of: str = ""
     ) -> Score:
         """Returns a model's score on the report documents, kept from an earlier session if any."""
-        file = f"evaluations/{name}{of and f'-{of}'}.json"
+        file = f"evaluations/{name}{of and f'-{of}'}"
         self._progress(f"evaluate {name}", 0)
-        if (kept := self.folder.read_json(file)) is None:
+        if (kept := self.folder.read_json(f"{file}.json")) is None:
             with self.folder.timed("evaluate"):
                 loaded = model()
                 began = time.perf_counter()
                 score = self.context.oracle.score(loaded, "report")
                 seconds = time.perf_counter() - began
-            kept = {"score": score.to_json(per_document=True), "seconds": seconds}
-            self.folder.write_json(file, kept)
+            self.folder.write_score(f"{file}.parquet", score)
+            kept = {"score": score.to_json(), "seconds": seconds}
+            self.folder.write_json(f"{file}.json", kept)
         self.evaluation_seconds += kept["seconds"]
+        self.results[name] = [{"file": f"{file}.parquet", "seed": None}]
         self._progress(f"evaluate {name}", 1)
-        return Score.from_json(kept["score"])
+        return self.folder.with_documents(f"{file}.parquet", Score.from_json(kept["score"]))
+
+    def _texts(self, pruned: PrunedModel, recovered: Recovered) -> list[dict[str, Any]]:
+        """Returns what the models write, kept from an earlier session if it was asked alike."""
+        table = self.config.generation
+        if not table.max_new_tokens:
+            return []
+        folders = recovered.summary.get("adapters", {"recovered": str(recovered.adapter)})
+        asked = {**asdict(table), "prompts": list(table.prompts), "adapters": dict(folders)}
+        kept = self.folder.read_json("generations.json")
+        self._progress("texts", 0)
+        if kept is None or kept["asked"] != asked:
+            with self.folder.timed("texts"):
+                found = sample_texts(
+                    pruned,
+                    {name: self.folder.path / adapter for name, adapter in folders.items()},
+                    self._base_model,
+                    self.prepared.tokenizer,
+                    self.config,
+                )
+            kept = {"asked": asked, "entries": found}
+            self.folder.write_json("generations.json", kept)
+        self._progress("texts", 1)
+        return list(kept["entries"])
+
+    def noise(self) -> dict[str, Any] | None:
+        """Prunes and takes the noise floor alone."""
+        self._prune()
+        return measure_noise(self._pruned(), self.context)
 
     def _prune(self) -> None:
         """Leaves the pruned model on disk."""

@@ -38,7 +38,8 @@ def check_names(found: Registries, config: RunConfig) -> None:
     """
     register_families(found)
     found.pruners.get(config.prune.method)
-    found.oracles.get(config.oracle.name)
+    for oracle in filter(None, (config.oracle.name, config.oracle.search_name)):
+        found.oracles.get(oracle)
     found.samplers.get(config.search.sampler)
     found.performance_models.get(config.performance_model.name)
 

@@ -24,6 +24,8 @@ from rankadaptor_plugin.device import resolve_device, resolve_dtype
 from rankadaptor_plugin.embedded_default import corpus_file, model_folder
 from rankadaptor_plugin.errors import ArtifactError, ConfigError
 from rankadaptor_plugin.importance import check_names
+from rankadaptor_plugin.objective import objective_metric
+from rankadaptor_plugin.oracles import TwoOracles
 from rankadaptor_plugin.run_folder import RunFolder, digest
 from rankadaptor_plugin.study import TrialStore
 from rankadaptor_plugin.trials import TrialState
@@ -34,9 +36,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rankadaptor_plugin.config import RunConfig
+    from rankadaptor_plugin.context import OracleFactory
     from rankadaptor_plugin.pruned_model import PrunedModel
+    from rankadaptor_plugin.registry import Registry
 
 logger = logging.getLogger(__name__)
+
+_PLACES = {"corpus": ("path",), "oracle": ("task_path", "data_dir", "text")}
+"""Settings that say where things lie; what lies there is compared by its content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,19 +115,23 @@ def prepare(
             f"The calibration text {text} does not exist. Correct [prune] "
             "calibration, or leave it empty."
         )
-    paths = [Path(config.oracle.task_path)] if config.oracle.task_path else []
-    for path in paths:
-        if not path.is_dir():
+    for key, what in (("task_path", "task YAML files"), ("data_dir", "local copies")):
+        value = getattr(config.oracle, key)
+        if value and not Path(value).is_dir():
             raise ConfigError(
-                f"[oracle] task_path {path} is no folder. Name the folder of the task YAML files, "
-                "or leave it empty."
+                f"[oracle] {key} {value} is no folder. Name the folder of the {what}, or leave it "
+                "empty."
             )
-    paths += manager.hook.rankadaptor_lm_eval_task_paths()
-    oracle = found.oracles.get(config.oracle.name)(
+    paths = list(manager.hook.rankadaptor_lm_eval_task_paths())
+    if config.oracle.task_path:
+        paths.append(Path(config.oracle.task_path))  # last: lm-eval lets later folders win
+    oracle = _oracle(
+        found.oracles,
         OracleSettings(
             config=config.oracle, tokenizer=tokenizer, task_paths=tuple(paths), seed=config.seed
-        )
+        ),
     )
+    objective_metric(config.oracle, oracle)  # says now what it would say after the pruning
     _claim(folder, _inputs(config, source, given, corpus_path, oracle))
     scored = config.prune.importance not in ("magnitude", "random")
     needed = scored and given is None and not folder.pruned.is_dir()
@@ -144,6 +155,15 @@ def prepare(
     folder.add_seconds("load", time.perf_counter() - began)
     manager.hook.rankadaptor_on_progress(stage="load", done=1, total=1)
     return prepared
+
+
+def _oracle(oracles: Registry[OracleFactory], settings: OracleSettings) -> Oracle:
+    """Builds the oracle of the report, and that of the search where it is another one."""
+    name, search_name = settings.config.name, settings.config.search_name
+    report = oracles.get(name)(settings)
+    if search_name in ("", name):
+        return report
+    return TwoOracles(oracles.get(search_name)(settings), report)
 
 
 def _check_prune(config: RunConfig, source: Path) -> None:
@@ -204,9 +224,13 @@ def _inputs(
     """Returns what must not change between two sessions in one run folder."""
     plain = run_file.to_dict(config)
     # A search may be prolonged, and a run may move to another machine or device.
-    for key in ("output", "model", "device", "device_map", "threads"):
+    del plain["search"]["max_trials"]
+    # What the noise step and the texts show may be asked again in another way.
+    for key in ("output", "model", "device", "device_map", "threads", "noise", "generation"):
         del plain[key]
-    del plain["search"]["max_trials"], plain["corpus"]["path"], plain["oracle"]["task_path"]
+    for table, names in _PLACES.items():
+        for key in names:
+            del plain[table][key]
     calibration = plain["prune"].pop("calibration")
     return {
         "config": plain,

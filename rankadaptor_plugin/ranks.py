@@ -145,6 +145,14 @@ class RankSpace:
             )
         return allocation
 
+    def contains(self, allocation: RankAllocation) -> bool:
+        """Tells whether an allocation lies in the space; uniform LoRA need not."""
+        try:
+            self.check(allocation)
+        except RankSpaceError:
+            return False
+        return True
+
     def sample(self, count: int, rng: np.random.Generator) -> Allocations:
         """Draws random allocations.
 

@@ -13,11 +13,13 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, cast
 
+from rankadaptor_plugin import report_generation as generation
 from rankadaptor_plugin import report_model_tables as model_tables
+from rankadaptor_plugin import report_noise_tables as noise_tables
 from rankadaptor_plugin import report_tables as tables
 from rankadaptor_plugin.errors import ArtifactError
 from rankadaptor_plugin.report_html import page
-from rankadaptor_plugin.report_numbers import METRIC_UNITS, number
+from rankadaptor_plugin.report_numbers import number, unit_of_difference
 from rankadaptor_plugin.report_reading import READING, config_text, search_line
 
 if TYPE_CHECKING:
@@ -40,31 +42,45 @@ def baseline_label(uniform: Sequence[int]) -> str:
     return "the most even allocation"
 
 
-def verdict_sentence(comparison: Comparison | None, uniform: Sequence[int], task: str = "") -> str:
+def verdict_sentence(
+    comparison: Comparison | None,
+    uniform: Sequence[int],
+    task: str = "",
+    metric: str = "accuracy",
+    *,
+    searched: bool = True,
+) -> str:
     """Says in one sentence what the search gained.
 
-    Differences are in points of accuracy, with one decimal; more only where rounding would hide
+    Differences of accuracy are in points, with one decimal; more only where rounding would hide
     that an interval excludes zero.
 
     Args:
-        comparison: Searched minus uniform allocation in accuracy; None where no finalist differs
+        comparison: Searched minus uniform allocation in the metric; None where no finalist differs
             from the uniform one.
         uniform: Ranks of the baseline, one per layer.
         task: The one task that was compared; empty for the mean of all.
+        metric: What was compared.
+        searched: Whether there was a search.
     """
     label = baseline_label(uniform)
+    if not searched:
+        return f"no search: no plausible gain rises above the noise; {label} is delivered"
+    factor, digits = (100, 1) if metric == "accuracy" else (1, 3)
+    unit = unit_of_difference(metric) or metric
     where = f"at equal parameters{f' on {task}' if task else ''}"
     if comparison is None:
         return f"the search found nothing better than {label}: uniform is delivered"
-    estimate, half = 100 * comparison.estimate, 100 * comparison.half_width
+    estimate, half = factor * comparison.estimate, factor * comparison.half_width
     if comparison.is_gain:
-        return f"gain of {_points(estimate, half)} points over {label} {where}"
+        return f"gain of {_points(estimate, half, digits)} {unit} over {label} {where}"
     if comparison.is_loss:
         return (
-            f"no gain: the searched allocation is worse than {label} by {_points(-estimate, half)} "
-            f"points{f' on {task}' if task else ''}: uniform is delivered"
+            f"no gain: the searched allocation is worse than {label} by "
+            f"{_points(-estimate, half, digits)} {unit}{f' on {task}' if task else ''}: uniform is "
+            "delivered"
         )
-    size = f"{number(estimate, 1)} +- {number(half, 1)} points over {label} {where}"
+    size = f"{number(estimate, digits)} +- {number(half, digits)} {unit} over {label} {where}"
     return f"no gain beyond noise: uniform is delivered ({size})"
 
 
@@ -98,30 +114,46 @@ def write_report(folder: Path, data: ReportData) -> tuple[Path, Path, Path]:
 def markdown(data: ReportData) -> str:
     """Renders the report as Markdown (GitHub flavour)."""
     verdict = data["verdict"]
-    metrics = [m for m in METRIC_UNITS if m != "accuracy"]
+    first, *others = data["metrics"]
     parts = [
         f"# {_escape(verdict['sentence'])}",
         f"Delivered: {_escape(verdict['delivered'])} allocation. "
         f"Device: {_escape(data['device'])}. Time: {tables.total_time(data)}.",
         "## Scores",
-        _table(tables.scores(data, "accuracy")),
+        _table(tables.scores(data, first)),
     ]
     if verdict["comparisons"]:
         parts += ["### The comparison that decides", _table(tables.comparisons(data))]
     parts += ["## Ranks by layer", _code(_bars(data)), _table(model_tables.parameters(data))]
     parts += ["## The pruned model", _table(model_tables.footprint(data))]
+    if data["noise"]:
+        parts += [
+            "## Noise floor",
+            _escape(data["noise"]["sentence"]),
+            _table(noise_tables.scores(data["noise"])),
+            _table(noise_tables.needed(data["noise"])),
+        ]
     parts += [
         "## Search",
         _escape(search_line(data)),
         _table(tables.trials(data)),
         _table(tables.finalists(data)),
+        *(
+            [
+                "## Texts",
+                _table(generation.quality_table(data["generation"])),
+                generation.markdown(data["generation"]),
+            ]
+            if data["generation"]
+            else []
+        ),
         "## Cost",
         *(_table(table) for table in tables.costs(data)),
         "## How to read this",
         "\n".join(f"- **{_escape(name)}:** {_escape(text)}" for name, text in READING),
         _table(tables.documents(data)),
         "## Details",
-        *(_table(tables.scores(data, metric)) for metric in metrics),
+        *(_table(tables.scores(data, metric)) for metric in others),
         _table(model_tables.layers(data)),
         _table(tables.pairs("versions", data["versions"])),
         _table(tables.pairs("seeds", data["seeds"])),
@@ -131,9 +163,9 @@ def markdown(data: ReportData) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _points(estimate: float, half: float) -> str:
+def _points(estimate: float, half: float, least: int) -> str:
     """Writes an estimate whose interval excludes zero so that it still does when rounded."""
-    for digits in range(1, MOST_DECIMALS):
+    for digits in range(least, MOST_DECIMALS):
         if float(f"{estimate:.{digits}f}") > float(f"{half:.{digits}f}"):
             break
     return f"{number(estimate, digits)} +- {number(half, digits)}"

@@ -7,7 +7,10 @@ half width of an interval from a single document.
 
 from __future__ import annotations
 
-from typing import Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+
+if TYPE_CHECKING:
+    from rankadaptor_plugin.report_generation import Entry
 
 Column = dict[str, dict[str, dict[str, float | None]]]
 """The scores of one model: task, and ``mean`` for the weighted mean, then metric, to ``mean`` and
@@ -57,10 +60,14 @@ class Footprint(TypedDict):
 
 
 class Objective(TypedDict):
-    """What the search maximized: a metric, of the ``mean`` over the tasks or of one task."""
+    """What the search maximized: a metric, of the ``mean`` over the tasks or of one task.
+
+    ``normalized`` if each task counts in units of its spread.
+    """
 
     metric: str
     target: str
+    normalized: NotRequired[bool]
 
 
 class SearchSummary(TypedDict):
@@ -130,12 +137,20 @@ class Documents(TypedDict):
     report: dict[str, int]
 
 
+class Result(TypedDict):
+    """A file with the values per document of one scored model."""
+
+    file: str
+    seed: int | None
+
+
 class ReportData(TypedDict):
     """All of report.json.
 
     Attributes:
         verdict: What came out.
         tasks: Task names in the order of the tables. None may be called ``mean``.
+        metrics: Metrics on the report documents; the first decides the verdict.
         scores: Column by model: ``base``, ``pruned``, ``uniform``, ``searched``, ``recovered``
             (what is delivered: the uniform or the searched one). Absent ones are left out.
         allocations: Ranks by ``uniform``, ``searched``, ``recovered``. Absent ones are left out.
@@ -154,6 +169,10 @@ class ReportData(TypedDict):
         versions: Version by name of the software.
         seeds: Seed or list of seeds by what it was used for.
         documents: Numbers of documents.
+        results: By model the files with its values per document, relative to the run folder, and
+            the seed of each fine-tune, None for base and pruned model.
+        noise: What `rankadaptor_plugin.noise.Noise.to_json` returned; None if it was not measured.
+        generation: Texts of the models, as `rankadaptor_plugin.report_generation` takes them.
         config: The run file's values, tables as dictionaries.
         device: Name of the device, such as ``cpu`` or ``cuda:0 (NVIDIA H100)``.
         weights: Weight per task in the mean; equal if absent.
@@ -161,6 +180,7 @@ class ReportData(TypedDict):
 
     verdict: Verdict
     tasks: list[str]
+    metrics: list[str]
     scores: dict[str, Column]
     allocations: dict[str, list[int]]
     parameters: Parameters
@@ -178,6 +198,9 @@ class ReportData(TypedDict):
     versions: dict[str, str]
     seeds: dict[str, int | list[int]]
     documents: Documents
+    results: dict[str, list[Result]]
+    noise: dict[str, Any] | None
+    generation: list[Entry]
     config: dict[str, Any]
     device: str
     weights: NotRequired[dict[str, float]]

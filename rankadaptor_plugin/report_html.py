@@ -8,10 +8,12 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
+from rankadaptor_plugin import report_generation as generation
 from rankadaptor_plugin import report_model_tables as model_tables
+from rankadaptor_plugin import report_noise_tables as noise_tables
 from rankadaptor_plugin import report_svg as svg
 from rankadaptor_plugin import report_tables as tables
-from rankadaptor_plugin.report_numbers import METRIC_UNITS
+from rankadaptor_plugin.report_numbers import metric_label, unit_of_difference
 from rankadaptor_plugin.report_reading import READING, config_text, search_line
 from rankadaptor_plugin.report_style import STYLE
 
@@ -23,23 +25,26 @@ if TYPE_CHECKING:
 def page(data: ReportData) -> str:
     """Renders the report as an HTML page."""
     sentence = _text(data["verdict"]["sentence"])
+    first, *others = data["metrics"]
     body = [
         '<p class="kind">RankAdaptor report</p>',
         f"<h1>{sentence}</h1>",
         _facts(data),
         "<h2>Scores</h2>",
-        _table(tables.scores(data, "accuracy"), total="mean"),
+        _table(tables.scores(data, first), total="mean"),
         _decision(data),
         "<h2>Ranks by layer</h2>",
         _ranks(data),
         _table(model_tables.parameters(data)),
         "<h2>The pruned model</h2>",
         _table(model_tables.footprint(data)),
+        _noise(data),
         "<h2>Search</h2>",
         f"<p>{_text(search_line(data))}</p>",
         _pictures(data),
         _details(f"All {len(data['trials'])} trials", _table(tables.trials(data))),
         _table(tables.finalists(data)),
+        _texts(data),
         "<h2>Cost</h2>",
         _cost(data),
         "<h2>How to read this</h2>",
@@ -48,8 +53,7 @@ def page(data: ReportData) -> str:
         "<h2>Details</h2>",
         *(
             _details(f"Scores: {metric}", _table(tables.scores(data, metric), total="mean"))
-            for metric in METRIC_UNITS
-            if metric != "accuracy"
+            for metric in others
         ),
         _details("Layers", _table(model_tables.layers(data))),
         _details("Versions", _table(tables.pairs("versions", data["versions"]))),
@@ -85,10 +89,12 @@ def _decision(data: ReportData) -> str:
     if not data["verdict"]["comparisons"]:
         return ""
     parts = ["<h3>The comparison that decides</h3>"]
-    found = data["verdict"]["comparisons"].get("accuracy")
+    metric = data["metrics"][0]
+    found = data["verdict"]["comparisons"].get(metric)
     if found and found["low"] is not None and found["high"] is not None:
-        middle, low, high = (100 * found[name] for name in ("estimate", "low", "high"))
-        picture = svg.difference(middle, low, high, "points of accuracy")
+        factor = 100 if metric == "accuracy" else 1
+        middle, low, high = (factor * found[name] for name in ("estimate", "low", "high"))
+        picture = svg.difference(middle, low, high, f"{unit_of_difference(metric)} of {metric}")
         parts.append(_figure(picture, "", "small"))
     return "\n".join([*parts, _table(tables.comparisons(data))])
 
@@ -105,7 +111,7 @@ def _pictures(data: ReportData) -> str:
     metric = data["objective"]["metric"]
     percent = metric == "accuracy"
     scale, digits = (100.0, 1) if percent else (1.0, 3)
-    unit = f"{metric}, {METRIC_UNITS.get(metric, '')}"
+    unit = metric_label(metric)
     points = []
     for trial in data["trials"]:
         values = (trial.get("objective"), trial.get("predicted"))
@@ -121,6 +127,23 @@ def _pictures(data: ReportData) -> str:
         f'<div class="pair">{first or "<p>No trial is complete.</p>"}'
         f"{second or '<p>No trial has both a prediction and a measured value.</p>'}</div>"
     )
+
+
+def _noise(data: ReportData) -> str:
+    if not data["noise"]:
+        return ""
+    return (
+        f"<h2>Noise floor</h2><p>{_text(data['noise']['sentence'])}</p>"
+        f"{_table(noise_tables.scores(data['noise']))}{_table(noise_tables.needed(data['noise']))}"
+    )
+
+
+def _texts(data: ReportData) -> str:
+    texts = data["generation"]
+    if not texts:
+        return ""
+    shown = _details(f"All {len(texts)} texts", generation.html(texts))
+    return f"<h2>Texts</h2>{_table(generation.quality_table(texts))}{shown}"
 
 
 def _cost(data: ReportData) -> str:

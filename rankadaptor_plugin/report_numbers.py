@@ -15,7 +15,24 @@ MODELS = {
     "searched": "searched LoRA",
     "recovered": "recovered",
 }
-METRIC_UNITS = {"accuracy": "%", "clp": "nats", "margin": "nats"}
+METRIC_UNITS = {
+    "accuracy": "%",
+    "clp": "nats",
+    "margin": "nats",
+    "gold_ll": "nats per byte",
+    "log_likelihood": "nats per token",
+}
+
+
+def unit_of_difference(metric: str) -> str:
+    """Names the unit of a difference in a metric; accuracy differs in points."""
+    return "points" if metric == "accuracy" else METRIC_UNITS.get(metric, "")
+
+
+def metric_label(metric: str) -> str:
+    """Names a metric and its unit."""
+    unit = METRIC_UNITS.get(metric)
+    return f"{metric} in {unit}" if unit else metric
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -21,9 +21,9 @@ READING = (
     ),
     (
         "What decides",
-        "the paired comparison in accuracy: searched minus uniform allocation, same seeds, same "
-        "documents. Two intervals in the score table may overlap although the paired one excludes "
-        "zero. Unless the paired one lies above zero, uniform LoRA is delivered.",
+        "the paired comparison in the first metric: searched minus uniform allocation, same seeds, "
+        "same documents. Two intervals in the score table may overlap although the paired one "
+        "excludes zero. Unless the paired one lies above zero, uniform LoRA is delivered.",
     ),
     (
         "Search documents",
@@ -39,7 +39,9 @@ READING = (
         "Metrics",
         "accuracy: share of documents answered rightly. clp: log-probability of the right choice "
         "among the choices. margin: log-likelihood of the right choice minus that of the best "
-        "wrong one. Higher is better for all. clp and margin are in nats and less noisy.",
+        "wrong one. gold_ll: log-likelihood of the right choice per byte. log_likelihood: of a "
+        "token of running text; perplexity is exp(-log_likelihood). Higher is better for all. The "
+        "log-likelihoods are less noisy than accuracy.",
     ),
     (
         "Ranks",
@@ -65,7 +67,9 @@ def objective_label(data: ReportData) -> str:
     """Names what the search maximized, such as ``clp, mean of the tasks (nats)``."""
     metric, target = data["objective"]["metric"], data["objective"]["target"]
     place = "mean of the tasks" if target in ("", "mean") else f"task {target}"
-    return f"{metric}, {place} ({METRIC_UNITS.get(metric, '')})"
+    scaled = ", in units of each task's spread" if data["objective"].get("normalized") else ""
+    unit = METRIC_UNITS.get(metric)
+    return f"{metric}, {place}{scaled}{f' ({unit})' if unit and not scaled else ''}"
 
 
 def config_text(config: Mapping[str, Any]) -> str:

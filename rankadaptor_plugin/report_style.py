@@ -65,6 +65,12 @@ circle{fill:var(--searched);stroke:var(--ground)}
 details{margin:.8rem 0;border-top:1px solid var(--line);padding-top:.5rem}
 summary{cursor:pointer;font-weight:600;padding:.25rem 0}
 pre{overflow-x:auto;padding:1rem;background:var(--panel);border-radius:6px;font-size:.8125rem}
+dl.texts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,13rem),1fr));gap:.8rem;
+margin:.2rem 0 1rem}
+dl.texts>div{min-width:0;padding:.6rem .9rem;background:var(--panel);border-radius:6px}
+dl.texts dt{color:var(--soft);font-size:.875rem}
+dl.texts dd,p.prompt{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
+p.prompt{margin:.2rem 0;padding-left:.8rem;border-left:3px solid var(--line)}
 @media (max-width:640px){main{padding:1.25rem 1rem 3rem}.pair{grid-template-columns:1fr;gap:0}
 .broad svg{min-width:36rem}
 svg text{font-size:13px}.broad svg text{font-size:15px}table{font-size:.84rem}

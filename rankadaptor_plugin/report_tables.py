@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.report_numbers import (
-    METRIC_UNITS,
     MODELS,
     UNKNOWN,
     duration,
     interval,
+    metric_label,
     number,
     scored,
+    unit_of_difference,
 )
 from rankadaptor_plugin.report_reading import objective_label
 
@@ -66,7 +67,7 @@ def scores(data: ReportData, metric: str) -> Table | None:
         names[-1] = f"recovered ({data['verdict']['delivered']})"
     confidence = f"{100 * data['confirm']['confidence']:g} %"
     return Table(
-        f"{metric} in {METRIC_UNITS.get(metric, '')} on the report documents, "
+        f"{metric_label(metric)} on the report documents, "
         f"+- half width of the {confidence} interval",
         ("task", *names),
         tuple(rows),
@@ -86,7 +87,7 @@ def comparisons(data: ReportData) -> Table:
     place = "" if target in ("", "mean") else f", task {target} alone"
     rows = []
     for metric, found in data["verdict"]["comparisons"].items():
-        unit = "points" if metric == "accuracy" else METRIC_UNITS.get(metric, "")
+        unit = unit_of_difference(metric)
         ends = f"{scored(found['low'], metric)} to {scored(found['high'], metric)}"
         rows.append(
             (
@@ -212,7 +213,7 @@ def documents(data: ReportData) -> Table:
             str(found["report"].get(task, UNKNOWN)),
             f"{weights.get(task, 0.0):g}",
         )
-        for task in data["tasks"]
+        for task in dict.fromkeys((*data["tasks"], *found["search"]))
     )
     return Table(
         "documents by task", ("task", "search", "report", "weight in the mean"), tuple(rows)

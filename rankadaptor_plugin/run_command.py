@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
 
 from rankadaptor_plugin import run_file
+from rankadaptor_plugin.config import NoiseConfig
 from rankadaptor_plugin.confirmation import fine_tunes, fresh_seeds
 from rankadaptor_plugin.embedded_default import EMBEDDED_RUN_FILE
 from rankadaptor_plugin.hooks.progress import Progress
+from rankadaptor_plugin.noise_text import noise_text
 
 if TYPE_CHECKING:
     import pluggy
@@ -60,7 +64,9 @@ def run_file_or_embedded(
         from rankadaptor_plugin import pipeline
 
         return pipeline.run(config, manager, began=began).verdict
+    noise = config.noise.seeds * config.noise.allocations
     plan = {
+        "noise": noise,
         "search": config.search.max_trials,
         "confirm": fine_tunes(
             config.confirm.finalists,
@@ -82,6 +88,51 @@ def run_file_or_embedded(
         f"Report:  {_near(result.folder / 'report.html')} (also .md, .json)\n"
         f"Adapter: {_near(result.adapter)}"
     )
+
+
+def measured_noise(
+    manager: pluggy.PluginManager,
+    path: Path | None,
+    output: Path | None,
+    changes: dict[str, Any],
+    *,
+    as_json: bool,
+    began: float,
+) -> str:
+    """Measures the noise floor of a run file and returns what to print.
+
+    Args:
+        manager: Plugins.
+        path: The run file; None for the embedded default.
+        output: Run folder to use in place of the run file's.
+        changes: Settings of ``[noise]`` to use in place of the run file's.
+        as_json: Return JSON and show nothing while it works.
+        began: ``time.perf_counter()`` at the start of the program.
+    """
+    plain = run_file.to_dict(load_config(path, output))
+    if not plain["noise"]["seeds"]:  # a run skips the step, but here it is asked for
+        plain["noise"]["seeds"] = NoiseConfig.seeds
+    plain["noise"] |= changes
+    config = run_file.from_dict(plain)
+    console = Console(stderr=True)
+    _log_to(console, quiet=as_json)
+    if as_json:
+        from rankadaptor_plugin import pipeline
+
+        return json.dumps(pipeline.noise(config, manager, began=began), indent=2)
+    plan = {"noise": config.noise.seeds * config.noise.allocations}
+    with Progress(console, plan, began) as progress:
+        manager.register(progress, name="progress")
+        try:
+            manager.hook.rankadaptor_on_progress(stage="load", done=0, total=1)
+            from rankadaptor_plugin import pipeline
+
+            found = pipeline.noise(config, manager, began=began)
+        finally:
+            manager.unregister(progress)
+    if found is None:
+        return "Fewer than two allocations could be fine-tuned; the noise floor is not known."
+    return noise_text(found, shutil.get_terminal_size().columns)
 
 
 def _log_to(console: Console, *, quiet: bool) -> None:

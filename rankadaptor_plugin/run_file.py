@@ -46,13 +46,14 @@ def load(path: Path) -> RunConfig:
         model=_absolute(config.model, folder),
         output=str(folder / config.output),
         prune=dataclasses.replace(
-            config.prune,
-            calibration=str(folder / config.prune.calibration) if config.prune.calibration else "",
+            config.prune, calibration=_seen_from(folder, config.prune.calibration)
         ),
         corpus=dataclasses.replace(config.corpus, path=_absolute(config.corpus.path, folder)),
         oracle=dataclasses.replace(
             config.oracle,
-            task_path=str(folder / config.oracle.task_path) if config.oracle.task_path else "",
+            task_path=_seen_from(folder, config.oracle.task_path),
+            data_dir=_seen_from(folder, config.oracle.data_dir),
+            text=_seen_from(folder, config.oracle.text),
         ),
     )
 
@@ -79,6 +80,11 @@ def _plain(value: Any) -> Any:
 
 def _absolute(path: str, folder: Path) -> str:
     return path if path == EMBEDDED else str(folder / path)
+
+
+def _seen_from(folder: Path, path: str) -> str:
+    """Returns an optional path, empty if it is not set."""
+    return str(folder / path) if path else ""
 
 
 def _build(cls: type[T], data: dict[str, Any], table: str) -> T:

@@ -2,7 +2,10 @@
 
     inputs.json       what the run was made from; another run may not continue it
     pruned/           the pruned model
-    evaluations/      scores with per-document values, one JSON file per evaluated model
+    evaluations/      scores, one JSON file per evaluated model and seed; beside it, as Parquet,
+                      the values per document
+    noise/            scores of the fine-tunes before the search; noise.json what they say
+    generations.json  texts that the models wrote
     study.db          every trial, an Optuna study in SQLite
     adapters/         adapters of the finalists and of uniform LoRA
     adapter/          the delivered adapter, a PEFT folder
@@ -27,15 +30,27 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from rankadaptor_plugin.atomic_folder import write_folder
+from rankadaptor_plugin.document_results import with_documents, write_documents
 from rankadaptor_plugin.errors import ArtifactError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from rankadaptor_plugin.scores import Score
+
 _HASHED_WHOLE = 256 * 2**20
 _BLOCK = 2**20
-_FILES = ("report.md", "report.json", "report.html", "study.db", "timings.json", "inputs.json")
+_FILES = (
+    "report.md",
+    "report.json",
+    "report.html",
+    "noise.json",
+    "generations.json",
+    "study.db",
+    "timings.json",
+    "inputs.json",
+)
 
 
 class RunFolder:
@@ -111,7 +126,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Deletes what a run left here, and nothing else; the lock stays."""
-        for name in ("pruned", "evaluations", "adapters", "adapter"):
+        for name in ("pruned", "noise", "evaluations", "adapters", "adapter"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
@@ -152,6 +167,22 @@ class RunFolder:
                 f"The file {path} cannot be written: {error.strerror or error}. Free some space or "
                 "set another output, then run again."
             ) from error
+
+    def write_score(self, name: str, score: Score) -> None:
+        """Writes the values per document of a score; its means are the caller's to keep.
+
+        Raises:
+            ArtifactError: If they cannot be written.
+        """
+        write_documents(self.path / name, score)
+
+    def with_documents(self, name: str, score: Score) -> Score:
+        """Returns a score with the values per document that `write_score` wrote.
+
+        Raises:
+            ArtifactError: If the file is missing or torn.
+        """
+        return with_documents(score, self.path / name)
 
     def write_folder(self, name: str, fill: Callable[[Path], object]) -> Path:
         """Fills a temporary folder and moves it into place, replacing what is there.

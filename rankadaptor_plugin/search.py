@@ -54,6 +54,7 @@ class StopReason(enum.StrEnum):
     CONVERGED = "converged"  # |Q - P| stayed below the tolerance
     MAX_TRIALS = "max_trials"
     EXHAUSTED = "exhausted"  # every allocation of the space was tried
+    NOISE = "noise floor"  # no plausible gain rises above the noise, so nothing was searched
 
 
 @dataclass(frozen=True, kw_only=True)

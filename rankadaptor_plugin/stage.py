@@ -1,4 +1,4 @@
-"""The recovery stage ``rankadaptor``: search, confirm, deliver.
+"""The recovery stage ``rankadaptor``: noise floor, search, confirm, deliver.
 
 The one place where the search meets models, adapters and oracles: it hands `search` a function
 that fine-tunes and scores, and nothing else.
@@ -6,6 +6,7 @@ that fine-tunes and scores, and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from dataclasses import replace
@@ -23,23 +24,37 @@ from rankadaptor_plugin.confirmation import (
     run_name,
 )
 from rankadaptor_plugin.context import Recovered, RunContext, SamplerSettings
+from rankadaptor_plugin.noise import Noise, measure
+from rankadaptor_plugin.objective import Objective, objective_metric, spreads
 from rankadaptor_plugin.recovery import recover
 from rankadaptor_plugin.run_folder import RunFolder
-from rankadaptor_plugin.scores import METRICS, Score
-from rankadaptor_plugin.search import SearchResult, search
+from rankadaptor_plugin.scores import Score
+from rankadaptor_plugin.search import SearchResult, StopReason, search
 from rankadaptor_plugin.statistics import Comparison, compare
 from rankadaptor_plugin.study import TrialStore
 from rankadaptor_plugin.summary import stage_summary
 from rankadaptor_plugin.trials import Outcome, Trial
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from optuna.samplers import BaseSampler
 
     from rankadaptor_plugin.pruned_model import PrunedModel
     from rankadaptor_plugin.ranks import RankAllocation
+
+
+def measure_noise(pruned: PrunedModel, context: RunContext) -> dict[str, Any] | None:
+    """Takes the noise floor alone (`rankadaptor_plugin.noise`), which a later search goes on from.
+
+    Returns:
+        What `Noise.to_json` returns; None if too few allocations can be fine-tuned.
+    """
+    stage = _Stage(pruned, context)
+    with stage.cleared():
+        found = stage.noise()
+    return found.to_json() if found else None
 
 
 def recover_pruned(pruned: PrunedModel, context: RunContext) -> Recovered:
@@ -68,24 +83,84 @@ class _Stage:
         confirm = self.config.confirm
         self.seeds = fresh_seeds(self.config.seed, confirm.choosing_seeds, confirm.seeds)
         self.resident: Any = pruned.model  # wrapped by PEFT from the first adapter on
+        self.verdict_metric = context.oracle.metrics("report")[0]
+        self.objective = self._objective()
 
     def run(self) -> Recovered:
-        try:
+        with self.cleared():
+            noise = self.noise() if self.config.noise.seeds else None
             with (
                 self.folder.timed("search") as add_seconds,
                 TrialStore.open(self.folder.study_url, "search") as store,
             ):
-                found = self._search(store, add_seconds)
+                if noise is not None and not store.trials():
+                    for trial in noise.trials(self.space):
+                        store.add(trial, self.space)
+                drowned = noise is not None and noise.floor.drowned
+                if drowned and self.config.noise.if_drowned == "uniform":
+                    found = SearchResult(
+                        trials=tuple(store.trials()), stop=StopReason.NOISE, interrupted=0
+                    )
+                    finalists = [self.space.uniform()]
+                else:
+                    found = self._search(store, add_seconds)
+                    finalists = found.finalists(self.config.confirm.finalists)
             with (
                 self.folder.timed("confirm") as add_seconds,
                 TrialStore.open(self.folder.study_url, "confirm") as store,
             ):
-                confirmed = self._confirm(found, store, add_seconds)
+                confirmed = self._confirm(finalists, store, add_seconds)
             with self.folder.timed("deliver"):
-                return self._deliver(found, confirmed)
+                return self._deliver(found, confirmed, noise)
+
+    @contextlib.contextmanager
+    def cleared(self) -> Iterator[None]:
+        """Takes the adapter out of the model at the end, however it ends."""
+        try:
+            yield
         finally:
             if isinstance(self.resident, PeftModel):
                 self.resident.unload()
+
+    def noise(self) -> Noise | None:
+        """Measures the noise floor and keeps what it says in noise.json."""
+        oracle = self.context.oracle
+        reported = oracle.describe()["documents"]["report"]
+        with self.folder.timed("noise") as add_seconds:
+
+            def progress(done: int, total: int) -> None:
+                add_seconds()
+                self.context.hook.rankadaptor_on_progress(stage="noise", done=done, total=total)
+
+            found = measure(
+                self.space,
+                self._choosing_run,
+                self.folder,
+                self.config,
+                oracle.metrics("search"),
+                self.verdict_metric,
+                oracle.weights("search"),
+                max(1, sum(map(len, reported.values())) // max(1, len(reported))),
+                progress,
+            )
+            if found is not None:
+                self.folder.write_json("noise.json", found.to_json())
+        return found
+
+    def _objective(self) -> Objective:
+        config, oracle = self.config.oracle, self.context.oracle
+        metric = objective_metric(config, oracle)
+        scales: dict[str, float] = {}
+        if config.normalize == "spread":
+            name = "evaluations/pruned-search.json"
+            kept = self.folder.read_json(name)
+            if kept is None:
+                kept = oracle.score(self.pruned.model, "search").to_json()
+                self.folder.write_json(name, kept)
+            scales = spreads(Score.from_json(kept), metric)
+        return Objective(
+            metric=metric, target=config.target, weights=oracle.weights("search"), scales=scales
+        )
 
     def _search(self, store: TrialStore, add_seconds: Callable[[], None]) -> SearchResult:
         config = self.config.search
@@ -104,7 +179,7 @@ class _Stage:
                     initial_trials=config.initial_trials,
                     candidates=config.candidates,
                     performance_model=lambda: make_model(self.space, model, seed),
-                    metric=self.config.oracle.objective,
+                    metric=self.objective.metric,
                 )
             )
 
@@ -121,7 +196,7 @@ class _Stage:
             store,
             sampler_for,
             config,
-            self._objective,
+            self.objective,
             self.config.seed,
             on_trial,
         )
@@ -151,16 +226,12 @@ class _Stage:
             seconds={"recovery": recovered.seconds, "oracle": time.perf_counter() - began},
         )
 
-    def _objective(self, score: Score) -> float:
-        oracle = self.config.oracle
-        if oracle.target:
-            return score.tasks[oracle.target].values[oracle.objective]
-        return score.mean(oracle.objective, self.context.oracle.weights())
-
     def _confirm(
-        self, found: SearchResult, store: TrialStore, add_seconds: Callable[[], None]
+        self,
+        finalists: Sequence[RankAllocation],
+        store: TrialStore,
+        add_seconds: Callable[[], None],
     ) -> Confirmed:
-        finalists = found.finalists(self.config.confirm.finalists)
         uniform_budget = self.config.rank_space.budget == "uniform"
 
         def progress(done: int, total: int) -> None:
@@ -190,7 +261,7 @@ class _Stage:
         return ConfirmationRun(
             search=outcome.score,
             report=None,
-            objective=self._objective(outcome.score),
+            objective=self.objective(outcome.score),
             train_loss=outcome.train_loss,
             seconds=outcome.seconds,
         )
@@ -215,28 +286,33 @@ class _Stage:
         self.resident.peft_config[adapters.ADAPTER].base_model_name_or_path = base
         self.resident.save_pretrained(folder)
 
-    def _deliver(self, found: SearchResult, confirmed: Confirmed) -> Recovered:
+    def _deliver(self, found: SearchResult, confirmed: Confirmed, noise: Noise | None) -> Recovered:
         comparisons = self._comparisons(confirmed)
-        accuracy = comparisons.get("accuracy")
-        gain = accuracy is not None and accuracy.is_gain
+        deciding = comparisons.get(self.verdict_metric)
+        gain = deciding is not None and deciding.is_gain
         delivered = confirmed.searched if gain and confirmed.searched else confirmed.baseline
         source = self._adapter_folder(delivered)
         adapter = self.folder.write_folder(
             "adapter", lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True)
         )
-        return Recovered(
-            adapter=adapter,
-            allocation=delivered,
-            summary=stage_summary(
-                found,
-                confirmed,
-                comparisons,
-                delivered,
-                self.space,
-                self.config,
-                self.context.oracle.weights(),
-            ),
+        summary = stage_summary(
+            found,
+            confirmed,
+            comparisons,
+            delivered,
+            self.space,
+            self.config,
+            self.context.oracle,
+            self.objective,
+            noise,
         )
+        named = {"uniform": confirmed.baseline, "searched": confirmed.searched}
+        summary["adapters"] = {
+            name: str(self._adapter_folder(allocation).relative_to(self.folder.path))
+            for name, allocation in named.items()
+            if allocation is not None
+        }
+        return Recovered(adapter=adapter, allocation=delivered, summary=summary)
 
     def _comparisons(self, confirmed: Confirmed) -> dict[str, Comparison]:
         if confirmed.searched is None:
@@ -245,8 +321,10 @@ class _Stage:
             confirmed.reports(a) for a in (confirmed.searched, confirmed.baseline)
         )
         target, confidence = self.config.oracle.target, self.config.confirm.confidence
-        weights = {target: 1.0} if target else self.context.oracle.weights()
+        weights = self.context.oracle.weights("report")
+        if target in weights:  # with another oracle for the search it need not be there
+            weights = {target: 1.0}
         return {
             metric: compare(searched, baseline, metric, weights, confidence=confidence)
-            for metric in METRICS
+            for metric in self.context.oracle.metrics("report")
         }

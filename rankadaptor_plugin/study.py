@@ -190,11 +190,10 @@ class TrialStore:
         asked = copy.ask(distributions(space))
         proposal = allocation_from(space, asked.params)
         allocation = place(proposal)
-        searched = [r for r, s in zip(allocation.ranks, space.searchable, strict=True) if s]
         self._study.add_trial(
             optuna.trial.create_trial(
                 state=OptunaState.RUNNING,
-                params=dict(zip(distributions(space), searched, strict=True)),
+                params=_parameters(space, allocation),
                 distributions=asked.distributions,
                 # Some samplers keep their state here.
                 system_attrs=copy.get_trials(deepcopy=False)[-1].system_attrs,
@@ -220,13 +219,20 @@ class TrialStore:
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
         self._storage.set_trial_user_attr(trial_id, key, value)
 
-    def add(self, trial: Trial) -> None:
-        """Stores a finished trial that no sampler proposed, in one transaction."""
+    def add(self, trial: Trial, space: RankSpace | None = None) -> None:
+        """Stores a finished trial that no sampler proposed, in one transaction.
+
+        Args:
+            trial: The trial.
+            space: Its rank space if samplers shall learn from it, as from one of their own.
+        """
         complete = trial.state is TrialState.COMPLETE
         self._study.add_trial(
             optuna.trial.create_trial(
                 state=OptunaState.COMPLETE if complete else OptunaState.FAIL,
                 value=trial.objective,
+                params=None if space is None else _parameters(space, trial.allocation),
+                distributions=None if space is None else distributions(space),
                 user_attrs={RECORD: trial.to_json()},
             )
         )
@@ -247,6 +253,12 @@ def _study(storage: BaseStorage, name: str) -> optuna.Study:
         )
     finally:
         optuna.logging.set_verbosity(verbosity)
+
+
+def _parameters(space: RankSpace, allocation: RankAllocation) -> dict[str, int]:
+    """Returns the ranks of the searched layers under the names of `distributions`."""
+    searched = (r for r, s in zip(allocation.ranks, space.searchable, strict=True) if s)
+    return dict(zip(distributions(space), searched, strict=True))
 
 
 def _is_ours(trial: FrozenTrial) -> bool:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 from safetensors import safe_open
 
 from rankadaptor_plugin import run_file
-from rankadaptor_plugin.confirmation import mean_objective
+from rankadaptor_plugin.confirmation import mean_objective, run_name
+from rankadaptor_plugin.objective import objective_metric
 from rankadaptor_plugin.report import baseline_label, verdict_sentence
-from rankadaptor_plugin.scores import METRICS, Score
+from rankadaptor_plugin.search import StopReason
 from rankadaptor_plugin.statistics import score_cells
 from rankadaptor_plugin.trials import TrialState
 
@@ -23,10 +24,14 @@ if TYPE_CHECKING:
 
     from rankadaptor_plugin.config import RunConfig
     from rankadaptor_plugin.confirmation import Confirmed
-    from rankadaptor_plugin.context import Recovered, RunContext
+    from rankadaptor_plugin.context import Oracle, Recovered, RunContext
+    from rankadaptor_plugin.noise import Noise
+    from rankadaptor_plugin.objective import Objective
     from rankadaptor_plugin.pruned_model import PrunedModel
     from rankadaptor_plugin.ranks import RankAllocation, RankSpace
-    from rankadaptor_plugin.report_data import Footprint, ReportData
+    from rankadaptor_plugin.report_data import Footprint, ReportData, Result
+    from rankadaptor_plugin.report_generation import Entry
+    from rankadaptor_plugin.scores import Score
     from rankadaptor_plugin.search import SearchResult
     from rankadaptor_plugin.statistics import Comparison
 
@@ -48,7 +53,9 @@ def stage_summary(
     delivered: RankAllocation,
     space: RankSpace,
     config: RunConfig,
-    weights: Mapping[str, float],
+    oracle: Oracle,
+    objective: Objective,
+    noise: Noise | None,
 ) -> dict[str, Any]:
     """Returns the parts of the report that the recovery stage knows."""
     named = {"uniform": confirmed.baseline, "recovered": delivered}
@@ -58,10 +65,17 @@ def stage_summary(
     halves = (confirmed.choosing, confirmed.comparing)
     runs = [run for half in halves for several in half.values() for run in several]
     seconds = [t.seconds for t in found.trials] + [run.seconds for run in runs]
+    if noise is not None:  # the runs with the search's own seed are among the trials
+        seconds += [run.seconds for several in noise.runs.values() for run in several[1:]]
+    metrics = oracle.metrics("report")
     return {
         "verdict": {
             "sentence": verdict_sentence(
-                comparisons.get("accuracy"), confirmed.baseline.ranks, config.oracle.target
+                comparisons.get(metrics[0]),
+                confirmed.baseline.ranks,
+                config.oracle.target,
+                metrics[0],
+                searched=found.stop is not StopReason.NOISE,
             ),
             "delivered": "uniform" if delivered == confirmed.baseline else "searched",
             "baseline": baseline_label(confirmed.baseline.ranks),
@@ -70,16 +84,28 @@ def stage_summary(
         "scores": {
             name: score_cells(
                 confirmed.reports(allocation),
-                METRICS,
-                weights,
+                metrics,
+                oracle.weights("report"),
                 confidence=config.confirm.confidence,
             )
             for name, allocation in named.items()
         },
+        "results": {
+            name: [
+                {"file": f"evaluations/{run_name(allocation, seed)}.parquet", "seed": seed}
+                for seed in confirmed.seeds.comparing
+            ]
+            for name, allocation in named.items()
+        },
+        "noise": noise and noise.to_json(),
         "allocations": {name: list(a.ranks) for name, a in named.items()},
         "trainable": {name: space.parameters(a) for name, a in named.items()},
         "trials": [trial.to_json() for trial in found.trials],
-        "objective": {"metric": config.oracle.objective, "target": config.oracle.target or "mean"},
+        "objective": {
+            "metric": objective.metric,
+            "target": objective.target or "mean",
+            **({"normalized": True} if objective.scales else {}),
+        },
         "search": {
             "stop_reason": found.stop.value,
             "initial_trials": config.search.initial_trials,
@@ -103,11 +129,14 @@ def stage_summary(
         "cost": {
             "fine_tuning": sum(s.get("recovery", 0.0) for s in seconds),
             "evaluation": sum(s.get("oracle", 0.0) for s in seconds),
-            "per_trial": sum(sum(t.seconds.values()) for t in complete) / len(complete),
+            "per_trial": (
+                sum(sum(t.seconds.values()) for t in complete) / len(complete) if complete else None
+            ),
         },
         "seeds": {
             "run": config.seed,
             "search": config.seed,
+            "noise": list(noise.seeds) if noise else [],
             "confirm": [*confirmed.seeds.choosing, *confirmed.seeds.comparing],
         },
     }
@@ -119,6 +148,8 @@ def report_data(
     scores: Mapping[str, Sequence[Score]],
     context: RunContext,
     *,
+    results: Mapping[str, Sequence[Result]],
+    generation: Sequence[dict[str, Any]],
     timings: Mapping[str, float],
     evaluation_seconds: float,
     peak_memory_bytes: int | None,
@@ -132,13 +163,16 @@ def report_data(
             empty, the report then shows what the run itself measured.
         scores: Scores on the report documents that the run itself measured, by model.
         context: The run.
+        results: Files with values per document of these scores, by model.
+        generation: Texts of the models.
         timings: Seconds by stage.
         evaluation_seconds: Seconds of evaluations outside the recovery stage.
         peak_memory_bytes: Most memory in use.
         device: Name of the device.
     """
     summary, config = recovered.summary, context.config
-    weights = context.oracle.weights()
+    oracle = context.oracle
+    weights, metrics = oracle.weights("report"), oracle.metrics("report")
     counts = {
         purpose: {task: len(ids) for task, ids in by_task.items()}
         for purpose, by_task in context.oracle.describe()["documents"].items()
@@ -147,7 +181,7 @@ def report_data(
     fine_tuning = cost.get("fine_tuning", 0.0)
     evaluation = cost.get("evaluation", 0.0) + evaluation_seconds
     columns = {
-        name: score_cells(list(several), METRICS, weights, confidence=config.confirm.confidence)
+        name: score_cells(list(several), metrics, weights, confidence=config.confirm.confidence)
         for name, several in scores.items()
     }
     ranks = list(recovered.allocation.ranks)
@@ -162,6 +196,7 @@ def report_data(
             },
         ),
         "tasks": list(weights),
+        "metrics": list(metrics),
         "weights": dict(weights),
         "scores": columns | summary.get("scores", {}),
         "allocations": summary.get("allocations", {"recovered": ranks}),
@@ -183,7 +218,10 @@ def report_data(
         "trials": summary.get("trials", []),
         "objective": summary.get(
             "objective",
-            {"metric": config.oracle.objective, "target": config.oracle.target or "mean"},
+            {
+                "metric": objective_metric(config.oracle, oracle),
+                "target": config.oracle.target or "mean",
+            },
         ),
         "search": summary.get(
             "search",
@@ -215,6 +253,10 @@ def report_data(
         "versions": versions(),
         "seeds": summary.get("seeds", {"run": config.seed}),
         "documents": {"search": counts["search"], "report": counts["report"]},
+        "results": {name: list(files) for name, files in results.items()}
+        | summary.get("results", {}),
+        "noise": summary.get("noise"),
+        "generation": cast("list[Entry]", list(generation)),
         "config": run_file.to_dict(config),
         "device": device,
     }

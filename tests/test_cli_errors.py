@@ -137,7 +137,7 @@ BAD = {
     "too many documents": ({"oracle": {"search_documents": 9999}}, 2, "leave none", "Lower"),
     "task without data": (
         lambda folder: {"oracle": task_without_data(folder)},
-        *(1, "data of the tasks lost cannot be loaded", "Check the task's data files"),
+        *(1, "data of the task 'lost' cannot be loaded", "Check the task's data files"),
     ),
     "no model": ({"model": "nowhere"}, 2, "nowhere does not exist", "Set model"),
     "no config.json": ({"model": "."}, 2, "no readable config.json", "Set model"),

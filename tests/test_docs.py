@@ -28,10 +28,13 @@ def fenced(text: str, language: str) -> list[str]:
 
 
 def command_help() -> list[str]:
-    """What ``--help`` prints on a terminal of 80 columns: of the program, then of each command."""
+    """What ``--help`` prints on a terminal of 80 columns: of the program, then of each command.
+
+    ``lm-eval --help`` is lm-eval's own.
+    """
     cli = build_cli(plugin_manager(third_party=False))
     options = {"prog_name": "rankadaptor-plugin", "terminal_width": 78}  # what click uses there
-    order = [[], ["run"], *([name] for name in sorted(set(cli.commands) - {"run"}))]
+    order = [[], ["run"], *([name] for name in sorted(set(cli.commands) - {"run", "lm-eval"}))]
     return [CliRunner().invoke(cli, [*name, "--help"], **options).output for name in order]
 
 

@@ -17,7 +17,7 @@ from rankadaptor_plugin.adapters import attach, trainable_parameters
 from rankadaptor_plugin.config import OracleConfig
 from rankadaptor_plugin.context import OracleSettings
 from rankadaptor_plugin.errors import ConfigError, OracleError
-from rankadaptor_plugin.lm_eval_tasks import choice_scores
+from rankadaptor_plugin.oracle_requests import choice_scores
 from rankadaptor_plugin.oracles import lm_eval
 from rankadaptor_plugin.ranks import RankAllocation
 
@@ -114,7 +114,7 @@ def test_scores_are_as_computed_by_hand(tasks, oracle, make_llama, make_tokenize
     rows, model, tokenizer = documents(12), make_llama(), make_tokenizer()
     ours = oracle(tasks(rows=rows))
     task = ours.score(model, "search").tasks["toy"]
-    expected = {"accuracy": [], "clp": [], "margin": []}
+    expected = {"accuracy": [], "clp": [], "margin": [], "gold_ll": []}
     for row in (rows[i] for i in ours.describe()["documents"]["search"]["toy"]):
         head = tokenizer(row["question"])["input_ids"]
         logs = []
@@ -127,6 +127,7 @@ def test_scores_are_as_computed_by_hand(tasks, oracle, make_llama, make_tokenize
         expected["accuracy"].append(float(np.argmax(logs) == gold))
         expected["clp"].append(logs[gold] - float(np.log(np.sum(np.exp(logs)))))
         expected["margin"].append(logs[gold] - wrong)
+        expected["gold_ll"].append(logs[gold] / len(row["choices"][gold].encode()))
     for metric, values in expected.items():
         assert task.per_document[metric] == pytest.approx(values, abs=1e-4)
         assert task.values[metric] == pytest.approx(np.mean(values), abs=1e-4)
@@ -134,16 +135,21 @@ def test_scores_are_as_computed_by_hand(tasks, oracle, make_llama, make_tokenize
 
 
 def test_several_right_choices_share_their_probability():
-    logs = np.log([0.1, 0.2, 0.3])
-    assert choice_scores(logs, {0, 2}) == pytest.approx((np.log(0.4 / 0.6), np.log(0.3 / 0.2)))
-    assert choice_scores(logs, {0, 1, 2}) == pytest.approx((0.0, 0.0))
+    logs, sizes = np.log([0.1, 0.2, 0.3]), np.array([1.0, 2.0, 4.0])
+    assert choice_scores(logs, (0, 2), sizes) == pytest.approx(
+        {"clp": np.log(0.4 / 0.6), "margin": np.log(0.3 / 0.2), "gold_ll": np.log(0.3) / 4}
+    )
+    every = choice_scores(logs, (0, 1, 2), sizes)
+    assert (every["clp"], every["margin"]) == pytest.approx((0.0, 0.0))
 
 
 def test_the_batch_size_changes_no_score(tasks, oracle, make_llama):
     folder, model = tasks(), make_llama()
-    one, many = (oracle(folder, batch_size=b).score(model, "search") for b in (1, 64))
+    sizes = ({"batch_size": 1}, {"batch_size": 64}, {"batch_tokens": 1}, {"batch_tokens": 9999})
+    one, *others = (oracle(folder, **size).score(model, "search") for size in sizes)
     for metric, values in one.tasks["toy"].per_document.items():
-        assert many.tasks["toy"].per_document[metric] == pytest.approx(values, abs=1e-4)
+        for other in others:
+            assert other.tasks["toy"].per_document[metric] == pytest.approx(values, abs=1e-4)
 
 
 def test_search_and_report_documents_are_disjoint_also_with_duplicates(tasks, oracle):
@@ -196,7 +202,7 @@ def test_the_report_takes_what_it_asks_for_or_says_what_is_left(tasks, oracle, c
 def test_weights_default_to_one(tasks, oracle):
     tasks("other")
     ours = oracle(tasks(), tasks=("toy", "other"), weights={"other": 0.5}, target="toy")
-    assert ours.weights() == {"toy": 1.0, "other": 0.5}
+    assert ours.weights("search") == ours.weights("report") == {"toy": 1.0, "other": 0.5}
 
 
 GENERATES = {"output_type": "generate_until", "doc_to_choice": None, "metric_list": None}
@@ -207,11 +213,17 @@ GENERATES = {"output_type": "generate_until", "doc_to_choice": None, "metric_lis
     [
         ({}, {"target": "tay"}, ConfigError, r"target names 'tay', .* Did you mean 'toy'"),
         ({}, {"weights": {"tay": 1.0}}, ConfigError, r"weights names 'tay', .* Tasks: toy"),
-        ({}, {"weights": {"toy": 0.0}}, ConfigError, "weights are all 0"),
+        ({}, {"weights": {"toy": 0.0}}, ConfigError, "weights of the search tasks are all 0"),
         # lm-eval's own thousands of names are indexed for this message: some seconds.
         ({}, {"tasks": ("toyy",)}, ConfigError, "Unknown lm-eval task 'toyy'.* mean 'toy'"),
-        (GENERATES, {}, OracleError, "'toy' is of type 'generate_until'; only multiple_choice"),
-        ({"data": "none.jsonl"}, {}, OracleError, r"tasks toy cannot be loaded: .*none\.jsonl"),
+        (GENERATES, {}, OracleError, "'toy' is of type 'generate_until'; .* multiple_choice"),
+        (
+            {"metric_list": [{"metric": "f1", "aggregation": "f1", "higher_is_better": True}]},
+            {},
+            OracleError,
+            "'toy' reports f1, but neither acc nor acc_norm",
+        ),
+        ({"data": "none.jsonl"}, {}, OracleError, r"task 'toy' cannot be loaded: .*none\.jsonl"),
         ({}, {"search_documents": 12}, ConfigError, "'toy' has 12 distinct documents; 12 for the"),
     ],
 )
@@ -227,6 +239,70 @@ def test_relative_data_files_are_found_from_the_task_folder(tasks, oracle, tmp_p
         assert oracle(folder).describe() == oracle(folder.relative_to(tmp_path.parent)).describe()
 
 
+def test_a_task_that_filters_all_documents_away_is_an_oracle_error(tasks, oracle):
+    folder = tasks()
+    (folder / "filters.py").write_text("def none(docs):\n    return docs.select([])\n")
+    yaml_file = folder / "toy.yaml"
+    yaml_file.write_text(yaml_file.read_text() + "process_docs: !function filters.none\n")
+    with pytest.raises(OracleError, match="'toy' has no documents"):
+        oracle(folder)
+
+
+def with_search_task(tasks, rows, own):
+    tasks("toy", rows)
+    return tasks("toy_search", own)
+
+
+def test_a_task_may_bring_search_documents_of_its_own(tasks, oracle, make_llama):
+    rows, own = documents(12), documents(30, seed=1)
+    ours = oracle(with_search_task(tasks, rows, own), search_documents=20, target="toy")
+    ids = ours.describe()["documents"]
+    assert ids["report"] == {"toy": list(range(12))}  # all of it, as lm-eval scores it
+    assert len(ids["search"]["toy"]) == 20
+    score = ours.score(make_llama(), "search").tasks["toy"]
+    assert score.documents == 20
+    assert set(score.keys).isdisjoint(ours.score(make_llama(), "report").tasks["toy"].keys)
+
+
+def test_the_own_documents_of_a_task_are_cut_if_the_run_file_says_so(tasks, oracle):
+    folder = with_search_task(tasks, documents(12), documents(30, seed=1))
+    ids = oracle(folder, search_tasks=("toy",)).describe()["documents"]
+    assert sorted(ids["search"]["toy"] + ids["report"]["toy"]) == list(range(12))
+
+
+def test_a_search_task_may_be_another_one_than_those_of_the_report(tasks, oracle):
+    tasks("other", documents(30, seed=1))
+    ours = oracle(tasks(), search_tasks=("other",), weights={"other": 2.0}, target="other")
+    ids = ours.describe()["documents"]
+    assert (list(ids["search"]), list(ids["report"])) == (["other"], ["toy"])
+    assert (ours.weights("search"), ours.weights("report")) == ({"other": 2.0}, {"toy": 1.0})
+
+
+def test_documents_on_both_sides_are_counted_and_refused(tasks, oracle):
+    rows, own = documents(12), documents(30, seed=1)
+    folder = with_search_task(tasks, rows, [{**row, "id": 99} for row in rows[:3]] + own)
+    with pytest.raises(OracleError, match="3 of the search documents of 'toy' are report docu"):
+        oracle(folder, search_documents=100)
+    kept = oracle(folder, search_documents=100, overlap="drop").describe()["documents"]["search"]
+    assert kept["toy"] == list(range(3, 33))
+
+
+def test_a_search_task_of_report_documents_alone_is_refused(tasks, oracle):
+    folder = with_search_task(tasks, documents(12), documents(12))
+    with pytest.raises(OracleError, match="No search document of 'toy' is left: all 12"):
+        oracle(folder, overlap="drop")
+
+
+def test_keys_name_documents_by_what_they_ask(tasks, oracle, make_llama):
+    rows, model = documents(12), make_llama()
+    first = oracle(tasks(rows=rows), search_documents=2, report_documents=0)
+    other = oracle(tasks(rows=rows[::-1]), search_documents=2, report_documents=0)
+    one, two = (o.score(model, "report").tasks["toy"] for o in (first, other))
+    assert len(set(one.keys)) == 10
+    by_key = dict(zip(two.keys, two.per_document["clp"], strict=True))
+    assert [by_key[key] for key in one.keys] == pytest.approx(one.per_document["clp"], abs=1e-5)
+
+
 def test_an_answer_that_is_no_choice_is_an_oracle_error(tasks, oracle):
     rows = [{**row, "gold": 3 if row["id"] else 0} for row in documents(6)]
     # lm-eval looks at the first document only; we look at all before any fine-tune.
@@ -237,7 +313,9 @@ def test_an_answer_that_is_no_choice_is_an_oracle_error(tasks, oracle):
 def test_a_model_without_probabilities_is_an_oracle_error(tasks, oracle, make_llama):
     model = make_llama()
     model.lm_head.weight.data.fill_(float("nan"))
-    with pytest.raises(OracleError, match=r"not a finite number.*Lower \[recovery\] learning_rate"):
+    with pytest.raises(
+        OracleError, match=r"Scores of toy are not finite.*Lower \[recovery\] learning_rate"
+    ):
         oracle(tasks()).score(model, "search")
 
 

@@ -32,10 +32,10 @@ names = [m.name for m in pkgutil.walk_packages(rankadaptor_plugin.__path__, "ran
 for name in names:
     if not name.endswith(".__main__"):
         importlib.import_module(name)
-from rankadaptor_plugin.lm_eval_tasks import load_tasks
+from rankadaptor_plugin.lm_eval_tasks import Tasks
 from rankadaptor_plugin.tasks import task_dir
 tiny = sorted(path.stem for path in (task_dir() / "tiny").glob("*.yaml"))
-loaded = load_tasks(tuple(tiny), (task_dir(),))["tasks"]
+loaded = Tasks((task_dir(),)).load(tuple(tiny), "tasks")
 sizes = {name: len(task.eval_docs) for name, task in loaded.items()}
 for name in ("hooks", "tasks"):
     try:
@@ -110,6 +110,7 @@ def test_every_file_of_the_three_folders_is_in_the_wheel_and_no_other(names):
     assert {name for name in names if name.startswith(f"{PACKAGE}/")} == expected
     for name in ("py.typed", "embedded/run.toml", "embedded/model/model.safetensors"):
         assert f"{PACKAGE}/{name}" in names
+    assert sum(name.startswith(f"{PACKAGE}/tasks/commonsense7/") for name in names) == 16
     for pattern in (r"tasks/tiny/tiny_\w+\.yaml", r"tasks/tiny/data/tiny_\w+\.jsonl"):
         assert sum(bool(re.fullmatch(f"{PACKAGE}/{pattern}", name)) for name in names) == 7
     assert not [name for name in names if "test_" in name or "/tests/" in name]

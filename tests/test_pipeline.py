@@ -59,7 +59,7 @@ def test_every_artefact_is_there_and_nothing_half_written(finished):
         *("report.json", "report.md", "report.html", "timings.json", ".lock"),
     }
     assert not [p for p in finished.folder.rglob("*") if p.name.endswith((".partial", ".tmp"))]
-    assert len(list((finished.folder / "evaluations").iterdir())) == 2 + 2 * 2
+    assert len(list((finished.folder / "evaluations").iterdir())) == 2 * (2 + 2 * 2)
     assert len(list((finished.folder / "adapters").iterdir())) == 2
 
 

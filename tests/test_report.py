@@ -85,6 +85,10 @@ def report_data(
             },
         },
         "tasks": list(tasks),
+        "metrics": ["accuracy", "clp", "margin"],
+        "results": {},
+        "noise": None,
+        "generation": [],
         "scores": scores,
         "allocations": {
             "uniform": uniform,
@@ -372,7 +376,7 @@ def test_accuracy_as_objective_is_in_percent() -> None:
             trial["objective"] = 0.5
     text, html = check(data)
     assert "| 50.0 |" in text
-    assert "measured (accuracy, %)" in html
+    assert "measured (accuracy in %)" in html
 
 
 def test_unknown_half_width() -> None:

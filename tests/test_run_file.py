@@ -54,7 +54,11 @@ REFUSED = [
     ('[oracle]\nweights = {a = "x"}', "oracle.weights.a is 'x'; it must be a number."),
     ("[oracle]\nweights = {a = -1}", "oracle.weights is -1.0; it must be at least 0. Raise it."),
     ("[oracle]\nweights = {a = nan}", "oracle.weights is nan; it must be a finite number."),
-    ('[oracle]\nobjective = "acuracy"', "oracle.objective is 'acuracy'. Did you mean 'accuracy'? "),
+    (
+        '[oracle]\noverlap = "dorp"',
+        "oracle.overlap is 'dorp'. Did you mean 'drop'? Allowed: refuse",
+    ),
+    (TASKS + "[noise]\nseeds = 1", "noise.seeds is 1, which shows no noise. Use at least 2, or 0"),
     ('dtype = "int8"', "dtype is 'int8'. Allowed: auto, float32, bfloat16, float16."),
     ('[rank_space]\nsearch = "x"', "rank_space.search is 'x'. Allowed: pruned, all."),
     ("", "[oracle] tasks is empty. Name at least one lm-eval task"),
@@ -141,6 +145,8 @@ def configs(cls):
         fields["initial_trials"] = st.just(2)
     if "report_documents" in fields:
         fields["report_documents"] = fields["report_documents"].filter(lambda count: count != 1)
+    if "gains" in fields:
+        fields["seeds"] = fields["seeds"].filter(lambda count: count != 1)
     if "floor" in fields:
         fields["floor"] = st.just(0.0)  # at most the ceiling
     if "device_map" in fields:

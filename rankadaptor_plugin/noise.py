@@ -1,0 +1,293 @@
+"""The noise floor before the search: a few allocations, each fine-tuned with several seeds.
+
+Uniform LoRA and some random allocations show how much of what differs between allocations is more
+than seed noise, for each score, and whether any gain that a search could plausibly find would rise
+above the noise of the final comparison (`rankadaptor_plugin.reliability`, `noise_floor`). The
+fine-tunes with the search's own seed become its first trials, so they are not made twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rankadaptor_plugin.confirmation import (
+    FRESH,
+    ConfirmationRun,
+    Runs,
+    fine_tunes,
+    fresh_seeds,
+    run_name,
+)
+from rankadaptor_plugin.errors import OracleError, RecoveryError
+from rankadaptor_plugin.noise_floor import Floor, assess, fine_tunes_to_detect
+from rankadaptor_plugin.ranks import RankAllocation
+from rankadaptor_plugin.reliability import Reliability, reliability
+from rankadaptor_plugin.samplers import untried
+from rankadaptor_plugin.trials import Phase, Trial, TrialState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from rankadaptor_plugin.config import RunConfig
+    from rankadaptor_plugin.ranks import RankSpace
+    from rankadaptor_plugin.run_folder import RunFolder
+    from rankadaptor_plugin.scores import Score
+
+logger = logging.getLogger(__name__)
+
+OBJECTIVE = "objective"
+"""Stands for what the search maximizes among the names of the scores."""
+
+_LEAST = 2  # allocations, and seeds: fewer show no variance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """What the fine-tunes before the search say.
+
+    Attributes:
+        runs: Runs by allocation, one per seed.
+        tables: Values by score, one row per allocation and one column per seed.
+        seeds: The seeds; the first is that of the search.
+        scores: Reliability by score: the objective, and the mean over the tasks of each metric.
+        decisive: The score in which gains are meant: the metric of the verdict, or the objective.
+        floor: Whether a search can find more than noise.
+        needed: Fine-tunes that a comparison takes to show a gain, by gain in the unit of
+            `decisive`; None where the documents do not suffice.
+        seconds: Mean wall time of a fine-tune and its evaluation.
+        left: Fine-tunes of the run file that are still to be made, at most.
+    """
+
+    runs: Mapping[RankAllocation, Runs]
+    tables: Mapping[str, list[list[float]]]
+    seeds: tuple[int, ...]
+    scores: Mapping[str, Reliability]
+    decisive: str
+    floor: Floor
+    needed: Mapping[float, int | None]
+    seconds: float
+    left: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values, for noise.json and the report."""
+        return {
+            "allocations": [list(allocation.ranks) for allocation in self.runs],
+            "seeds": list(self.seeds),
+            "values": dict(self.tables),
+            "scores": {name: found.to_json() for name, found in self.scores.items()},
+            "decisive": self.decisive,
+            "floor": self.floor.to_json(),
+            "sentence": self.sentence(),
+            "needed": [{"gain": g, "fine_tunes": count} for g, count in self.needed.items()],
+            "seconds_per_fine_tune": self.seconds,
+            "fine_tunes_left": self.left,
+        }
+
+    def sentence(self) -> str:
+        """Says in plain English what the floor means for the search."""
+        if self.decisive == "accuracy":
+            return self.floor.sentence()
+        return self.floor.sentence(unit=f" in {self.decisive}", factor=1.0)
+
+    def trials(self, space: RankSpace) -> list[Trial]:
+        """Returns the runs with the search's seed as trials; only those that lie in the space."""
+        return [
+            Trial(
+                position=position,
+                phase=Phase.INITIALIZATION,
+                allocation=allocation,
+                seed=self.seeds[0],
+                fidelity=1.0,
+                state=TrialState.COMPLETE,
+                score=runs[0].search,
+                objective=runs[0].objective,
+                train_loss=runs[0].train_loss,
+                seconds=runs[0].seconds,
+            )
+            for position, (allocation, runs) in enumerate(
+                (a, several) for a, several in self.runs.items() if space.contains(a)
+            )
+        ]
+
+
+def measure(
+    space: RankSpace,
+    run: Callable[[RankAllocation, int], ConfirmationRun],
+    folder: RunFolder,
+    config: RunConfig,
+    metrics: Sequence[str],
+    decisive: str,
+    weights: Mapping[str, float],
+    report_documents: int,
+    on_run: Callable[[int, int], None],
+) -> Noise | None:
+    """Fine-tunes and scores every allocation with every seed; finished runs are read back.
+
+    An allocation that diverges is left out, with a warning.
+
+    Args:
+        space: The rank space.
+        run: Fine-tunes an allocation with a seed and scores it on the search documents.
+        folder: Run folder, where each run's scores are kept.
+        config: The run file.
+        metrics: Metrics of the search documents.
+        decisive: The metric of the verdict.
+        weights: Weight per task in the mean.
+        report_documents: Documents per task of the final comparison, on average.
+        on_run: Told the number of finished runs and of all runs, before each and at the end.
+
+    Returns:
+        None if fewer than two allocations can be fine-tuned.
+    """
+    seeds = noise_seeds(config.seed, config.noise.seeds)
+    allocations = noise_allocations(space, config.noise.allocations, config.seed)
+    done, total = 0, len(seeds) * len(allocations)
+    runs: dict[RankAllocation, Runs] = {}
+    for allocation in allocations:
+        several = []
+        try:
+            for seed in seeds:
+                kept = _kept(allocation, seed, folder)
+                if kept is None:
+                    on_run(done, total)
+                    kept = _run(allocation, seed, run, folder)
+                several.append(kept)
+                done += 1
+        except (RecoveryError, OracleError) as error:
+            logger.warning("%s is left out of the noise floor: %s", allocation, error)
+            continue
+        runs[allocation] = tuple(several)
+    on_run(total, total)
+    if len(runs) < _LEAST:
+        logger.warning("Fewer than two allocations could be fine-tuned; no noise floor is known")
+        return None
+    return assessed(runs, seeds, config, metrics, decisive, weights, report_documents)
+
+
+def assessed(
+    runs: Mapping[RankAllocation, Runs],
+    seeds: tuple[int, ...],
+    config: RunConfig,
+    metrics: Sequence[str],
+    decisive: str,
+    weights: Mapping[str, float],
+    report_documents: int,
+) -> Noise:
+    """Draws the conclusions from finished runs; arguments as those of `measure`."""
+    confirm, target = config.confirm, config.oracle.target
+    weights = {target: 1.0} if target else weights
+    tables = {OBJECTIVE: [[run.objective for run in several] for several in runs.values()]}
+    for metric in metrics:
+        tables[metric] = [[r.search.mean(metric, weights) for r in row] for row in runs.values()]
+    scores = {
+        name: reliability(table, confidence=confirm.confidence) for name, table in tables.items()
+    }
+    decisive = decisive if decisive in scores else OBJECTIVE
+    documents = document_sd(
+        [[run.search for run in several] for several in runs.values()],
+        metrics[0] if decisive == OBJECTIVE else decisive,
+        weights,
+        report_documents,
+    )
+    seconds = [sum(run.seconds.values()) for several in runs.values() for run in several]
+    seeds_ahead = fresh_seeds(config.seed, confirm.choosing_seeds, confirm.seeds)
+    return Noise(
+        runs=runs,
+        tables=tables,
+        seeds=seeds,
+        scores=scores,
+        decisive=decisive,
+        floor=assess(
+            accuracy=scores[decisive],
+            objective=scores[OBJECTIVE],
+            trials=config.search.max_trials,
+            seeds=confirm.seeds,
+            confidence=confirm.confidence,
+            document_sd=documents,
+        ),
+        needed={
+            gain: fine_tunes_to_detect(
+                gain,
+                scores[decisive].seed_sd,
+                confidence=confirm.confidence,
+                document_sd=documents,
+            )
+            for gain in config.noise.gains
+        },
+        seconds=sum(seconds) / len(seconds),
+        left=max(0, config.search.max_trials - len(runs))
+        + fine_tunes(confirm.finalists, seeds_ahead),
+    )
+
+
+def document_sd(
+    scores: Sequence[Sequence[Score]],
+    metric: str,
+    weights: Mapping[str, float],
+    report_documents: int,
+) -> float:
+    """Returns the standard error of a difference that the choice of documents makes.
+
+    From the differences between the first and each other allocation per document, the mean over
+    the seeds; scaled from the documents at hand to those of the final comparison. Like the
+    comparison itself it counts the chance of single answers here as well as among the seeds.
+
+    Args:
+        scores: Scores with values per document, by allocation and seed.
+        metric: The metric of the difference.
+        weights: Weight per task.
+        report_documents: Documents per task of the final comparison.
+    """
+    shares = {task: weight / sum(weights.values()) for task, weight in weights.items()}
+    variances = []
+    for other in scores[1:]:
+        variance = 0.0
+        for task, share in shares.items():
+            first, second = (
+                np.mean([score.tasks[task].per_document[metric] for score in several], axis=0)
+                for several in (scores[0], other)
+            )
+            if len(first) > 1:
+                variance += share**2 * float(np.var(first - second, ddof=1)) / report_documents
+        variances.append(variance)
+    return math.sqrt(sum(variances) / len(variances))
+
+
+def noise_seeds(seed: int, count: int) -> tuple[int, ...]:
+    """Returns the seeds: that of the search, then others that no trial or confirmation uses."""
+    return (seed, *(seed + 3 * FRESH + i for i in range(count - 1)))
+
+
+def noise_allocations(space: RankSpace, count: int, seed: int) -> list[RankAllocation]:
+    """Returns uniform LoRA and random allocations, `count` together if the space has so many."""
+    uniform = space.uniform()
+    drawn = untried(space, {uniform.ranks}, count - 1, np.random.default_rng([seed, FRESH]))
+    distinct = dict.fromkeys(tuple(int(rank) for rank in row) for row in drawn)
+    return [uniform, *(RankAllocation(ranks) for ranks in distinct)]
+
+
+def _kept(allocation: RankAllocation, seed: int, folder: RunFolder) -> ConfirmationRun | None:
+    name = f"noise/{run_name(allocation, seed)}"
+    kept = folder.read_json(f"{name}.json")
+    if kept is None:
+        return None
+    result = ConfirmationRun.from_json(kept)
+    return result.with_search(folder.with_documents(f"{name}.parquet", result.search))
+
+
+def _run(
+    allocation: RankAllocation,
+    seed: int,
+    run: Callable[[RankAllocation, int], ConfirmationRun],
+    folder: RunFolder,
+) -> ConfirmationRun:
+    name = f"noise/{run_name(allocation, seed)}"
+    done = run(allocation, seed)
+    folder.write_score(f"{name}.parquet", done.search)
+    folder.write_json(f"{name}.json", done.to_json())
+    return done

@@ -1,0 +1,78 @@
+"""What the search maximizes: one number from the scores of all tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from rankadaptor_plugin.errors import ConfigError
+from rankadaptor_plugin.registry import suggestion
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rankadaptor_plugin.config import OracleConfig
+    from rankadaptor_plugin.context import Oracle
+    from rankadaptor_plugin.scores import Score
+
+PREFERRED = "clp"
+"""Objective of an oracle that has it and whose run file names none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A metric's weighted mean over the tasks, or its value on one task.
+
+    Attributes:
+        metric: Name of the metric.
+        target: The one task; empty for the mean.
+        weights: Weight per task in the mean.
+        scales: What a task's values are divided by; 1 for tasks left out.
+    """
+
+    metric: str
+    target: str = ""
+    weights: Mapping[str, float]
+    scales: Mapping[str, float] = field(default_factory=dict)
+
+    def __call__(self, score: Score) -> float:
+        """Returns the value of a score on the search documents."""
+        weights = {self.target: 1.0} if self.target else self.weights
+        total = sum(weights.values())
+        return (
+            sum(
+                weight * score.tasks[task].values[self.metric] / self.scales.get(task, 1.0)
+                for task, weight in weights.items()
+            )
+            / total
+        )
+
+
+def objective_metric(config: OracleConfig, oracle: Oracle) -> str:
+    """Returns the metric that the search maximizes.
+
+    Raises:
+        ConfigError: If the oracle does not have the metric that the run file names, or its search
+            documents do not have the target.
+    """
+    metrics = oracle.metrics("search")
+    if config.target and config.target not in oracle.weights("search"):
+        raise ConfigError(
+            f"[oracle] target names {config.target!r}, which has no search documents."
+            f"{suggestion(config.target, list(oracle.weights('search')))} Tasks that have: "
+            f"{', '.join(oracle.weights('search'))}."
+        )
+    if not config.objective:
+        return PREFERRED if PREFERRED in metrics else metrics[0]
+    if config.objective not in metrics:
+        hint = suggestion(config.objective, list(metrics))
+        raise ConfigError(
+            f"oracle.objective is {config.objective!r}.{hint} Allowed for the oracle "
+            f"{config.search_name or config.name}: {', '.join(metrics)}."
+        )
+    return config.objective
+
+
+def spreads(score: Score, metric: str) -> dict[str, float]:
+    """Returns the standard deviation of each task over its documents, 1 where there is none."""
+    return {name: task.spread(metric) or 1.0 for name, task in score.tasks.items()}

@@ -1,0 +1,161 @@
+"""The oracle ``perplexity``: how probable a model finds held-out running text.
+
+Each text is cut into windows; a text belongs to the search or to the report as a whole, by a hash
+of its content, unless there is one text only. The score is the mean log-likelihood of a token, in
+nats: perplexity is ``exp(-log_likelihood)``. It needs no benchmark, and no fine-tune is so bad that
+it tells nothing of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rankadaptor_plugin.corpus import prompt_and_response, read_rows
+from rankadaptor_plugin.errors import ConfigError, OracleError
+from rankadaptor_plugin.loglikelihood import loglikelihoods, plan
+from rankadaptor_plugin.scores import LOG_LIKELIHOOD, Score, TaskScore
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rankadaptor_plugin.context import OracleSettings
+
+TASK = "text"
+WINDOW = 512
+"""Tokens per window where the run file sets no ``max_length``."""
+
+Window = tuple[list[int], list[int]]  # ids before the first scored token, scored ids
+
+
+class PerplexityOracle:
+    """Scores models on held-out text.
+
+    Args:
+        settings: The file, window length, numbers of windows, tokenizer and seed.
+
+    Raises:
+        ConfigError: If no text is named, it is missing, or too short to be cut in two.
+        CorpusError: If the file is malformed.
+    """
+
+    def __init__(self, settings: OracleSettings) -> None:
+        config = settings.config
+        if not config.text:
+            raise ConfigError(
+                "The oracle perplexity needs held-out text. Name a file in [oracle] text."
+            )
+        if config.target not in ("", TASK):
+            raise ConfigError(
+                f"[oracle] target names {config.target!r}, but the oracle perplexity has the one "
+                f"task {TASK!r}. Leave target empty."
+            )
+        self._config = config
+        length = config.max_length or WINDOW
+        texts = [
+            row["text"] if "text" in row else "".join(prompt_and_response(row, "plain"))
+            for row in read_rows(Path(config.text), "held-out text")
+        ]
+        distinct = {zlib.crc32(f"{settings.seed} {text}".encode()): text for text in texts}
+        cut = [_windows(distinct[key], settings.tokenizer, length) for key in sorted(distinct)]
+        self._windows = {}
+        self._windows["search"], self._windows["report"] = _halves(
+            [windows for windows in cut if windows],
+            config.search_documents,
+            config.report_documents,
+            config.text,
+        )
+        self._plans = {
+            purpose: plan(
+                windows,
+                max_length=length,
+                batch_tokens=config.batch_tokens,
+                batch_size=config.batch_size,
+            )
+            for purpose, windows in self._windows.items()
+        }
+
+    def metrics(self, documents: str) -> tuple[str, ...]:
+        """Returns ``log_likelihood``."""
+        return (LOG_LIKELIHOOD,)
+
+    def weights(self, documents: str) -> dict[str, float]:
+        """Returns the weight of the only task."""
+        return {TASK: 1.0}
+
+    def describe(self) -> dict[str, Any]:
+        """Returns numbers of the windows, and a digest of their tokens."""
+        sha = hashlib.sha256(repr(self._windows).encode())
+        first = len(self._windows["search"])
+        numbers = {
+            "search": list(range(first)),
+            "report": list(range(first, first + len(self._windows["report"]))),
+        }
+        return {
+            "documents": {purpose: {TASK: ids} for purpose, ids in numbers.items()},
+            "digest": sha.hexdigest()[:16],
+        }
+
+    def score(self, model: PreTrainedModel | PeftModel, documents: str) -> Score:
+        """Scores a model, which is put into evaluation mode.
+
+        The values per window are weighted by their tokens, so that their mean is that of all
+        tokens.
+
+        Raises:
+            OracleError: If a score is not a finite number.
+        """
+        model.eval()
+        windows = self._windows[documents]
+        likelihoods, _ = loglikelihoods(model, self._plans[documents])
+        tokens = sum(len(scored) for _, scored in windows)
+        values = likelihoods * (len(windows) / tokens)
+        if not np.isfinite(values).all():
+            raise OracleError(
+                "The log-likelihood of the held-out text is not a finite number. Lower [recovery] "
+                "learning_rate or use another dtype."
+            )
+        keys = [f"{zlib.crc32(repr(window).encode()):08x}" for window in windows]
+        return Score(tasks={TASK: TaskScore.of({LOG_LIKELIHOOD: values.tolist()}, keys=keys)})
+
+
+def perplexity(settings: OracleSettings) -> PerplexityOracle:
+    """Builds the oracle ``perplexity``."""
+    return PerplexityOracle(settings)
+
+
+def _windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Window]:
+    """Cuts a text into windows; the first token of each has the begin-of-text token before it."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    windows = []
+    for start in range(0, len(ids), length):
+        window = begin + ids[start : start + length]
+        if len(window) > 1:
+            windows.append((window[:1], window[1:]))
+    return windows
+
+
+def _halves(
+    texts: list[list[Window]], search: int, report: int, path: str
+) -> tuple[list[Window], list[Window]]:
+    """Gives whole texts to the search until it has enough windows, the others to the report."""
+    if len(texts) == 1:
+        texts = [[window] for window in texts[0]]
+    searched: list[Window] = []
+    reported: list[Window] = []
+    for windows in texts:
+        (searched if len(searched) < search else reported).extend(windows)
+    searched, reported = searched[:search], reported[: report or len(reported)]
+    if not reported:
+        count = sum(len(windows) for windows in texts)
+        raise ConfigError(
+            f"The held-out text {path} gives {count} windows; {search} for the search leave none "
+            "for the report. Lower [oracle] search_documents or max_length, or give more text."
+        )
+    return searched, reported
