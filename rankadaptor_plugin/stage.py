@@ -1,48 +1,34 @@
 """The recovery stage ``rankadaptor``: noise floor, search, confirm, deliver.
 
-The one place where the search meets models, adapters and oracles: it hands `search` a function
-that fine-tunes and scores, and nothing else.
+Each step is handed functions that fine-tune and score, and knows nothing else of models.
 """
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
-
 from rankadaptor_plugin import adapters
-from rankadaptor_plugin.confirmation import (
-    Confirmation,
-    ConfirmationRun,
-    Confirmed,
-    fine_tunes,
-    fresh_seeds,
-    run_name,
-)
+from rankadaptor_plugin.confirmation import Confirmation, Confirmed, fine_tunes, fresh_seeds
 from rankadaptor_plugin.context import Recovered, RunContext, SamplerSettings
+from rankadaptor_plugin.fine_tuning import FineTuner
 from rankadaptor_plugin.noise import Noise, measure
 from rankadaptor_plugin.objective import Objective, objective_metric, spreads
-from rankadaptor_plugin.recovery import recover
 from rankadaptor_plugin.run_folder import RunFolder
 from rankadaptor_plugin.scores import Score
 from rankadaptor_plugin.search import SearchResult, StopReason, search
 from rankadaptor_plugin.statistics import Comparison, compare
 from rankadaptor_plugin.study import TrialStore
 from rankadaptor_plugin.summary import stage_summary
-from rankadaptor_plugin.trials import Outcome, Trial
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Sequence
 
     from optuna.samplers import BaseSampler
 
     from rankadaptor_plugin.pruned_model import PrunedModel
     from rankadaptor_plugin.ranks import RankAllocation
+    from rankadaptor_plugin.trials import Trial
 
 
 def measure_noise(pruned: PrunedModel, context: RunContext) -> dict[str, Any] | None:
@@ -52,7 +38,7 @@ def measure_noise(pruned: PrunedModel, context: RunContext) -> dict[str, Any] | 
         What `Noise.to_json` returns; None if too few allocations can be fine-tuned.
     """
     stage = _Stage(pruned, context)
-    with stage.cleared():
+    with stage.tuner.cleared():
         found = stage.noise()
     return found.to_json() if found else None
 
@@ -82,20 +68,20 @@ class _Stage:
         )
         confirm = self.config.confirm
         self.seeds = fresh_seeds(self.config.seed, confirm.choosing_seeds, confirm.seeds)
-        self.resident: Any = pruned.model  # wrapped by PEFT from the first adapter on
         self.verdict_metric = context.oracle.metrics("report")[0]
         self.objective = self._objective()
+        self.tuner = FineTuner(
+            pruned, context, self.folder, self.objective, self.seeds.comparing[0]
+        )
 
     def run(self) -> Recovered:
-        with self.cleared():
+        with self.tuner.cleared():
             noise = self.noise() if self.config.noise.seeds else None
             with (
                 self.folder.timed("search") as add_seconds,
                 TrialStore.open(self.folder.study_url, "search") as store,
             ):
-                if noise is not None and not store.trials():
-                    for trial in noise.trials(self.space):
-                        store.add(trial, self.space)
+                self._go_on(store, noise)
                 drowned = noise is not None and noise.floor.drowned
                 if drowned and self.config.noise.if_drowned == "uniform":
                     found = SearchResult(
@@ -113,15 +99,6 @@ class _Stage:
             with self.folder.timed("deliver"):
                 return self._deliver(found, confirmed, noise)
 
-    @contextlib.contextmanager
-    def cleared(self) -> Iterator[None]:
-        """Takes the adapter out of the model at the end, however it ends."""
-        try:
-            yield
-        finally:
-            if isinstance(self.resident, PeftModel):
-                self.resident.unload()
-
     def noise(self) -> Noise | None:
         """Measures the noise floor and keeps what it says in noise.json."""
         oracle = self.context.oracle
@@ -134,7 +111,7 @@ class _Stage:
 
             found = measure(
                 self.space,
-                self._choosing_run,
+                self.tuner.search_run,
                 self.folder,
                 self.config,
                 oracle.metrics("search"),
@@ -162,12 +139,22 @@ class _Stage:
             metric=metric, target=config.target, weights=oracle.weights("search"), scales=scales
         )
 
-    def _search(self, store: TrialStore, add_seconds: Callable[[], None]) -> SearchResult:
-        config = self.config.search
-        hook, earlier = self.context.hook, store.trials()
-        hook.rankadaptor_on_progress(stage="search", done=len(earlier), total=config.max_trials)
+    def _go_on(self, store: TrialStore, noise: Noise | None) -> None:
+        """Takes up earlier trials; a search begins with the fine-tunes of the noise floor."""
+        hook, total = self.context.hook, self.config.search.max_trials
+        earlier = store.trials()
+        hook.rankadaptor_on_progress(stage="search", done=len(earlier), total=total)
         if earlier:
             hook.rankadaptor_on_resume(trials=earlier, context=self.context)
+        first = [] if noise is None else noise.trials(self.space)[:total]
+        known = [trial.allocation for trial in earlier]
+        if known == [trial.allocation for trial in first[: len(known)]]:
+            for trial in first[len(known) :]:
+                store.add(trial, self.space)
+                hook.rankadaptor_after_trial(trial=trial, context=self.context)
+
+    def _search(self, store: TrialStore, add_seconds: Callable[[], None]) -> SearchResult:
+        config, hook = self.config.search, self.context.hook
 
         def sampler_for(seed: int) -> BaseSampler:
             registries, model = self.context.registries, self.config.performance_model
@@ -192,38 +179,13 @@ class _Stage:
 
         return search(
             self.space,
-            self._evaluate,
+            self.tuner.evaluate,
             store,
             sampler_for,
             config,
             self.objective,
             self.config.seed,
             on_trial,
-        )
-
-    def _evaluate(self, allocation: RankAllocation, fidelity: float, seed: int) -> Outcome:
-        if not isinstance(self.resident, PeftModel):
-            # Wrapped here already: a first fine-tune that diverges must not leave an adapter
-            # behind in a model that passes for a plain one.
-            alpha = self.config.recovery.alpha_over_rank
-            self.resident = adapters.attach(
-                self.resident, allocation, seed=seed, alpha_over_rank=alpha
-            )
-        recovered = recover(
-            self.resident,
-            allocation,
-            self.context.corpus,
-            self.config.recovery,
-            seed=seed,
-            fidelity=fidelity,
-        )
-        self.resident = recovered.model
-        began = time.perf_counter()
-        score = self.context.oracle.score(recovered.model, "search")
-        return Outcome(
-            score=score,
-            train_loss=recovered.train_loss,
-            seconds={"recovery": recovered.seconds, "oracle": time.perf_counter() - began},
         )
 
     def _confirm(
@@ -245,53 +207,21 @@ class _Stage:
 
         progress(0, fine_tunes(len(finalists), self.seeds))
         return Confirmation(
-            choose=self._choosing_run,
-            compare=self._comparing_run,
+            choose=self.tuner.search_run,
+            compare=self.tuner.report_run,
             folder=self.folder,
             store=store,
             seeds=self.seeds,
             on_run=progress,
-            is_whole=lambda allocation, seed: (
-                seed != self.seeds.comparing[0] or self._adapter_folder(allocation).is_dir()
-            ),
+            is_whole=self.tuner.is_whole,
         ).confirm(finalists, baseline_for)
-
-    def _choosing_run(self, allocation: RankAllocation, seed: int) -> ConfirmationRun:
-        outcome = self._evaluate(allocation, 1.0, seed)
-        return ConfirmationRun(
-            search=outcome.score,
-            report=None,
-            objective=self.objective(outcome.score),
-            train_loss=outcome.train_loss,
-            seconds=outcome.seconds,
-        )
-
-    def _comparing_run(self, allocation: RankAllocation, seed: int) -> ConfirmationRun:
-        run = self._choosing_run(allocation, seed)
-        began = time.perf_counter()
-        report = self.context.oracle.score(self.resident, "report")
-        oracle_seconds = run.seconds["oracle"] + time.perf_counter() - began
-        if seed == self.seeds.comparing[0]:
-            name = self._adapter_folder(allocation).relative_to(self.folder.path)
-            self.folder.write_folder(str(name), self._save_adapter)
-        return replace(run, report=report, seconds={**run.seconds, "oracle": oracle_seconds})
-
-    def _adapter_folder(self, allocation: RankAllocation) -> Path:
-        """Where the adapter of the first comparing seed lies, the one that may be delivered."""
-        return self.folder.path / "adapters" / run_name(allocation, self.seeds.comparing[0])
-
-    def _save_adapter(self, folder: Path) -> None:
-        # The model was pruned in memory; PEFT needs telling where its base lies on disk.
-        base = str(self.folder.pruned.resolve())
-        self.resident.peft_config[adapters.ADAPTER].base_model_name_or_path = base
-        self.resident.save_pretrained(folder)
 
     def _deliver(self, found: SearchResult, confirmed: Confirmed, noise: Noise | None) -> Recovered:
         comparisons = self._comparisons(confirmed)
         deciding = comparisons.get(self.verdict_metric)
         gain = deciding is not None and deciding.is_gain
         delivered = confirmed.searched if gain and confirmed.searched else confirmed.baseline
-        source = self._adapter_folder(delivered)
+        source = self.folder.path / self.tuner.adapter_name(delivered)
         adapter = self.folder.write_folder(
             "adapter", lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True)
         )
@@ -308,7 +238,7 @@ class _Stage:
         )
         named = {"uniform": confirmed.baseline, "searched": confirmed.searched}
         summary["adapters"] = {
-            name: str(self._adapter_folder(allocation).relative_to(self.folder.path))
+            name: self.tuner.adapter_name(allocation)
             for name, allocation in named.items()
             if allocation is not None
         }

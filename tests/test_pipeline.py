@@ -269,7 +269,7 @@ def test_on_a_terminal_there_is_a_live_display(
     shown = screen.getvalue()
     assert "\x1b[" in shown
     assert "] load" not in shown
-    for word in ("predicted", "measured", "best", "confirm", "iteration"):
+    for word in ("predicted", "measured", "best", "iteration"):
         assert word in shown
 
 

@@ -13,7 +13,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoConfig
 
-from rankadaptor_plugin import stage
+from rankadaptor_plugin import fine_tuning
 from rankadaptor_plugin.embedded_default import model_folder
 from rankadaptor_plugin.errors import ConfigError, UnsupportedModelError
 from rankadaptor_plugin.families import LLAMA
@@ -96,7 +96,7 @@ def test_the_script_run_again_goes_on_without_a_new_fine_tune(folder, monkeypatc
 
     before = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
     (folder / "out" / "report.json").unlink()
-    monkeypatch.setattr(stage, "recover", refuse)
+    monkeypatch.setattr(fine_tuning, "recover", refuse)
     monkeypatch.chdir(folder)
     runpy.run_path("prune.py", run_name="__main__")
     after = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))

@@ -1,0 +1,124 @@
+"""Fine-tunes on the resident pruned model: recovered, scored, and its adapter kept.
+
+Here the search meets models, adapters and oracles; what it sees of them are functions of an
+allocation and a seed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+
+from rankadaptor_plugin import adapters
+from rankadaptor_plugin.confirmation import ConfirmationRun, run_name
+from rankadaptor_plugin.recovery import recover
+from rankadaptor_plugin.trials import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from rankadaptor_plugin.context import RunContext
+    from rankadaptor_plugin.objective import Objective
+    from rankadaptor_plugin.pruned_model import PrunedModel
+    from rankadaptor_plugin.ranks import RankAllocation
+    from rankadaptor_plugin.run_folder import RunFolder
+
+
+class FineTuner:
+    """Fine-tunes one allocation after the other on one model.
+
+    Args:
+        pruned: The pruned model.
+        context: The run.
+        folder: Its folder.
+        objective: What the search maximizes.
+        delivered_seed: Seed of the fine-tunes whose adapters are kept.
+    """
+
+    def __init__(
+        self,
+        pruned: PrunedModel,
+        context: RunContext,
+        folder: RunFolder,
+        objective: Objective,
+        delivered_seed: int,
+    ) -> None:
+        self._context, self._folder = context, folder
+        self._objective, self._delivered_seed = objective, delivered_seed
+        self._resident: Any = pruned.model  # wrapped by PEFT from the first adapter on
+
+    @contextlib.contextmanager
+    def cleared(self) -> Iterator[None]:
+        """Takes the adapter out of the model at the end of the block, however it ends."""
+        try:
+            yield
+        finally:
+            if isinstance(self._resident, PeftModel):
+                self._resident.unload()
+
+    def evaluate(self, allocation: RankAllocation, fidelity: float, seed: int) -> Outcome:
+        """Fine-tunes an allocation and scores it on the search documents."""
+        config = self._context.config.recovery
+        if not isinstance(self._resident, PeftModel):
+            # Wrapped here already: a first fine-tune that diverges must not leave an adapter
+            # behind in a model that passes for a plain one.
+            self._resident = adapters.attach(
+                self._resident, allocation, seed=seed, alpha_over_rank=config.alpha_over_rank
+            )
+        recovered = recover(
+            self._resident,
+            allocation,
+            self._context.corpus,
+            config,
+            seed=seed,
+            fidelity=fidelity,
+        )
+        self._resident = recovered.model
+        began = time.perf_counter()
+        score = self._context.oracle.score(recovered.model, "search")
+        return Outcome(
+            score=score,
+            train_loss=recovered.train_loss,
+            seconds={"recovery": recovered.seconds, "oracle": time.perf_counter() - began},
+        )
+
+    def search_run(self, allocation: RankAllocation, seed: int) -> ConfirmationRun:
+        """Fine-tunes and scores on the search documents."""
+        outcome = self.evaluate(allocation, 1.0, seed)
+        return ConfirmationRun(
+            search=outcome.score,
+            report=None,
+            objective=self._objective(outcome.score),
+            train_loss=outcome.train_loss,
+            seconds=outcome.seconds,
+        )
+
+    def report_run(self, allocation: RankAllocation, seed: int) -> ConfirmationRun:
+        """Fine-tunes and scores on both sets of documents; one seed's adapter is kept."""
+        run = self.search_run(allocation, seed)
+        began = time.perf_counter()
+        report = self._context.oracle.score(self._resident, "report")
+        oracle_seconds = run.seconds["oracle"] + time.perf_counter() - began
+        if seed == self._delivered_seed:
+            self._folder.write_folder(self.adapter_name(allocation), self._save)
+        return replace(run, report=report, seconds={**run.seconds, "oracle": oracle_seconds})
+
+    def is_whole(self, allocation: RankAllocation, seed: int) -> bool:
+        """Tells whether a run that was scored has left its adapter, if it should."""
+        folder = self._folder.path / self.adapter_name(allocation)
+        return seed != self._delivered_seed or folder.is_dir()
+
+    def adapter_name(self, allocation: RankAllocation) -> str:
+        """Returns where in the run folder the adapter lies that may be delivered."""
+        return f"adapters/{run_name(allocation, self._delivered_seed)}"
+
+    def _save(self, folder: Path) -> None:
+        # The model was pruned in memory; PEFT needs telling where its base lies on disk.
+        base = str(self._folder.pruned.resolve())
+        self._resident.peft_config[adapters.ADAPTER].base_model_name_or_path = base
+        self._resident.save_pretrained(folder)
