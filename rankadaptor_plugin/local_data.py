@@ -141,10 +141,11 @@ def find_copy(data_dir: Path, benchmark: str, split: str) -> list[Path]:
     """Returns the file of a split, or its parquet shards in their order, or nothing.
 
     Where several copies are there, the first counts: ``DIR/<benchmark>/<split>``,
-    ``DIR/<benchmark>_<split>``, then the names of the downloads; parquet before JSON.
+    ``DIR/<benchmark>_<split>``, the names of the downloads, then a part of a split with its number
+    of rows in the name, ``DIR/<benchmark>_<split>1000``; parquet before JSON.
 
     Raises:
-        OracleError: If a shard is missing.
+        OracleError: If a shard is missing, or several parts are there.
     """
     for stem in _stems(data_dir, benchmark, split):
         for suffix in SUFFIXES:
@@ -154,7 +155,22 @@ def find_copy(data_dir: Path, benchmark: str, split: str) -> list[Path]:
         shards = sorted(stem.parent.glob(f"{stem.name}-*-of-*.parquet"))
         if shards:
             return _complete(shards, stem)
-    return []
+    return _part(data_dir, benchmark, split)
+
+
+def _part(data_dir: Path, benchmark: str, split: str) -> list[Path]:
+    named = re.compile(rf"{benchmark}_{split}\d+")
+    parts = sorted(
+        file
+        for file in data_dir.glob(f"{benchmark}_{split}*")
+        if file.suffix in SUFFIXES and named.fullmatch(file.stem)
+    )
+    if len(parts) > 1:
+        raise OracleError(
+            f"{data_dir} holds several parts of {benchmark} {split}: "
+            f"{', '.join(file.name for file in parts)}. Leave one of them."
+        )
+    return parts
 
 
 def read_rows(file: Path) -> list[Any]:

@@ -35,7 +35,7 @@ TASKS = {
     "tiny_winogrande": "acc",
     "tiny_arc_challenge": "acc_norm",
 }
-DOCUMENTS = 40  # per task
+DOCUMENTS = 25  # per task
 MODELS = ("base", "width", "depth", "adapter", "merged")
 STOCK_BATCHES = (1, 16, 64)
 BATCHES = (

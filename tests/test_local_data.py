@@ -378,3 +378,18 @@ def test_a_broken_file_is_refused_in_one_line(tmp_path, name, content, message):
     with pytest.raises(OracleError, match=message) as caught:
         read_rows(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_part_of_a_split_may_carry_its_number_of_rows(tmp_path):
+    row = {"goal": "boil water", "sol1": "heat it", "sol2": "cool it", "label": 0}
+    part = tmp_path / "piqa_validation1000.jsonl"
+    part.write_text(json.dumps(row), encoding="utf-8")
+    (tmp_path / "piqa_validation_notes.jsonl").write_text("no copy", encoding="utf-8")
+    assert find_copy(tmp_path, "piqa", "validation") == [part]
+    assert load_split(tmp_path, "piqa", "validation") == [row]
+    (tmp_path / "piqa_validation20.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    with pytest.raises(OracleError, match=r"several parts .*1000\.jsonl, piqa_validation20"):
+        load_split(tmp_path, "piqa", "validation")
+    whole = tmp_path / "piqa_validation.json"
+    whole.write_text(json.dumps(row), encoding="utf-8")
+    assert find_copy(tmp_path, "piqa", "validation") == [whole]
