@@ -59,11 +59,11 @@ class TaskRequests:
         self._metric = accuracy_metric
         # A task of its own: its instances and what it remembers belong to these documents.
         self._task = copy.copy(documents.task)
+        for name in ("doc_to_text", "doc_to_choice", "doc_to_target"):
+            setattr(self._task, name, _remembering(getattr(self._task, name)))
         with quiet("lm_eval"):
             # A set, as lm-eval looks up each of its documents in it.
             self._task.build_all_requests(samples=frozenset(documents.ids))
-        for name in ("doc_to_text", "doc_to_choice", "doc_to_target"):
-            setattr(self._task, name, _remembering(getattr(self._task, name)))
         self.questions = [
             self._question(list(requests))
             for _, requests in groupby(self._task.instances, key=lambda r: r.doc_id)
@@ -208,17 +208,19 @@ def choice_scores(
     }
 
 
-def _remembering(render: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _remembering(render: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a function that calls `render` once per document.
 
     lm-eval compiles a template at every call, which takes longer than a small model's answer.
-    Documents are told apart by identity; the requests keep them alive.
+    Documents are told apart by identity, and kept, so that no other one takes an identity over.
     """
-    known: dict[int, Any] = {}
+    known: dict[int, tuple[Any, Any]] = {}
 
-    def remembered(doc: Any) -> Any:
+    def remembered(doc: Any, *template: Any) -> Any:
+        if template and template[0] is not None:  # few-shot examples may have one of their own
+            return render(doc, *template)
         if id(doc) not in known:
-            known[id(doc)] = render(doc)
-        return known[id(doc)]
+            known[id(doc)] = (doc, render(doc))
+        return known[id(doc)][1]
 
     return remembered

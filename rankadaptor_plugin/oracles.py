@@ -7,6 +7,7 @@ lm-eval reports and three scores with far less noise: `clp`, `margin` and `gold_
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ class LmEvalOracle:
         tasks = Tasks(settings.task_paths, config.data_dir)
         self._documents = choose(tasks, config, settings.seed)
         self._check_names()
+        self._description = self._described()
         self._requests = {
             purpose: Requests(
                 documents,
@@ -63,6 +65,9 @@ class LmEvalOracle:
 
     def describe(self) -> dict[str, Any]:
         """Returns the document ids by purpose and task, and a digest of what they ask."""
+        return copy.deepcopy(self._description)
+
+    def _described(self) -> dict[str, Any]:
         sha = hashlib.sha256()
         for by_task in self._documents.values():
             for name, documents in by_task.items():
