@@ -125,8 +125,6 @@ def stock_task(benchmark: str, data_dir: Path) -> ConfigurableTask:
     config = load_yaml(Path(lm_eval.tasks.__file__).parent / ours["stock"])
     config.pop("tag", None)
     split = config.get("test_split") or config["validation_split"]
-    if not (data_dir / f"{benchmark}_{split}.jsonl").is_file():
-        split = config["validation_split"]  # boolq and others name a test split without answers
     lines = (data_dir / f"{benchmark}_{split}.jsonl").read_text(encoding="utf-8").split("\n")
     rows = Dataset.from_list([json.loads(line) for line in lines])
     data = {split: rows, "train": rows}

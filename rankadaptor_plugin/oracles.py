@@ -13,7 +13,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.errors import ConfigError, OracleError
-from rankadaptor_plugin.lm_eval_tasks import Tasks, accuracy_metric
+from rankadaptor_plugin.lm_eval_tasks import Tasks, accuracy_metric, compiled_once
 from rankadaptor_plugin.oracle_documents import choose
 from rankadaptor_plugin.oracle_requests import Requests
 from rankadaptor_plugin.registry import suggestion
@@ -42,18 +42,19 @@ class LmEvalOracle:
     def __init__(self, settings: OracleSettings) -> None:
         config = self._config = settings.config
         tasks = Tasks(settings.task_paths, config.data_dir)
-        self._documents = choose(tasks, config, settings.seed)
-        self._check_names()
+        with compiled_once():
+            self._documents = choose(tasks, config, settings.seed)
+            self._check_names()
+            self._requests = {
+                purpose: Requests(
+                    documents,
+                    {name: accuracy_metric(name, d.task) for name, d in documents.items()},
+                    config,
+                    settings.tokenizer,
+                )
+                for purpose, documents in self._documents.items()
+            }
         self._description = self._described()
-        self._requests = {
-            purpose: Requests(
-                documents,
-                {name: accuracy_metric(name, d.task) for name, d in documents.items()},
-                config,
-                settings.tokenizer,
-            )
-            for purpose, documents in self._documents.items()
-        }
 
     def metrics(self, documents: str) -> tuple[str, ...]:
         """Returns `METRICS`, for search and for report documents."""
