@@ -1,6 +1,6 @@
 """Which score is least noisy: fine-tunes of random allocations, each with several seeds.
 
-    OMP_NUM_THREADS=1 python benchmarks/score_noise.py
+    OMP_NUM_THREADS=1 python benchmarks/score_noise.py --allocations 33 --seeds 4
 
 The embedded model, pruned and recovered as its run file says. Uniform LoRA and random allocations
 within its budget are fine-tuned with the same seeds. Each fine-tune is scored on the search
@@ -16,7 +16,9 @@ None of them is in the recovery corpus. Printed and written to ``results/score_n
 the reliability of each score (`rankadaptor_plugin.reliability`), and how well it ranks allocations
 from one seed: Spearman's correlation with the mean report score of the other seeds, the mean over
 the choices of this one seed. Their intervals, and those of the differences from `clp`, are
-percentiles of a bootstrap over the allocations, the same resamples for every score.
+percentiles of a bootstrap over the allocations, the same resamples for every score. Another
+``--seed`` repeats all of it with other allocations, fine-tunes and documents; it becomes part of
+the name.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ def held_out_texts(prepared: Prepared) -> dict[str, list[str]]:
     for purpose, by_task in documents.items():
         docs = [d.task.eval_docs[i] for d in by_task.values() for i in d.ids]
         lines[purpose] = [f"{doc['context']} {doc['choices'][doc['gold']]}" for doc in docs]
-    world, other = World(config.seed), []
+    world, other = World(), []
     asked = {doc["context"] for d in documents["search"].values() for doc in d.task.eval_docs}
     for task in TASKS:
         left = [q for q in world.questions(task, "eval") if q.prompt not in asked]
@@ -160,11 +162,18 @@ def iccs(table: Array, draws: NDArray[np.int64]) -> Array:
     return np.array([reliability(table[draw]).icc for draw in draws])
 
 
-def measure(allocations: int, seeds: int) -> dict[str, Any]:
-    """Fine-tunes and scores; returns tables of shape (n, k) by score, and what was run."""
+def measure(allocations: int, seeds: int, seed: int) -> dict[str, Any]:
+    """Fine-tunes and scores; returns tables of shape (n, k) by score, and what was run.
+
+    Args:
+        allocations: Uniform LoRA and this many less one random allocations.
+        seeds: Fine-tunes of each.
+        seed: Seed of the run: draws allocations, calibration sequences and documents, and numbers
+            the seeds of the fine-tunes.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         config = dataclasses.replace(
-            run_file.load(EMBEDDED_RUN_FILE), output=str(Path(scratch) / "run")
+            run_file.load(EMBEDDED_RUN_FILE), output=str(Path(scratch) / "run"), seed=seed
         )
         folder, texts_folder = RunFolder(Path(config.output)), Path(scratch) / "texts"
         texts_folder.mkdir()
@@ -188,8 +197,8 @@ def measure(allocations: int, seeds: int) -> dict[str, Any]:
     began = time.perf_counter()
     for allocation in drawn:
         found.append([])
-        for seed in numbers:
-            model = recover(model, allocation, corpus, config.recovery, seed=seed).model
+        for number in numbers:
+            model = recover(model, allocation, corpus, config.recovery, seed=number).model
             search, report = (oracle.score(model, purpose) for purpose in ("search", "report"))
             values = {metric: search.mean(metric, weights) for metric in METRICS}
             values[SCALED] = scaled(search)
@@ -253,11 +262,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--allocations", type=int, default=17, help="uniform LoRA is one of them")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the run")
     parser.add_argument("--draws", type=int, default=2000, help="resamples of the bootstrap")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    measured = measure(options.allocations, options.seeds)
+    measured = measure(options.allocations, options.seeds, options.seed)
     machine = f"{processor()}, 1 of {os.cpu_count()} cores, Python {platform.python_version()}"
     result = {
         "date": date.today().isoformat(),
@@ -272,7 +282,8 @@ def main() -> None:
     )
     show(result)
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"score_noise-{date.today().isoformat()}.json"
+    part = f"-seed{options.seed}" if options.seed else ""
+    path = RESULTS / f"score_noise{part}-{date.today().isoformat()}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 

@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 
 from rankadaptor_plugin.errors import OracleError
 from rankadaptor_plugin.lm_eval_tasks import gold_choices, quiet
-from rankadaptor_plugin.loglikelihood import loglikelihoods, plan
+from rankadaptor_plugin.loglikelihood import Plan, loglikelihoods, plan
 from rankadaptor_plugin.scores import Score, TaskScore
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class TaskRequests:
 
 
 class Requests:
-    """The requests of several tasks, ready for any model with the same tokenizer.
+    """The requests of several tasks, ready for any model with one tokenizer and context window.
 
     Args:
         documents: Documents by name of the task.
@@ -127,12 +127,13 @@ class Requests:
     ) -> None:
         self._config, self._tokenizer = config, tokenizer
         self._tasks = {name: TaskRequests(d, metrics[name]) for name, d in documents.items()}
-        self._encoded: list[tuple[list[int], list[int]]] | None = None
-        self._plans: dict[int, Any] = {}
+        self._planned: Plan | None = None
 
     def score(self, model: PreTrainedModel | PeftModel) -> Score:
         """Scores a model, which must be in evaluation mode."""
-        likelihoods, greedy = loglikelihoods(model, self._plan(model))
+        if self._planned is None:
+            self._planned = self._plan(model)
+        likelihoods, greedy = loglikelihoods(model, self._planned)
         scores, begin = {}, 0
         for name, task in self._tasks.items():
             end = begin + sum(len(question.requests) for question in task.questions)
@@ -140,30 +141,26 @@ class Requests:
             begin = end
         return Score(tasks=scores)
 
-    def _plan(self, model: PreTrainedModel | PeftModel) -> Any:
+    def _plan(self, model: PreTrainedModel | PeftModel) -> Plan:
+        """Tokenises and packs the requests; the models of a run have one context window."""
         with quiet("lm_eval"):
             lm = HFLM(
                 pretrained=model,
                 tokenizer=self._tokenizer,
                 max_length=self._config.max_length or None,
             )
-        if self._encoded is None:
-            pairs = [
-                request.args[:2]
-                for task in self._tasks.values()
-                for question in task.questions
-                for request in question.requests
-            ]
-            self._encoded = [encoded(lm, context, text) for context, text in pairs]
-        length = int(lm.max_length)
-        if length not in self._plans:
-            self._plans[length] = plan(
-                self._encoded,
-                max_length=length,
-                batch_tokens=self._config.batch_tokens,
-                batch_size=self._config.batch_size,
-            )
-        return self._plans[length]
+        pairs = (
+            request.args[:2]
+            for task in self._tasks.values()
+            for question in task.questions
+            for request in question.requests
+        )
+        return plan(
+            [encoded(lm, context, text) for context, text in pairs],
+            max_length=int(lm.max_length),
+            batch_tokens=self._config.batch_tokens,
+            batch_size=self._config.batch_size,
+        )
 
 
 def encoded(lm: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from rankadaptor_plugin import hookimpl
+from rankadaptor_plugin.embedded_default import corpus_file
 from rankadaptor_plugin.oracles import LmEvalOracle
+from rankadaptor_plugin.perplexity import PerplexityOracle
 
 QUICK = {
     "corpus": {"limit": 64},
@@ -33,15 +35,19 @@ class Counter:
     def rankadaptor_register_oracles(self, register):
         counter = self
 
-        class CountingOracle(LmEvalOracle):
-            def score(self, model, documents):
-                if documents == "search":
-                    if counter.fine_tunes == counter.stop_after:
-                        raise KeyboardInterrupt
-                    counter.fine_tunes += 1
-                return super().score(model, documents)
+        def counting(kind):
+            class CountingOracle(kind):
+                def score(self, model, documents):
+                    if documents == "search":
+                        if counter.fine_tunes == counter.stop_after:
+                            raise KeyboardInterrupt
+                        counter.fine_tunes += 1
+                    return super().score(model, documents)
 
-        register("counting", CountingOracle)
+            return CountingOracle
+
+        register("counting", counting(LmEvalOracle))
+        register("counting-text", counting(PerplexityOracle))
 
     @hookimpl
     def rankadaptor_on_progress(self, stage, done, total):
@@ -321,15 +327,42 @@ def test_an_interrupted_step_goes_on(word, run_after, measured, tmp_path, write_
         assert lasting(report_of(out)) == lasting(run_after.report)
 
 
+def test_a_torn_fine_tune_is_named_and_made_anew(
+    measured, copy_of, tmp_path, write_run_file, command, counter
+):
+    out, file = copy_of(measured), write_run_file(tmp_path / "r.toml", **QUICK)
+    torn = min((out / "noise").glob("*.parquet"))
+    torn.write_bytes(torn.read_bytes()[:-40])
+    result = command("noise", file, plugin=counter)
+    assert result.exit_code == 1
+    assert str(torn) in result.stderr.splitlines()[-1]
+    assert "Delete it and run again" in result.stderr.splitlines()[-1]
+    torn.unlink()  # what the message says
+    result = command("noise", file, plugin=counter)
+    assert result.exit_code == 0, result.stderr
+    assert counter.fine_tunes == 1
+    before, after = (
+        json.loads((folder / "noise.json").read_text("utf-8")) for folder in (measured.folder, out)
+    )
+    assert after["values"] == before["values"]
+
+
 # ----------------------------------------------------------------------------------- drowned
 
 
 @pytest.fixture(scope="module")
 def drowned(tmp_path_factory, write_run_file, command):
-    """A run whose fine-tunes change nothing, so that no allocation can be better than another."""
+    """A run whose two seeds for the comparison could not tell any gain from noise."""
     folder = tmp_path_factory.mktemp("drowned")
     counter = Counter()
-    settings = {**QUICK, "recovery": {**QUICK["recovery"], "learning_rate": 0.0}}
+    held_out = corpus_file("embedded").read_text("utf-8").splitlines()[-40:]
+    (folder / "text.jsonl").write_text("\n".join(held_out) + "\n", encoding="utf-8")
+    oracle = {"name": "counting-text", "tasks": [], "text": str(folder / "text.jsonl")}
+    settings = {
+        **QUICK,
+        "oracle": {**QUICK["oracle"], **oracle},
+        "confirm": {"confidence": 0.99},
+    }
     result = command("run", write_run_file(folder / "r.toml", **settings), plugin=counter)
     assert result.exit_code == 0, result.stderr
     return SimpleNamespace(
@@ -343,7 +376,9 @@ def drowned(tmp_path_factory, write_run_file, command):
 
 def test_a_drowned_floor_ends_without_a_search(drowned):
     report = drowned.report
-    assert report["noise"]["floor"]["drowned"]
+    floor = report["noise"]["floor"]
+    assert floor["drowned"]
+    assert floor["plausible_gain_high"] < floor["detectable_gain"] / 2
     assert report["search"]["stop_reason"] == "noise floor"
     assert report["verdict"]["sentence"] == (
         "no search: no plausible gain rises above the noise; uniform rank 8 is delivered"
@@ -391,3 +426,10 @@ def test_a_search_can_be_asked_for_all_the_same(
     assert len(report["trials"]) == 4
     assert report["noise"]["floor"]["drowned"]
     assert counter.fine_tunes <= 1 + CONFIRMED // 2  # uniform LoRA was confirmed already
+
+    # A search that was made is not unmade.
+    write_run_file(tmp_path / "r.toml", **drowned.settings)
+    result = command("run", tmp_path / "r.toml", plugin=counter)
+    assert result.exit_code == 0, result.stderr
+    assert report_of(out)["verdict"] == report["verdict"]
+    assert report_of(out)["search"] == report["search"]
