@@ -210,7 +210,6 @@ def measure(allocations: int, seeds: int, seed: int) -> dict[str, Any]:
     return {
         "allocations": [list(allocation.ranks) for allocation in drawn],
         "seeds": list(numbers),
-        "documents": {p: len(oracle.describe()["documents"][p]) for p in ("search", "report")},
         "lines": {name: len(text) for name, text in texts.items()},
         "seconds_per_fine_tune": (time.perf_counter() - began) / (len(drawn) * seeds),
         "values": {n: [[run[n] for run in row] for row in found] for n in found[0][0]},

@@ -15,9 +15,8 @@ import click
 )
 @click.option(
     "--metric",
-    default="accuracy",
-    show_default=True,
-    help="What to compare: accuracy, clp, margin or gold_ll.",
+    metavar="NAME",
+    help="What to compare, such as clp; what the first run's verdict is about if left out.",
 )
 @click.option("--task", metavar="NAME", help="One task, instead of the weighted mean.")
 @click.option(
@@ -43,7 +42,7 @@ import click
 def compare(
     runs: tuple[str, ...],
     every_model: bool,
-    metric: str,
+    metric: str | None,
     task: str | None,
     confidence: float | None,
     resamples: int,

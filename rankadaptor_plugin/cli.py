@@ -40,8 +40,9 @@ class _Group(click.Group):
                 raise
             reason = str(error).split(". ")[0]
             click.echo(
-                f"Error: {reason}. Set a smaller batch_size or max_tokens, fewer or shorter "
-                'calibration sequences, or device_map = "auto" to use all GPUs; then run again.',
+                f"Error: {reason}. Set a smaller micro_batch_size, batch_tokens or max_tokens, "
+                'fewer or shorter calibration sequences, or device_map = "auto" to use all GPUs; '
+                "then run again.",
                 err=True,
             )
             ctx.exit(1)

@@ -10,7 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from rankadaptor_plugin.report_numbers import number
+from rankadaptor_plugin.report_numbers import number, unit_of_difference
 
 if TYPE_CHECKING:
     from rankadaptor_plugin.bootstrap import Difference
@@ -49,11 +49,16 @@ def text(found: RunComparison, width: int) -> str:
 
 def _pairs(found: RunComparison) -> Table:
     confidence = next(iter(found.pairs.values())).confidence
-    unit = "points" if found.metric == "accuracy" else "nats"
+    unit = unit_of_difference(found.metric)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("A", "B"):
         table.add_column(name, no_wrap=True)
-    for name in (f"difference ({unit})", f"{100 * confidence:g} % interval", "p", "adjusted p"):
+    for name in (
+        f"difference ({unit})" if unit else "difference",
+        f"{100 * confidence:g} % interval",
+        "p",
+        "adjusted p",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for (a, b), difference in found.pairs.items():

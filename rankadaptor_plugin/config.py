@@ -130,6 +130,12 @@ class RankSpaceConfig:
                 f"{self.default_rank}, so no allocation fits the budget of uniform LoRA. Add a "
                 'smaller candidate, raise default_rank, or set budget = "free".'
             )
+        if self.budget == "uniform" and self.candidates[-1] <= self.default_rank:
+            raise RankSpaceError(
+                f"The greatest rank candidate {self.candidates[-1]} is not above default_rank "
+                f"{self.default_rank}, so the budget of uniform LoRA leaves a single allocation. "
+                'Add a greater candidate, lower default_rank, or set budget = "free".'
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +234,8 @@ class NoiseConfig:
     allocations: int = _f(4, "uniform LoRA and this many less one random allocations", low=2)
     gains: tuple[float, ...] = _f(
         (0.005, 0.01, 0.02),
-        "accuracy gains (0.01 is one point) for which the fine-tunes needed are told",
+        "gains for which the fine-tunes needed are told, in the metric of the verdict; 0.01 of "
+        "accuracy is one point",
         above=0.0,
         below=1.0,
     )

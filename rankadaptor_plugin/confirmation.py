@@ -206,15 +206,15 @@ class Confirmation:
         runs = []
         for seed in seeds:
             name = f"evaluations/{run_name(allocation, seed)}"
-            kept = self._folder.read_json(f"{name}.json")
-            if kept is None or not self._is_whole(allocation, seed):
+            reports = seeds == self._seeds.comparing
+            result = self._folder.read_result(name, ConfirmationRun.from_json, documents=reports)
+            if result is None or not self._is_whole(allocation, seed):
                 done = run(allocation, seed)
                 if done.report is not None:
                     self._folder.write_score(f"{name}.parquet", done.report)
-                kept = done.to_json()
-                self._folder.write_json(f"{name}.json", kept)
-            # Always as it reads back, so that a run broken off ends like one that was not.
-            result = ConfirmationRun.from_json(json.loads(json.dumps(kept)))
+                self._folder.write_json(f"{name}.json", done.to_json())
+                # As it reads back, so that a run broken off ends like one that was not.
+                result = ConfirmationRun.from_json(json.loads(json.dumps(done.to_json())))
             if result.report is not None:
                 report = self._folder.with_documents(f"{name}.parquet", result.report)
                 result = replace(result, report=report)

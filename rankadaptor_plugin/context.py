@@ -97,12 +97,14 @@ class OracleSettings:
         tokenizer: Tokenizer of the model.
         task_paths: Folders with lm-eval task YAML.
         seed: Seed of the run; decides which documents are drawn.
+        window: Context window of the model in tokens, None if it has no limit.
     """
 
     config: OracleConfig
     tokenizer: PreTrainedTokenizerBase
     task_paths: tuple[Path, ...]
     seed: int
+    window: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,6 +68,13 @@ class Corpus:
     dropped: int
 
 
+_SETTINGS = {
+    "corpus": "[corpus] path",
+    "calibration text": "[prune] calibration",
+    "held-out text": "[oracle] text",
+}
+
+
 def load_corpus(
     path: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -126,7 +133,7 @@ def load_corpus(
 
 
 def read_rows(path: Path, what: str = "corpus") -> list[dict[str, str]]:
-    """Reads the rows of a corpus file, or of the ``"calibration text"``.
+    """Reads the rows of a corpus file, or of the ``"calibration text"`` or ``"held-out text"``.
 
     Returns:
         Dictionaries with either ``text`` or ``instruction``, ``input`` and ``output``.
@@ -135,7 +142,7 @@ def read_rows(path: Path, what: str = "corpus") -> list[dict[str, str]]:
         ConfigError: If the file is missing.
         CorpusError: If it is malformed.
     """
-    setting = "[corpus] path" if what == "corpus" else "[prune] calibration"
+    setting = _SETTINGS[what]
     try:
         content = path.read_text(encoding="utf-8-sig")
     except OSError as error:

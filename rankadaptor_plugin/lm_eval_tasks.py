@@ -137,23 +137,25 @@ class Tasks:
 
     def _load(self, name: str) -> dict[str, Any]:
         folders = [Path.cwd(), *(f for path in self._paths for f in (path, *path.parents))]
-        failure: Exception | None = None
+        failure: BaseException | None = None
         for folder in folders:
             try:
-                with contextlib.chdir(folder), quiet("lm_eval"):
+                with contextlib.chdir(folder), quiet("lm_eval"), quiet("datasets"):
                     return dict(self._manager.load([name])["tasks"])
             except RankAdaptorError:
                 raise
             except FileNotFoundError as error:
                 failure = failure or error
             except IndexError as error:  # lm-eval looks at the first document
-                raise OracleError(
-                    f"The task {name!r} has no documents, perhaps because its process_docs leaves "
-                    "none. Check its data."
-                ) from error
+                fault = "a first document with an empty choice, or an answer that is no choice"
+                if "size 0" in str(error):
+                    fault = "no documents, perhaps because its process_docs leaves none"
+                raise OracleError(f"The task {name!r} has {fault}. Correct its data.") from error
             except Exception as error:  # the task's own code and the data library raise anything
                 failure = error
                 break
+        while failure and failure.__cause__ is not None:  # where the data library says what it is
+            failure = failure.__cause__
         reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
         raise OracleError(
             f"The data of the task {name!r} cannot be loaded: {reason}. Check the task's data "

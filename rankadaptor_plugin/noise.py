@@ -27,6 +27,7 @@ from rankadaptor_plugin.errors import OracleError, RecoveryError
 from rankadaptor_plugin.noise_floor import Floor, assess, fine_tunes_to_detect
 from rankadaptor_plugin.ranks import RankAllocation
 from rankadaptor_plugin.reliability import Reliability, reliability
+from rankadaptor_plugin.report_numbers import unit_of_difference
 from rankadaptor_plugin.samplers import untried
 from rankadaptor_plugin.trials import Phase, Trial, TrialState
 
@@ -55,10 +56,11 @@ class Noise:
         tables: Values by score, one row per allocation and one column per seed.
         seeds: The seeds; the first is that of the search.
         scores: Reliability by score: the objective, and the mean over the tasks of each metric.
-        decisive: The score in which gains are meant: the metric of the verdict, or the objective.
-        floor: Whether a search can find more than noise.
+        decisive: The metric of the verdict, in which gains are meant.
+        floor: Whether a search can find more than noise; None if the search documents do not have
+            the metric of the verdict, as with another oracle for the search.
         needed: Fine-tunes that a comparison takes to show a gain, by gain in the unit of
-            `decisive`; None where the documents do not suffice.
+            `decisive`; None where the documents do not suffice. Empty along with the floor.
         seconds: Mean wall time of a fine-tune and its evaluation.
         left: Fine-tunes of the run file that are still to be made, at most.
     """
@@ -68,10 +70,15 @@ class Noise:
     seeds: tuple[int, ...]
     scores: Mapping[str, Reliability]
     decisive: str
-    floor: Floor
+    floor: Floor | None
     needed: Mapping[float, int | None]
     seconds: float
     left: int
+
+    @property
+    def is_drowned(self) -> bool:
+        """Whether no plausible gain rises above the noise."""
+        return self.floor is not None and self.floor.drowned
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values, for noise.json and the report."""
@@ -81,7 +88,7 @@ class Noise:
             "values": dict(self.tables),
             "scores": {name: found.to_json() for name, found in self.scores.items()},
             "decisive": self.decisive,
-            "floor": self.floor.to_json(),
+            "floor": self.floor and self.floor.to_json(),
             "sentence": self.sentence(),
             "needed": [{"gain": g, "fine_tunes": count} for g, count in self.needed.items()],
             "seconds_per_fine_tune": self.seconds,
@@ -90,9 +97,14 @@ class Noise:
 
     def sentence(self) -> str:
         """Says in plain English what the floor means for the search."""
-        if self.decisive == "accuracy":
-            return self.floor.sentence()
-        return self.floor.sentence(unit=f" in {self.decisive}", factor=1.0)
+        if self.floor is None:
+            return (
+                f"The search asks another oracle than the verdict, which is about {self.decisive}: "
+                "whether a gain in that can rise above the noise is not known beforehand."
+            )
+        factor = 100.0 if self.decisive == "accuracy" else 1.0
+        unit = unit_of_difference(self.decisive) or f"in {self.decisive}"
+        return self.floor.sentence(unit=f" {unit}", factor=factor)
 
     def trials(self, space: RankSpace) -> list[Trial]:
         """Returns the runs with the search's seed as trials; only those that lie in the space."""
@@ -187,13 +199,31 @@ def assessed(
     scores = {
         name: reliability(table, confidence=confirm.confidence) for name, table in tables.items()
     }
-    decisive = decisive if decisive in scores else OBJECTIVE
-    documents = document_sd(
-        [[run.search for run in several] for several in runs.values()],
-        metrics[0] if decisive == OBJECTIVE else decisive,
-        weights,
-        report_documents,
-    )
+    floor, needed = None, {}
+    if decisive in scores:
+        documents = document_sd(
+            [[run.search for run in several] for several in runs.values()],
+            decisive,
+            weights,
+            report_documents,
+        )
+        floor = assess(
+            accuracy=scores[decisive],
+            objective=scores[OBJECTIVE],
+            trials=config.search.max_trials,
+            seeds=confirm.seeds,
+            confidence=confirm.confidence,
+            document_sd=documents,
+        )
+        needed = {
+            gain: fine_tunes_to_detect(
+                gain,
+                scores[decisive].seed_sd,
+                confidence=confirm.confidence,
+                document_sd=documents,
+            )
+            for gain in config.noise.gains
+        }
     seconds = [sum(run.seconds.values()) for several in runs.values() for run in several]
     seeds_ahead = fresh_seeds(config.seed, confirm.choosing_seeds, confirm.seeds)
     return Noise(
@@ -202,23 +232,8 @@ def assessed(
         seeds=seeds,
         scores=scores,
         decisive=decisive,
-        floor=assess(
-            accuracy=scores[decisive],
-            objective=scores[OBJECTIVE],
-            trials=config.search.max_trials,
-            seeds=confirm.seeds,
-            confidence=confirm.confidence,
-            document_sd=documents,
-        ),
-        needed={
-            gain: fine_tunes_to_detect(
-                gain,
-                scores[decisive].seed_sd,
-                confidence=confirm.confidence,
-                document_sd=documents,
-            )
-            for gain in config.noise.gains
-        },
+        floor=floor,
+        needed=needed,
         seconds=sum(seconds) / len(seconds),
         left=max(0, config.search.max_trials - len(runs))
         + fine_tunes(confirm.finalists, seeds_ahead),
@@ -253,7 +268,12 @@ def document_sd(
                 for several in (scores[0], other)
             )
             if len(first) > 1:
-                variance += share**2 * float(np.var(first - second, ddof=1)) / report_documents
+                spread = float(np.var(first - second, ddof=1))
+                if metric == "accuracy":
+                    # That no answer differs among these documents does not mean that none can:
+                    # half of one more document, as Jeffreys' prior has it.
+                    spread = max(spread, 0.5 / (len(first) + 1))
+                variance += share**2 * spread / report_documents
         variances.append(variance)
     return math.sqrt(sum(variances) / len(variances))
 
@@ -273,10 +293,9 @@ def noise_allocations(space: RankSpace, count: int, seed: int) -> list[RankAlloc
 
 def _kept(allocation: RankAllocation, seed: int, folder: RunFolder) -> ConfirmationRun | None:
     name = f"noise/{run_name(allocation, seed)}"
-    kept = folder.read_json(f"{name}.json")
-    if kept is None:
+    result = folder.read_result(name, ConfirmationRun.from_json)
+    if result is None:
         return None
-    result = ConfirmationRun.from_json(kept)
     return result.with_search(folder.with_documents(f"{name}.parquet", result.search))
 
 

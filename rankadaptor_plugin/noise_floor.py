@@ -83,9 +83,9 @@ class Floor:
             "detectable": "a search can find more than noise.",
         }[self.outcome]
         return (
-            f"A search of {self.trials} trials is expected to gain {gain} (at most {high}) over "
-            f"the average allocation; the final comparison with {self.seeds} seeds can tell "
-            f"{floor} from noise: {verdict}"
+            f"A search of {self.trials} trials is expected to gain {gain} over the average "
+            f"allocation (at most {high}, with {100 * self.level:g} % confidence); the final "
+            f"comparison with {self.seeds} seeds can tell {floor} from noise: {verdict}"
         )
 
 
@@ -142,7 +142,7 @@ def assess(
         plausible_gain=gain,
         plausible_gain_high=high,
         detectable_gain=floor,
-        drowned=high <= floor,
+        drowned=floor > 0 and high <= floor,
         fine_tunes_needed=fine_tunes_to_detect(
             gain, accuracy.seed_sd, confidence=confidence, power=power, document_sd=document_sd
         ),

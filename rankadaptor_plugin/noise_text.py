@@ -15,10 +15,6 @@ def noise_text(noise: dict[str, Any], width: int) -> str:
         noise: What `rankadaptor_plugin.noise.Noise.to_json` returned.
         width: Characters in a line.
     """
-    parts = (
-        noise["sentence"],
-        table_text(tables.scores(noise), width),
-        table_text(tables.needed(noise), width),
-        tables.forecast(noise),
-    )
-    return "\n\n".join(parts)
+    shown = [tables.scores(noise), tables.needed(noise)]
+    parts = [table_text(table, width) for table in shown if table.rows]
+    return "\n\n".join([noise["sentence"], *parts, tables.forecast(noise)])

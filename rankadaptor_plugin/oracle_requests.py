@@ -21,7 +21,7 @@ from rankadaptor_plugin.loglikelihood import Plan, loglikelihoods, plan
 from rankadaptor_plugin.scores import Score, TaskScore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
     from peft import PeftModel
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
     from rankadaptor_plugin.config import OracleConfig
     from rankadaptor_plugin.oracle_documents import Documents
+
+
+FEWSHOT_SEED = 1234
+"""What lm-eval's own commands draw few-shot examples with."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class TaskRequests:
         for name in ("doc_to_text", "doc_to_choice", "doc_to_target"):
             setattr(self._task, name, _remembering(getattr(self._task, name)))
         with quiet("lm_eval"):
+            self._task.set_fewshot_seed(FEWSHOT_SEED)
             # A set, as lm-eval looks up each of its documents in it.
             self._task.build_all_requests(samples=frozenset(documents.ids))
         self.questions = [
@@ -83,6 +88,11 @@ class TaskRequests:
                 dtype=np.float64,
             ),
         )
+
+    def asked(self) -> Iterator[str]:
+        """Returns what fixes the scores: every request as it is asked, and the right answers."""
+        for question in self.questions:
+            yield repr(([request.args for request in question.requests], question.gold))
 
     def score(self, likelihoods: NDArray[np.float64], greedy: NDArray[np.bool_]) -> TaskScore:
         """Scores the answers to all requests, in their order; both of shape (requests,)."""
@@ -129,6 +139,11 @@ class Requests:
         self._tasks = {name: TaskRequests(d, metrics[name]) for name, d in documents.items()}
         self._planned: Plan | None = None
 
+    def asked(self) -> Iterator[str]:
+        """Returns what fixes the scores of all tasks."""
+        for task in self._tasks.values():
+            yield from task.asked()
+
     def score(self, model: PreTrainedModel | PeftModel) -> Score:
         """Scores a model, which must be in evaluation mode."""
         if self._planned is None:
@@ -149,15 +164,23 @@ class Requests:
                 tokenizer=self._tokenizer,
                 max_length=self._config.max_length or None,
             )
-        pairs = (
-            request.args[:2]
-            for task in self._tasks.values()
-            for question in task.questions
-            for request in question.requests
-        )
+        length = int(lm.max_length)
+        requests = []
+        for name, task in self._tasks.items():
+            for question in task.questions:
+                for request in question.requests:
+                    before, after = encoded(lm, *request.args[:2])
+                    if len(after) > length:
+                        raise OracleError(
+                            f"The choice {request.args[1].strip()[:40]!r} of a document of "
+                            f"{name!r} has {len(after)} tokens; at most {length} can be scored. "
+                            "Raise [oracle] max_length up to what the model allows, or leave the "
+                            "task out."
+                        )
+                    requests.append((before, after))
         return plan(
-            [encoded(lm, context, text) for context, text in pairs],
-            max_length=int(lm.max_length),
+            requests,
+            max_length=length,
             batch_tokens=self._config.batch_tokens,
             batch_size=self._config.batch_size,
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.errors import ConfigError, OracleError
@@ -70,12 +69,11 @@ class LmEvalOracle:
 
     def _described(self) -> dict[str, Any]:
         sha = hashlib.sha256()
-        for by_task in self._documents.values():
+        for purpose, by_task in self._documents.items():
             for name, documents in by_task.items():
                 sha.update(f"{name} {documents.task.VERSION} {documents.ids}".encode())
-                docs = documents.task.eval_docs
-                for index in documents.ids:
-                    sha.update(json.dumps(docs[index], default=str).encode())
+            for asked in self._requests[purpose].asked():
+                sha.update(asked.encode())
         ids = {
             purpose: {name: list(documents.ids) for name, documents in by_task.items()}
             for purpose, by_task in self._documents.items()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TASK = "text"
 WINDOW = 512
-"""Tokens per window where the run file sets no ``max_length``."""
+"""Most tokens per window where the run file sets no ``max_length``."""
 
 Window = tuple[list[int], list[int]]  # ids before the first scored token, scored ids
 
@@ -50,13 +50,23 @@ class PerplexityOracle:
             raise ConfigError(
                 "The oracle perplexity needs held-out text. Name a file in [oracle] text."
             )
+        for name in config.weights:
+            if name != TASK:
+                raise ConfigError(
+                    f"[oracle] weights names {name!r}, but the oracle perplexity has the one task "
+                    f"{TASK!r}. Leave weights empty."
+                )
         if config.target not in ("", TASK):
             raise ConfigError(
                 f"[oracle] target names {config.target!r}, but the oracle perplexity has the one "
                 f"task {TASK!r}. Leave target empty."
             )
-        self._config = config
-        length = config.max_length or WINDOW
+        length = config.max_length or min(WINDOW, settings.window or WINDOW)
+        if settings.window and length > settings.window:
+            raise ConfigError(
+                f"[oracle] max_length {length} is more than the model's context window of "
+                f"{settings.window} tokens. Lower it."
+            )
         texts = [
             row["text"] if "text" in row else "".join(prompt_and_response(row, "plain"))
             for row in read_rows(Path(config.text), "held-out text")

@@ -189,19 +189,22 @@ class _Run:
         """Returns a model's score on the report documents, kept from an earlier session if any."""
         file = f"evaluations/{name}{of and f'-{of}'}"
         self._progress(f"evaluate {name}", 0)
-        if (kept := self.folder.read_json(f"{file}.json")) is None:
+        kept = self.folder.read_result(file, _measured)
+        if kept is None:
             with self.folder.timed("evaluate"):
                 loaded = model()
                 began = time.perf_counter()
                 score = self.context.oracle.score(loaded, "report")
                 seconds = time.perf_counter() - began
             self.folder.write_score(f"{file}.parquet", score)
-            kept = {"score": score.to_json(), "seconds": seconds}
-            self.folder.write_json(f"{file}.json", kept)
-        self.evaluation_seconds += kept["seconds"]
+            content = {"score": score.to_json(), "seconds": seconds}
+            self.folder.write_json(f"{file}.json", content)
+            kept = _measured(content)
+        score, seconds = kept
+        self.evaluation_seconds += seconds
         self.results[name] = [{"file": f"{file}.parquet", "seed": None}]
         self._progress(f"evaluate {name}", 1)
-        return self.folder.with_documents(f"{file}.parquet", Score.from_json(kept["score"]))
+        return self.folder.with_documents(f"{file}.parquet", score)
 
     def _texts(self, pruned: PrunedModel, recovered: Recovered) -> list[dict[str, Any]]:
         """Returns what the models write, kept from an earlier session if it was asked alike."""
@@ -209,10 +212,11 @@ class _Run:
         if not table.max_new_tokens:
             return []
         folders = recovered.summary.get("adapters", {"recovered": str(recovered.adapter)})
-        asked = {**asdict(table), "prompts": list(table.prompts), "adapters": dict(folders)}
+        adapters_now = {n: digest(self.folder.path / folder) for n, folder in folders.items()}
+        asked = {**asdict(table), "prompts": list(table.prompts), "adapters": adapters_now}
         kept = self.folder.read_json("generations.json")
         self._progress("texts", 0)
-        if kept is None or kept["asked"] != asked:
+        if kept is None or kept.get("asked") != asked:
             with self.folder.timed("texts"):
                 found = sample_texts(
                     pruned,
@@ -257,3 +261,8 @@ class _Run:
 
     def _progress(self, stage: str, done: int) -> None:
         self.context.hook.rankadaptor_on_progress(stage=stage, done=done, total=1)
+
+
+def _measured(content: dict[str, Any]) -> tuple[Score, float]:
+    """Returns the score, and the seconds it took, of a kept evaluation."""
+    return Score.from_json(content["score"]), float(content["seconds"])

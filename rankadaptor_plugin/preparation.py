@@ -18,7 +18,7 @@ from rankadaptor_plugin import plugin_list, run_file
 from rankadaptor_plugin.base_model import check_folder, load_tokenizer
 from rankadaptor_plugin.calibration_text import calibration_documents, calibration_samples
 from rankadaptor_plugin.context import Oracle, OracleSettings, Pruner, RunContext
-from rankadaptor_plugin.corpus import Corpus, load_corpus
+from rankadaptor_plugin.corpus import Corpus, encode, load_corpus
 from rankadaptor_plugin.depth import check_importance
 from rankadaptor_plugin.device import resolve_device, resolve_dtype
 from rankadaptor_plugin.embedded_default import corpus_file, model_folder
@@ -42,8 +42,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PLACES = {"corpus": ("path",), "oracle": ("task_path", "data_dir", "text")}
-"""Settings that say where things lie; what lies there is compared by its content."""
+_FREE = {
+    "corpus": ("path",),
+    "oracle": ("task_path", "data_dir", "text", "batch_tokens", "batch_size"),
+    "recovery": ("micro_batch_size",),
+}
+"""Settings that say where things lie, which are compared by their content, and how much is
+computed at once, which a run may have to change before it can go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +107,12 @@ def prepare(
         else load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     )
     corpus_path = corpus_file(config.corpus.path)
+    text = config.oracle.text
+    if text and Path(text).is_file() and Path(text).samefile(corpus_path):
+        raise ConfigError(
+            f"[oracle] text {text} is the recovery corpus, which models are trained on. Name "
+            "held-out text."
+        )
     corpus = load_corpus(
         corpus_path,
         tokenizer,
@@ -122,13 +133,24 @@ def prepare(
                 f"[oracle] {key} {value} is no folder. Name the folder of the {what}, or leave it "
                 "empty."
             )
+    if config.generation.max_new_tokens:
+        for prompt in config.generation.prompts:
+            if not encode(tokenizer, prompt):
+                raise ConfigError(
+                    f"The prompt {prompt!r} in [generation] prompts has no tokens. Write at least "
+                    "one word."
+                )
     paths = list(manager.hook.rankadaptor_lm_eval_task_paths())
     if config.oracle.task_path:
         paths.append(Path(config.oracle.task_path))  # last: lm-eval lets later folders win
     oracle = _oracle(
         found.oracles,
         OracleSettings(
-            config=config.oracle, tokenizer=tokenizer, task_paths=tuple(paths), seed=config.seed
+            config=config.oracle,
+            tokenizer=tokenizer,
+            task_paths=tuple(paths),
+            seed=config.seed,
+            window=_window(config, source, given),
         ),
     )
     objective_metric(config.oracle, oracle)  # says now what it would say after the pruning
@@ -166,6 +188,18 @@ def _oracle(oracles: Registry[OracleFactory], settings: OracleSettings) -> Oracl
     return TwoOracles(oracles.get(search_name)(settings), report)
 
 
+def _window(config: RunConfig, source: Path, given: PrunedModel | None) -> int | None:
+    """Returns the context window of the model, as its configuration has it."""
+    model = (
+        given.model.config
+        if given
+        else AutoConfig.from_pretrained(
+            source, trust_remote_code=config.trust_remote_code, local_files_only=True
+        )
+    )
+    return getattr(model.get_text_config(), "max_position_embeddings", None)
+
+
 def _check_prune(config: RunConfig, source: Path) -> None:
     """Says what is wrong with the table of a built-in pruner before weights are loaded."""
     checks = {"width": check_names, "channel": check_names, "depth": check_importance}
@@ -195,12 +229,15 @@ def _calibration(
 
 
 def _claim(folder: RunFolder, inputs: dict[str, Any]) -> None:
-    """Claims the folder; one without a report or complete trial is taken over.
+    """Claims the folder; one without a report or complete fine-tune is taken over.
 
     So whoever corrects a setting that made a run fail need not clean up after it.
     """
+    # Who raises the seeds because of the noise floor keeps its fine-tunes; who has seen the
+    # comparison may not ask again with others.
+    free = () if _has_trials(folder, "confirm") else ("config.confirm.",)
     try:
-        folder.claim(inputs)
+        folder.claim(inputs, free)
     except ArtifactError:
         if _has_results(folder):
             raise
@@ -210,11 +247,16 @@ def _claim(folder: RunFolder, inputs: dict[str, Any]) -> None:
 
 
 def _has_results(folder: RunFolder) -> bool:
-    if (folder.path / "report.json").exists():
+    if (folder.path / "report.json").exists() or any(folder.path.glob("noise/*.json")):
         return True
+    return _has_trials(folder, "search")
+
+
+def _has_trials(folder: RunFolder, study: str) -> bool:
+    """Tells whether a study of the run has a complete trial."""
     if not (folder.path / "study.db").exists():
         return False
-    with TrialStore.open(folder.study_url, "search") as store:
+    with TrialStore.open(folder.study_url, study) as store:
         return any(trial.state is TrialState.COMPLETE for trial in store.trials())
 
 
@@ -228,7 +270,7 @@ def _inputs(
     # What the noise step and the texts show may be asked again in another way.
     for key in ("output", "model", "device", "device_map", "threads", "noise", "generation"):
         del plain[key]
-    for table, names in _PLACES.items():
+    for table, names in _FREE.items():
         for key in names:
             del plain[table][key]
     calibration = plain["prune"].pop("calibration")

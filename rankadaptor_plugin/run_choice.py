@@ -50,6 +50,11 @@ class Choice:
         return found if isinstance(found, int) else None
 
     @property
+    def metric(self) -> str:
+        """The metric that the run's verdict is about."""
+        return str(next(iter(self.report.get("metrics") or ["accuracy"])))
+
+    @property
     def confidence(self) -> float:
         """Confidence of the run's own intervals, in (0, 1)."""
         found = self.report.get("confirm", {}).get("confidence", 0.95)

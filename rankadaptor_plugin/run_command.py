@@ -16,6 +16,7 @@ from rankadaptor_plugin import run_file
 from rankadaptor_plugin.config import NoiseConfig
 from rankadaptor_plugin.confirmation import fine_tunes, fresh_seeds
 from rankadaptor_plugin.embedded_default import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.errors import ConfigError
 from rankadaptor_plugin.hooks.progress import Progress
 from rankadaptor_plugin.noise_text import noise_text
 
@@ -114,6 +115,8 @@ def measured_noise(
         plain["noise"]["seeds"] = NoiseConfig.seeds
     plain["noise"] |= changes
     config = run_file.from_dict(plain)
+    if not config.noise.seeds:
+        raise ConfigError("noise.seeds is 0, which measures nothing. Use at least 2.")
     console = Console(stderr=True)
     _log_to(console, quiet=as_json)
     if as_json:

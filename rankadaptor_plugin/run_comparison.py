@@ -82,7 +82,7 @@ def compare_runs(
     runs: Sequence[str],
     *,
     every_model: bool = False,
-    metric: str = "accuracy",
+    metric: str | None = None,
     task: str | None = None,
     confidence: float | None = None,
     resamples: int = 10_000,
@@ -94,7 +94,7 @@ def compare_runs(
         runs: Run folders or run files, each with or without ``:MODEL``; see
             `rankadaptor_plugin.run_choice.choose`.
         every_model: All recovered models of every run that is named without a model.
-        metric: Metric to compare.
+        metric: Metric to compare; None for the one that the first run's verdict is about.
         task: One task; None for the mean over the tasks that all models have, with the weights of
             the first run.
         confidence: Confidence of intervals and verdicts, in (0, 1); None for the first run's.
@@ -108,6 +108,7 @@ def compare_runs(
         OracleError: If two models have no documents in common.
     """
     choices = choose(runs, every_model=every_model)
+    metric = metric or choices[0].metric
     results: list[Results] = [
         {s: read_documents(path) for s, path in choice.files.items()} for choice in choices
     ]

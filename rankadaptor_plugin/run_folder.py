@@ -24,7 +24,7 @@ import os
 import shutil
 import tempfile
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from rankadaptor_plugin.scores import Score
 
+T = TypeVar("T")
 _HASHED_WHOLE = 256 * 2**20
 _BLOCK = 2**20
 _FILES = (
@@ -73,6 +74,7 @@ class RunFolder:
             raise ArtifactError(
                 f"The run folder {self.path} has a ? in its path. Set output to a path without."
             )
+        made = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
@@ -93,9 +95,15 @@ class RunFolder:
             yield
         finally:
             lock.release()
+            if made and [path.name for path in self.path.iterdir()] == [".lock"]:
+                shutil.rmtree(self.path, ignore_errors=True)  # refused before anything was done
 
-    def claim(self, inputs: dict[str, Any]) -> None:
+    def claim(self, inputs: dict[str, Any], free: tuple[str, ...] = ()) -> None:
         """Records what the run is made from, or checks that it is the same as before.
+
+        Args:
+            inputs: Nested dictionaries of plain values.
+            free: Beginnings of the names that may still change, as in ``"config.confirm."``.
 
         Raises:
             ArtifactError: If the folder was made from other inputs; the message names them.
@@ -115,8 +123,10 @@ class RunFolder:
         changed = [
             f"{key} was {then.get(key, 'unset')!s:.40}, now {now.get(key, 'unset')!s:.40}"
             for key in sorted(then.keys() | now.keys())
-            if then.get(key) != now.get(key)
+            if then.get(key) != now.get(key) and not key.startswith(free)
         ]
+        if not changed and then != now:
+            self.write_json("inputs.json", inputs)
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""  # noqa: PLR2004
             raise ArtifactError(
@@ -148,6 +158,30 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise ArtifactError(
                 f"The file {path} cannot be read ({error}). Delete it and run again."
+            ) from error
+
+    def read_result(
+        self, name: str, build: Callable[[dict[str, Any]], T], *, documents: bool = True
+    ) -> T | None:
+        """Returns what was built from ``NAME.json``, or None if it is not all there.
+
+        Args:
+            name: Path in the folder, without ending.
+            build: Makes the result from the content of the file.
+            documents: Whether ``NAME.parquet`` belongs to it.
+
+        Raises:
+            ArtifactError: If the file is torn, or holds something else.
+        """
+        content = self.read_json(f"{name}.json")
+        if content is None or (documents and not (self.path / f"{name}.parquet").is_file()):
+            return None
+        try:
+            return build(content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(
+                f"The file {self.path / name}.json does not hold what a run writes there "
+                f"({type(error).__name__}: {error}). Delete it and run again."
             ) from error
 
     def write_json(self, name: str, data: Any) -> None:

@@ -82,7 +82,12 @@ class _Stage:
                 TrialStore.open(self.folder.study_url, "search") as store,
             ):
                 self._go_on(store, noise)
-                drowned = noise is not None and noise.floor.drowned
+                # A search that was begun already is brought to its end.
+                drowned = (
+                    noise is not None
+                    and noise.is_drowned
+                    and all(trial.allocation in noise.runs for trial in store.trials())
+                )
                 if drowned and self.config.noise.if_drowned == "uniform":
                     found = SearchResult(
                         trials=tuple(store.trials()), stop=StopReason.NOISE, interrupted=0
@@ -129,12 +134,12 @@ class _Stage:
         metric = objective_metric(config, oracle)
         scales: dict[str, float] = {}
         if config.normalize == "spread":
-            name = "evaluations/pruned-search.json"
-            kept = self.folder.read_json(name)
-            if kept is None:
-                kept = oracle.score(self.pruned.model, "search").to_json()
-                self.folder.write_json(name, kept)
-            scales = spreads(Score.from_json(kept), metric)
+            name = "evaluations/pruned-search"
+            score = self.folder.read_result(name, Score.from_json, documents=False)
+            if score is None:
+                score = oracle.score(self.pruned.model, "search")
+                self.folder.write_json(f"{name}.json", score.to_json())
+            scales = spreads(score, metric)
         return Objective(
             metric=metric, target=config.target, weights=oracle.weights("search"), scales=scales
         )

@@ -113,7 +113,7 @@ BAD = {
     ),
     "a single allocation": (
         {"rank_space": {"candidates": [8]}},
-        *(2, "holds a single allocation", "Add [rank_space] candidates"),
+        *(2, "leaves a single allocation", "Add a greater candidate"),
     ),
     "empty output": ({"output": ""}, 2, "output is empty", "Name a folder"),
     "one report document": ({"oracle": {"report_documents": 1}}, 2, "no interval", "at least 2"),

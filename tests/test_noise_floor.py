@@ -190,10 +190,10 @@ def test_a_better_objective_raises_the_gain() -> None:
     assert gains == sorted(gains)
 
 
-def test_equal_allocations_leave_nothing_to_find() -> None:
+def test_a_table_of_equal_values_decides_nothing() -> None:
     result = floor(reliability(np.zeros((4, 3))))
     assert (result.plausible_gain, result.plausible_gain_high, result.detectable_gain) == (0, 0, 0)
-    assert result.outcome == "drowned"
+    assert result.outcome == "open"
 
 
 def test_without_noise_any_gain_is_detectable() -> None:
@@ -242,9 +242,9 @@ def made(gain: float, high: float, detectable: float) -> Floor:
 
 def test_sentence_of_a_drowned_search() -> None:
     assert made(0.003, 0.0091, 0.0142).sentence() == (
-        "A search of 30 trials is expected to gain 0.3 points (at most 0.91 points) over the "
-        "average allocation; the final comparison with 5 seeds can tell 1.4 points from noise: "
-        "the noise floor is above any plausible gain."
+        "A search of 30 trials is expected to gain 0.3 points over the average allocation "
+        "(at most 0.91 points, with 80 % confidence); the final comparison with 5 seeds can tell "
+        "1.4 points from noise: the noise floor is above any plausible gain."
     )
 
 

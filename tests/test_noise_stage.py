@@ -226,12 +226,17 @@ def test_a_bad_setting_is_one_line(word, table, fragment, tmp_path, write_run_fi
 
 
 def assert_one_line(result, fragment):
-    assert result.exit_code == 2, result.stderr
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("Error: ")
-    assert fragment in lines[0]
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert_error(result, 2, fragment)
+
+
+def assert_error(result, code, *fragments):
+    assert result.exit_code == code, result.stderr
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("Error: "))
+    assert "Traceback" not in result.stderr
     assert result.stdout == ""
+    for fragment in fragments:
+        assert fragment in line
 
 
 # ----------------------------------------------------------------------------- a run with the step
@@ -433,3 +438,56 @@ def test_a_search_can_be_asked_for_all_the_same(
     assert result.exit_code == 0, result.stderr
     assert report_of(out)["verdict"] == report["verdict"]
     assert report_of(out)["search"] == report["search"]
+
+
+# ------------------------------------------------------------------- other settings, damaged files
+
+
+def test_the_comparison_may_be_enlarged_after_the_noise_floor(
+    measured, copy_of, tmp_path, write_run_file, command, counter
+):
+    before = noise_files(copy_of(measured))
+    settings = {**QUICK, "confirm": {"seeds": 7}}
+    result = command("noise", write_run_file(tmp_path / "r.toml", **settings), plugin=counter)
+    assert result.exit_code == 0, result.stderr
+    assert counter.fine_tunes == 0
+    assert noise_files(tmp_path / "out") == before
+
+
+def test_not_after_it_was_seen(run_after, copy_of, tmp_path, write_run_file, command, counter):
+    copy_of(run_after)
+    settings = {**run_after.settings, "confirm": {"seeds": 7}}
+    result = command("run", write_run_file(tmp_path / "r.toml", **settings), plugin=counter)
+    assert_error(result, 1, "config.confirm.seeds was 2, now 7")
+
+
+def test_other_settings_do_not_erase_the_fine_tunes(
+    measured, copy_of, tmp_path, write_run_file, command, counter
+):
+    before = noise_files(copy_of(measured))
+    settings = {**QUICK, "recovery": {"steps": 3}}
+    result = command("run", write_run_file(tmp_path / "r.toml", **settings), plugin=counter)
+    assert_error(result, 1, "config.recovery.steps was 2, now 3")
+    assert noise_files(tmp_path / "out") == before
+
+
+def test_less_at_once_goes_on(measured, copy_of, tmp_path, write_run_file, command, counter):
+    copy_of(measured)
+    settings = {
+        **QUICK,
+        "oracle": {**QUICK["oracle"], "batch_tokens": 64, "batch_size": 2},
+        "recovery": {**QUICK["recovery"], "micro_batch_size": 4},
+    }
+    result = command("noise", write_run_file(tmp_path / "r.toml", **settings), plugin=counter)
+    assert result.exit_code == 0, result.stderr
+    assert counter.fine_tunes == 0
+
+
+def test_a_file_of_another_shape_is_one_line(
+    measured, copy_of, tmp_path, write_run_file, command, counter
+):
+    copied = copy_of(measured)
+    file = sorted((copied / "noise").glob("*.json"))[0]
+    file.write_text('{"search": {}}', encoding="utf-8")
+    result = command("noise", write_run_file(tmp_path / "r.toml", **QUICK), plugin=counter)
+    assert_error(result, 1, file.name, "does not hold what a run writes", "Delete it")

@@ -352,6 +352,60 @@ def test_few_shot_examples_are_rendered_as_lm_eval_does(tasks, oracle, make_llam
     assert found.per_document["margin"] == pytest.approx(margins, abs=1e-4)
 
 
+def test_random_few_shot_examples_are_those_of_stock_lm_eval(
+    tasks, oracle, make_llama, make_tokenizer
+):
+    folder = tasks(rows=documents(30), num_fewshot=2, fewshot_split="test")
+    model, settings = make_llama(), {"search_documents": 1, "report_documents": 0}
+    ours = oracle(folder, **settings)
+    again = oracle(folder, **settings)
+    assert again.describe() == ours.describe()
+    theirs = stock.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=make_tokenizer()),
+        tasks=["toy"],
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        samples=ours.describe()["documents"]["report"],
+        bootstrap_iters=1,
+    )
+    expected = [sample["acc"] for sample in theirs["samples"]["toy"]]
+    found = ours.score(model, "report").tasks["toy"]
+    assert found.per_document["accuracy"] == expected
+    assert again.score(model, "report").tasks["toy"] == found
+
+
+def test_other_examples_are_another_oracle(tasks, oracle):
+    shots = [{"sampler": "first_n", "samples": documents(4, seed=s)} for s in (1, 2)]
+    first, second = (
+        oracle(tasks(num_fewshot=1, fewshot_config=config)).describe() for config in shots
+    )
+    assert first["documents"] == second["documents"]
+    assert first["digest"] != second["digest"]
+
+
+def test_a_choice_beyond_the_window_is_named(tasks, oracle, make_llama):
+    rows = documents(12)
+    rows[3]["choices"][1] = " ".join(["w1"] * 70)
+    ours = oracle(tasks(rows=rows), report_documents=0)
+    purpose = next(p for p, ids in ours.describe()["documents"].items() if 3 in ids["toy"])
+    with pytest.raises(OracleError, match=r"'w1 w1.* of a document of 'toy' has 70 tokens"):
+        ours.score(make_llama(), purpose)
+
+
+@pytest.mark.parametrize("change", [{"choices": ["", "w1", "w2"]}, {"gold": 7}])
+def test_a_first_document_that_lm_eval_cannot_take_is_named(tasks, oracle, change):
+    rows = documents(12)
+    rows[0] |= change
+    with pytest.raises(OracleError, match="'toy' has a first document with an empty choice, or an"):
+        oracle(tasks(rows=rows))
+
+
+def test_a_torn_data_file_is_named_by_its_cause(tasks, oracle, capfd):
+    folder = tasks()
+    (folder / "toy.jsonl").write_text('{"question": "w1"\n{', encoding="utf-8")
+    with pytest.raises(OracleError, match="task 'toy' cannot be loaded: JSON parse error"):
+        oracle(folder)
+
+
 def test_an_adapter_counts_only_while_it_is_on(tasks, oracle, make_llama):
     ours, base = oracle(tasks()), make_llama()
     before = ours.score(base, "search")

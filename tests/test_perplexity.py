@@ -104,3 +104,25 @@ def test_a_broken_model_is_an_oracle_error(oracle, make_llama):
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(OracleError, match=r"not a finite number. Lower \[recovery\] learning_rate"):
         oracle(texts(9)).score(model, "search")
+
+
+def test_windows_fit_into_the_model(tmp_path, make_tokenizer):
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(texts(20)), encoding="utf-8")
+
+    def made(**changes):
+        config = OracleConfig(name="perplexity", text=str(path), search_documents=1, **changes)
+        settings = OracleSettings(
+            config=config, tokenizer=make_tokenizer(), task_paths=(), seed=0, window=16
+        )
+        return max(len(scored) for _, scored in perplexity(settings)._windows["search"])
+
+    assert made() == 16
+    assert made(max_length=8) == 8
+    with pytest.raises(ConfigError, match=r"max_length 17 is more than .* 16 tokens. Lower it"):
+        made(max_length=17)
+
+
+def test_weights_of_tasks_that_it_does_not_have_are_refused(oracle):
+    with pytest.raises(ConfigError, match=r"weights names 'boolq', but .* the one task 'text'"):
+        oracle(texts(9), weights={"boolq": 1.0})

@@ -155,8 +155,8 @@ def configs(cls):
         fields["output"] = fields["model"] = st.text(min_size=1)
     if "candidates" in fields and "default_rank" in fields:
         distinct = st.sets(st.integers(1, 64), min_size=1, max_size=4)
-        fields["candidates"] = distinct.map(sorted).map(tuple)
-        fields["default_rank"] = st.integers(64)
+        fields["candidates"] = distinct.map(lambda ranks: (*sorted(ranks), 100))
+        fields["default_rank"] = st.integers(64, 99)
     return st.builds(cls, **fields)
 
 
