@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from io import StringIO
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from rankadaptor_plugin.report_numbers import number, unit_of_difference
+from rankadaptor_plugin.table_text import printed
 
 if TYPE_CHECKING:
     from rankadaptor_plugin.bootstrap import Difference
     from rankadaptor_plugin.run_comparison import RunComparison
-
-_ENDLESS = 10_000  # characters, more than any table has
 
 
 def text(found: RunComparison, width: int) -> str:
@@ -24,27 +20,13 @@ def text(found: RunComparison, width: int) -> str:
 
     Args:
         found: What was found.
-        width: Characters in a line. A table that needs more gets more: a line that wraps is better
-            than a number that is cut.
+        width: Characters in a line; a table that needs more gets more.
     """
-    tables = (_pairs(found), _models(found))
-    endless = Console(file=StringIO(), width=_ENDLESS)
-    needed = max(Measurement.get(endless, endless.options, table).maximum for table in tables)
-    # A folder's name may hold brackets or colons, which are markup and emoji to rich.
-    console = Console(
-        file=StringIO(), width=max(width, needed), highlight=False, markup=False, emoji=False
-    )
     tasks = ", ".join(found.weights)
     place = f"task {tasks}" if len(found.weights) == 1 else f"weighted mean of {tasks}"
-    with console.capture() as lines:
-        for part in (f"Difference A - B in {found.metric}, {place}:", "", *tables):
-            console.print(part, soft_wrap=True)
-            if part is tables[0]:
-                console.print()
-        console.print()
-        for line in (*_seeds_and_documents(found), _how(found), *found.notes):
-            console.print(line, soft_wrap=True)
-    return "\n".join(line.rstrip() for line in lines.get().splitlines())
+    sentences = (*_seeds_and_documents(found), _how(found), *found.notes)
+    title = f"Difference A - B in {found.metric}, {place}:"
+    return printed([title, "", _pairs(found), "", _models(found), "", *sentences], width)
 
 
 def _pairs(found: RunComparison) -> Table:

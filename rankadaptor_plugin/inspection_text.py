@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from io import StringIO
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
 from rankadaptor_plugin.footprint import TOKENS
 from rankadaptor_plugin.report_numbers import size
+from rankadaptor_plugin.table_text import printed
 
 if TYPE_CHECKING:
     from rankadaptor_plugin.inspection import Inspection
 
-_ENDLESS = 10_000  # characters, more than any table has
 _STATISTICS = {
     "parameters": "parameters",
     "macs": f"MACs for {TOKENS} tokens",
@@ -31,24 +28,14 @@ def text(found: Inspection, width: int) -> str:
 
     Args:
         found: What was found.
-        width: Characters in a line. A table that needs more gets more: a line that wraps is better
-            than a number that is cut.
+        width: Characters in a line; a table that needs more gets more.
     """
-    tables = (_layers(found), _statistics(found))
-    endless = Console(file=StringIO(), width=_ENDLESS)
-    needed = max(Measurement.get(endless, endless.options, table).maximum for table in tables)
-    console = Console(file=StringIO(), width=max(width, needed), highlight=False)
-    with console.capture() as lines:
-        # A folder's name may hold brackets, which are markup to rich.
-        title = f"{found.folder}: {found.architecture}, {found.dtype}"
-        console.print(title, soft_wrap=True, markup=False)
-        for table in tables:
-            console.print()
-            console.print(table)
-        if found.removed_layers:
-            gone = ", ".join(map(str, found.removed_layers))
-            console.print(f"\nRemoved layers, by their number before: {gone}", soft_wrap=True)
-    return "\n".join(line.rstrip() for line in lines.get().splitlines())
+    title = f"{found.folder}: {found.architecture}, {found.dtype}"
+    parts: list[Table | str] = [title, "", _layers(found), "", _statistics(found)]
+    if found.removed_layers:
+        gone = ", ".join(map(str, found.removed_layers))
+        parts += ["", f"Removed layers, by their number before: {gone}"]
+    return printed(parts, width)
 
 
 def _layers(found: Inspection) -> Table:

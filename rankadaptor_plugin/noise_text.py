@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin import report_noise_tables as tables
-from rankadaptor_plugin.table_text import table_text
+from rankadaptor_plugin.table_text import printed, rich_table
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 
 def noise_text(noise: dict[str, Any], width: int) -> str:
@@ -15,6 +18,8 @@ def noise_text(noise: dict[str, Any], width: int) -> str:
         noise: What `rankadaptor_plugin.noise.Noise.to_json` returned.
         width: Characters in a line.
     """
-    shown = [tables.scores(noise), tables.needed(noise)]
-    parts = [table_text(table, width) for table in shown if table.rows]
-    return "\n\n".join([noise["sentence"], *parts, tables.forecast(noise)])
+    parts: list[RichTable | str] = [noise["sentence"], ""]
+    for table in (tables.scores(noise), tables.needed(noise)):
+        if table.rows:
+            parts += [table.caption, rich_table(table), ""]
+    return printed([*parts, tables.forecast(noise)], width)

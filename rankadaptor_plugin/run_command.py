@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -21,6 +22,8 @@ from rankadaptor_plugin.hooks.progress import Progress
 from rankadaptor_plugin.noise_text import noise_text
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import pluggy
 
     from rankadaptor_plugin.config import RunConfig
@@ -65,25 +68,19 @@ def run_file_or_embedded(
         from rankadaptor_plugin import pipeline
 
         return pipeline.run(config, manager, began=began).verdict
-    noise = config.noise.seeds * config.noise.allocations
     plan = {
-        "noise": noise,
+        "noise": config.noise.seeds * config.noise.allocations,
         "search": config.search.max_trials,
         "confirm": fine_tunes(
             config.confirm.finalists,
             fresh_seeds(config.seed, config.confirm.choosing_seeds, config.confirm.seeds),
         ),
     }
-    with Progress(console, plan, began) as progress:
-        manager.register(progress, name="progress")
-        try:
-            # Imported here: these are seconds in which there is something to see already.
-            manager.hook.rankadaptor_on_progress(stage="load", done=0, total=1)
-            from rankadaptor_plugin import pipeline
+    with _shown(manager, Progress(console, plan, began)):
+        # Imported here: these are seconds in which there is something to see already.
+        from rankadaptor_plugin import pipeline
 
-            result = pipeline.run(config, manager, began=began)
-        finally:
-            manager.unregister(progress)
+        result = pipeline.run(config, manager, began=began)
     return (
         f"Verdict: {result.verdict}\n"
         f"Report:  {_near(result.folder / 'report.html')} (also .md, .json)\n"
@@ -124,18 +121,25 @@ def measured_noise(
 
         return json.dumps(pipeline.noise(config, manager, began=began), indent=2)
     plan = {"noise": config.noise.seeds * config.noise.allocations}
-    with Progress(console, plan, began) as progress:
-        manager.register(progress, name="progress")
-        try:
-            manager.hook.rankadaptor_on_progress(stage="load", done=0, total=1)
-            from rankadaptor_plugin import pipeline
+    with _shown(manager, Progress(console, plan, began)):
+        from rankadaptor_plugin import pipeline
 
-            found = pipeline.noise(config, manager, began=began)
-        finally:
-            manager.unregister(progress)
+        found = pipeline.noise(config, manager, began=began)
     if found is None:
         return "Fewer than two allocations could be fine-tuned; the noise floor is not known."
     return noise_text(found, shutil.get_terminal_size().columns)
+
+
+@contextlib.contextmanager
+def _shown(manager: pluggy.PluginManager, progress: Progress) -> Iterator[None]:
+    """Shows progress while the block lasts."""
+    with progress:
+        manager.register(progress, name="progress")
+        try:
+            manager.hook.rankadaptor_on_progress(stage="load", done=0, total=1)
+            yield
+        finally:
+            manager.unregister(progress)
 
 
 def _log_to(console: Console, *, quiet: bool) -> None:
