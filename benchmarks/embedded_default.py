@@ -21,7 +21,7 @@ from datetime import date
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
-STAGES = ("load", "evaluate", "prune", "search", "confirm", "deliver")
+STAGES = ("load", "evaluate", "prune", "noise", "search", "confirm", "deliver", "texts")
 
 
 def run_once(folder: Path) -> dict[str, object]:
