@@ -98,6 +98,7 @@ class OracleSettings:
         task_paths: Folders with lm-eval task YAML.
         seed: Seed of the run; decides which documents are drawn.
         window: Context window of the model in tokens, None if it has no limit.
+        purposes: What it is asked for; ``search`` or ``report`` alone beside another oracle.
     """
 
     config: OracleConfig
@@ -105,6 +106,7 @@ class OracleSettings:
     task_paths: tuple[Path, ...]
     seed: int
     window: int | None = None
+    purposes: tuple[str, ...] = ("search", "report")
 
 
 @dataclass(frozen=True, kw_only=True)

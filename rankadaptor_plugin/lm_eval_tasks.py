@@ -133,7 +133,7 @@ class Tasks:
     def search_task(self, name: str) -> Any | None:
         """Returns the task with the search documents of a task, None if there is none."""
         partner = name + SEARCH
-        return self._load(partner)[partner] if partner in self._manager.all_tasks else None
+        return self._load(partner).get(partner) if partner in self._manager.all_tasks else None
 
     def _load(self, name: str) -> dict[str, Any]:
         folders = [Path.cwd(), *(f for path in self._paths for f in (path, *path.parents))]

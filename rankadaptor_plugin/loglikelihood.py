@@ -85,7 +85,8 @@ class _Passes:
     def shared(self, shared: Shared) -> list[Reading]:
         """Runs prefixes, and then the rest of the rows behind them."""
         before, cache = self._run(shared.prefix, use_cache=True)
-        cache.batch_select_indices(self._here(shared.parents))
+        # Indices on the CPU serve every layer, on whichever of several GPUs it lies.
+        cache.batch_select_indices(shared.parents.long())
         return [before, self._run(shared.suffix, use_cache=True, past_key_values=cache)[0]]
 
     def share_exactly(self, plan: Plan) -> bool:

@@ -266,4 +266,5 @@ def _forward(
 
 def _tensor(array: NDArray[Any]) -> torch.Tensor:
     tensor = torch.from_numpy(array.astype(np.int32))
-    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+    # Only where a model is on a GPU already: pinning would take up memory of the first one.
+    return tensor.pin_memory() if torch.cuda.is_initialized() else tensor  # type: ignore[no-untyped-call]

@@ -99,8 +99,9 @@ class Noise:
         """Says in plain English what the floor means for the search."""
         if self.floor is None:
             return (
-                f"The search asks another oracle than the verdict, which is about {self.decisive}: "
-                "whether a gain in that can rise above the noise is not known beforehand."
+                f"The verdict is about {self.decisive} of other tasks, or of another oracle, than "
+                "the search asks: whether a gain in that can rise above the noise is not known "
+                "beforehand."
             )
         factor = 100.0 if self.decisive == "accuracy" else 1.0
         unit = unit_of_difference(self.decisive) or f"in {self.decisive}"
@@ -135,7 +136,7 @@ def measure(
     metrics: Sequence[str],
     decisive: str,
     weights: Mapping[str, float],
-    report_documents: int,
+    report_documents: Mapping[str, int],
     on_run: Callable[[int, int], None],
 ) -> Noise | None:
     """Fine-tunes and scores every allocation with every seed; finished runs are read back.
@@ -150,7 +151,7 @@ def measure(
         metrics: Metrics of the search documents.
         decisive: The metric of the verdict.
         weights: Weight per task in the mean.
-        report_documents: Documents per task of the final comparison, on average.
+        report_documents: Documents of the final comparison by task.
         on_run: Told the number of finished runs and of all runs, before each and at the end.
 
     Returns:
@@ -178,7 +179,8 @@ def measure(
     if len(runs) < _LEAST:
         logger.warning("Fewer than two allocations could be fine-tuned; no noise floor is known")
         return None
-    return assessed(runs, seeds, config, metrics, decisive, weights, report_documents)
+    made = sum(space.contains(allocation) for allocation in runs)
+    return assessed(runs, seeds, config, metrics, decisive, weights, report_documents, made)
 
 
 def assessed(
@@ -188,11 +190,16 @@ def assessed(
     metrics: Sequence[str],
     decisive: str,
     weights: Mapping[str, float],
-    report_documents: int,
+    report_documents: Mapping[str, int],
+    made: int,
 ) -> Noise:
-    """Draws the conclusions from finished runs; arguments as those of `measure`."""
+    """Draws the conclusions from finished runs; arguments as those of `measure`.
+
+    `made` is how many of the allocations are trials of the search as well.
+    """
     confirm, target = config.confirm, config.oracle.target
     weights = {target: 1.0} if target else weights
+    judged = {target} if target in report_documents else report_documents.keys()
     tables = {OBJECTIVE: [[run.objective for run in several] for several in runs.values()]}
     for metric in metrics:
         tables[metric] = [[r.search.mean(metric, weights) for r in row] for row in runs.values()]
@@ -200,13 +207,11 @@ def assessed(
         name: reliability(table, confidence=confirm.confidence) for name, table in tables.items()
     }
     floor, needed = None, {}
-    if decisive in scores:
-        documents = document_sd(
-            [[run.search for run in several] for several in runs.values()],
-            decisive,
-            weights,
-            report_documents,
-        )
+    # Of other tasks, or another metric, the search documents say nothing.
+    if decisive in scores and judged == weights.keys():
+        found = [[run.search for run in several] for several in runs.values()]
+        documents = document_sd(found, decisive, weights, report_documents)
+        scale = seed_scale(found, decisive, weights, report_documents, scores[decisive].seed_sd)
         floor = assess(
             accuracy=scores[decisive],
             objective=scores[OBJECTIVE],
@@ -214,11 +219,12 @@ def assessed(
             seeds=confirm.seeds,
             confidence=confirm.confidence,
             document_sd=documents,
+            seed_scale=scale,
         )
         needed = {
             gain: fine_tunes_to_detect(
                 gain,
-                scores[decisive].seed_sd,
+                scale * scores[decisive].seed_sd,
                 confidence=confirm.confidence,
                 document_sd=documents,
             )
@@ -235,8 +241,7 @@ def assessed(
         floor=floor,
         needed=needed,
         seconds=sum(seconds) / len(seconds),
-        left=max(0, config.search.max_trials - len(runs))
-        + fine_tunes(confirm.finalists, seeds_ahead),
+        left=max(0, config.search.max_trials - made) + fine_tunes(confirm.finalists, seeds_ahead),
     )
 
 
@@ -244,7 +249,7 @@ def document_sd(
     scores: Sequence[Sequence[Score]],
     metric: str,
     weights: Mapping[str, float],
-    report_documents: int,
+    report_documents: Mapping[str, int],
 ) -> float:
     """Returns the standard error of a difference that the choice of documents makes.
 
@@ -256,7 +261,7 @@ def document_sd(
         scores: Scores with values per document, by allocation and seed.
         metric: The metric of the difference.
         weights: Weight per task.
-        report_documents: Documents per task of the final comparison.
+        report_documents: Documents of the final comparison by task.
     """
     shares = {task: weight / sum(weights.values()) for task, weight in weights.items()}
     variances = []
@@ -273,9 +278,52 @@ def document_sd(
                     # That no answer differs among these documents does not mean that none can:
                     # half of one more document, as Jeffreys' prior has it.
                     spread = max(spread, 0.5 / (len(first) + 1))
-                variance += share**2 * spread / report_documents
+                variance += share**2 * spread / report_documents[task]
         variances.append(variance)
     return math.sqrt(sum(variances) / len(variances))
+
+
+def seed_scale(
+    scores: Sequence[Sequence[Score]],
+    metric: str,
+    weights: Mapping[str, float],
+    report_documents: Mapping[str, int],
+    seed_sd: float,
+) -> float:
+    """Returns the seed noise on the report documents, as a multiple of that on those at hand.
+
+    What a seed does to single answers averages out over more documents; what it does to all of
+    them does not. The first is the variance over the documents of what is left of an answer once
+    the means of its allocation and of its seed are taken out.
+
+    Args:
+        scores: Scores with values per document, by allocation and seed, two of each at least.
+        metric: The metric of the verdict.
+        weights: Weight per task.
+        report_documents: Documents of the final comparison by task.
+        seed_sd: Residual sd of a fine-tune on the documents at hand.
+    """
+    if not seed_sd:
+        return 1.0
+    here = there = 0.0
+    for task, weight in weights.items():
+        share = weight / sum(weights.values())
+        values = np.array(
+            [[score.tasks[task].per_document[metric] for score in several] for several in scores]
+        )
+        n, k, count = values.shape
+        if count < _LEAST:
+            continue
+        rest = (
+            values
+            - values.mean(0, keepdims=True)
+            - values.mean(1, keepdims=True)
+            + values.mean((0, 1), keepdims=True)
+        )
+        single = float(rest.var(axis=2, ddof=1).sum()) / ((n - 1) * (k - 1))
+        here += share**2 * single / count
+        there += share**2 * single / report_documents[task]
+    return math.sqrt((max(0.0, seed_sd**2 - here) + there) / seed_sd**2)
 
 
 def noise_seeds(seed: int, count: int) -> tuple[int, ...]:

@@ -85,7 +85,8 @@ class Floor:
         return (
             f"A search of {self.trials} trials is expected to gain {gain} over the average "
             f"allocation (at most {high}, with {100 * self.level:g} % confidence); the final "
-            f"comparison with {self.seeds} seeds can tell {floor} from noise: {verdict}"
+            f"comparison with {self.seeds} seeds can tell {floor} from noise with an even "
+            f"chance: {verdict}"
         )
 
 
@@ -99,6 +100,7 @@ def assess(
     power: float = 0.5,
     level: float = 0.8,
     document_sd: float = 0.0,
+    seed_scale: float = 1.0,
 ) -> Floor:
     """Decides whether any plausible gain of a search drowns in the noise of the final comparison.
 
@@ -120,21 +122,24 @@ def assess(
         power: A gain that is shown with this probability counts as detectable, in (0, 1).
         level: Confidence of the upper bound, in (0, 1); the higher, the fewer are called drowned.
         document_sd: See `least_detectable_gain`.
+        seed_scale: Seed noise in the final comparison, as a multiple of that of `accuracy`: part of
+            it is the chance of single answers, which shrinks with more documents.
 
     Raises:
         ConfigError: If a number is out of its range.
     """
     check_fraction("level", level)
+    seed_sd = seed_scale * accuracy.seed_sd
     gain = expected_best_gain(trials, accuracy.between_sd, objective.icc)
     floor = least_detectable_gain(
-        seeds, accuracy.seed_sd, confidence=confidence, power=power, document_sd=document_sd
+        seeds, seed_sd, confidence=confidence, power=power, document_sd=document_sd
     )
     between, residual = plausible_variances(accuracy)
     chooser, noise = plausible_variances(objective)
     total = chooser + noise
     share = np.divide(chooser, total, out=np.zeros_like(total), where=total > 0)
     gains = _normal_maximum(trials) * np.sqrt(between * share)
-    floors = _detectable(np.sqrt(residual), seeds, confidence, power, document_sd)
+    floors = _detectable(seed_scale * np.sqrt(residual), seeds, confidence, power, document_sd)
     # Gain and floor are uncertain together, so their ratio is bounded. With a floor of 0 any gain
     # can be told from noise, and its bound decides nothing.
     high = float(np.quantile(gains / floors, level)) * floor if floor else gain
@@ -144,7 +149,7 @@ def assess(
         detectable_gain=floor,
         drowned=floor > 0 and high <= floor,
         fine_tunes_needed=fine_tunes_to_detect(
-            gain, accuracy.seed_sd, confidence=confidence, power=power, document_sd=document_sd
+            gain, seed_sd, confidence=confidence, power=power, document_sd=document_sd
         ),
         trials=trials,
         seeds=seeds,

@@ -9,7 +9,7 @@ from rankadaptor_plugin.errors import ConfigError
 from rankadaptor_plugin.registry import suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from rankadaptor_plugin.config import OracleConfig
     from rankadaptor_plugin.context import Oracle
@@ -71,6 +71,30 @@ def objective_metric(config: OracleConfig, oracle: Oracle) -> str:
             f"{config.search_name or config.name}: {', '.join(metrics)}."
         )
     return config.objective
+
+
+def check_task_names(config: OracleConfig, known: Collection[str]) -> None:
+    """Refuses a target or a weight of a task that there is not.
+
+    Raises:
+        ConfigError: With the names that there are.
+    """
+    named = {"target": [config.target] if config.target else [], "weights": list(config.weights)}
+    for key, names in named.items():
+        for name in names:
+            if name not in known:
+                raise ConfigError(
+                    f"[oracle] {key} names {name!r}, which is not among the tasks."
+                    f"{suggestion(name, list(known))} Tasks: {', '.join(known)}."
+                )
+
+
+def reported_target(config: OracleConfig, oracle: Oracle) -> str:
+    """Returns the one task that the verdict is about, empty for the mean.
+
+    A target that only the search documents have guides the search alone.
+    """
+    return config.target if config.target in oracle.weights("report") else ""
 
 
 def spreads(score: Score, metric: str) -> dict[str, float]:

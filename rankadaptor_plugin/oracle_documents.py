@@ -47,7 +47,9 @@ class Documents:
         ]
 
 
-def choose(tasks: Tasks, config: OracleConfig, seed: int) -> dict[str, dict[str, Documents]]:
+def choose(
+    tasks: Tasks, config: OracleConfig, seed: int, purposes: Collection[str] = ("search", "report")
+) -> dict[str, dict[str, Documents]]:
     """Returns the documents by purpose (``search``, ``report``) and name of the task.
 
     Search documents from a task of their own go under the name of the task that they are for, so
@@ -57,17 +59,24 @@ def choose(tasks: Tasks, config: OracleConfig, seed: int) -> dict[str, dict[str,
         tasks: Loads tasks by name.
         config: The ``[oracle]`` table.
         seed: Decides which documents are drawn.
+        purposes: What is asked for. For the report alone nothing is cut off for a search.
 
     Raises:
         ConfigError: If a task is unknown or has too few documents.
         OracleError: If documents cannot be loaded, or are on both sides.
     """
     reported = tasks.load(config.tasks, "tasks")
-    own, cut = _search_tasks(tasks, reported, config)
+    own, cut = _search_tasks(tasks, reported, config) if "search" in purposes else ({}, set())
     search: dict[str, Documents] = {}
     report: dict[str, Documents] = {}
     for name, task in reported.items():
         if name in cut:
+            if task.config.num_fewshot:
+                logger.warning(
+                    "The few-shot examples of %s may be report documents, shown to the search with "
+                    "their answers",
+                    name,
+                )
             asked = [question(task, doc) for doc in task.eval_docs]
             halves = partition(name, asked, config.search_documents, config.report_documents, seed)
             search[name], report[name] = (
@@ -81,7 +90,8 @@ def choose(tasks: Tasks, config: OracleConfig, seed: int) -> dict[str, dict[str,
     taken = {q for documents in report.values() for q in documents.questions}
     for name, task in own.items():
         search[name] = _own_documents(name, task, config, taken, seed)
-    return {"search": search, "report": report}
+    found = {"search": search, "report": report}
+    return {purpose: found[purpose] for purpose in purposes}
 
 
 def partition(

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.errors import ConfigError, OracleError
 from rankadaptor_plugin.lm_eval_tasks import Tasks, accuracy_metric, compiled_once
+from rankadaptor_plugin.objective import check_task_names
 from rankadaptor_plugin.oracle_documents import choose
 from rankadaptor_plugin.oracle_requests import Requests
-from rankadaptor_plugin.registry import suggestion
 from rankadaptor_plugin.scores import METRICS, Score
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class LmEvalOracle:
         config = self._config = settings.config
         tasks = Tasks(settings.task_paths, config.data_dir)
         with compiled_once():
-            self._documents = choose(tasks, config, settings.seed)
+            self._documents = choose(tasks, config, settings.seed, settings.purposes)
             self._check_names()
             self._requests = {
                 purpose: Requests(
@@ -101,18 +101,9 @@ class LmEvalOracle:
         return score
 
     def _check_names(self) -> None:
-        known = list(dict.fromkeys(n for names in self._documents.values() for n in names))
-        named = {
-            "target": [self._config.target] if self._config.target else [],
-            "weights": list(self._config.weights),
-        }
-        for key, names in named.items():
-            for name in names:
-                if name not in known:
-                    raise ConfigError(
-                        f"[oracle] {key} names {name!r}, which is not among the tasks."
-                        f"{suggestion(name, known)} Tasks: {', '.join(known)}."
-                    )
+        if len(self._documents) > 1:  # else another oracle has tasks as well
+            known = dict.fromkeys(n for names in self._documents.values() for n in names)
+            check_task_names(self._config, known)
         for documents in self._documents:
             if not any(self.weights(documents).values()):
                 raise ConfigError(

@@ -1,14 +1,15 @@
 """The oracle ``perplexity``: how probable a model finds held-out running text.
 
 Each text is cut into windows; a text belongs to the search or to the report as a whole, by a hash
-of its content, unless there is one text only. The score is the mean log-likelihood of a token, in
-nats: perplexity is ``exp(-log_likelihood)``. It needs no benchmark, and no fine-tune is so bad that
-it tells nothing of it.
+of its content, unless that leaves too little for the report. The score is the mean log-likelihood
+of a token, in nats: perplexity is ``exp(-log_likelihood)``. It needs no benchmark, and no fine-tune
+is so bad that it tells nothing of it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import numpy as np
 from rankadaptor_plugin.corpus import prompt_and_response, read_rows
 from rankadaptor_plugin.errors import ConfigError, OracleError
 from rankadaptor_plugin.loglikelihood import loglikelihoods, plan
+from rankadaptor_plugin.objective import check_task_names
 from rankadaptor_plugin.scores import LOG_LIKELIHOOD, Score, TaskScore
 
 if TYPE_CHECKING:
@@ -26,7 +28,10 @@ if TYPE_CHECKING:
 
     from rankadaptor_plugin.context import OracleSettings
 
+logger = logging.getLogger(__name__)
+
 TASK = "text"
+_LEAST = 2  # windows of the report: one gives no interval
 WINDOW = 512
 """Most tokens per window where the run file sets no ``max_length``."""
 
@@ -50,17 +55,8 @@ class PerplexityOracle:
             raise ConfigError(
                 "The oracle perplexity needs held-out text. Name a file in [oracle] text."
             )
-        for name in config.weights:
-            if name != TASK:
-                raise ConfigError(
-                    f"[oracle] weights names {name!r}, but the oracle perplexity has the one task "
-                    f"{TASK!r}. Leave weights empty."
-                )
-        if config.target not in ("", TASK):
-            raise ConfigError(
-                f"[oracle] target names {config.target!r}, but the oracle perplexity has the one "
-                f"task {TASK!r}. Leave target empty."
-            )
+        if len(settings.purposes) > 1:  # else another oracle has tasks as well
+            check_task_names(config, (TASK,))
         length = config.max_length or min(WINDOW, settings.window or WINDOW)
         if settings.window and length > settings.window:
             raise ConfigError(
@@ -73,11 +69,10 @@ class PerplexityOracle:
         ]
         distinct = {zlib.crc32(f"{settings.seed} {text}".encode()): text for text in texts}
         cut = [_windows(distinct[key], settings.tokenizer, length) for key in sorted(distinct)]
-        self._windows = {}
-        self._windows["search"], self._windows["report"] = _halves(
+        counts = {"search": config.search_documents, "report": config.report_documents}
+        self._windows = _shared_out(
             [windows for windows in cut if windows],
-            config.search_documents,
-            config.report_documents,
+            {purpose: counts[purpose] for purpose in settings.purposes},
             config.text,
         )
         self._plans = {
@@ -101,13 +96,12 @@ class PerplexityOracle:
     def describe(self) -> dict[str, Any]:
         """Returns numbers of the windows, and a digest of their tokens."""
         sha = hashlib.sha256(repr(self._windows).encode())
-        first = len(self._windows["search"])
-        numbers = {
-            "search": list(range(first)),
-            "report": list(range(first, first + len(self._windows["report"]))),
-        }
+        documents, first = {}, 0
+        for purpose, windows in self._windows.items():
+            documents[purpose] = {TASK: list(range(first, first + len(windows)))}
+            first += len(windows)
         return {
-            "documents": {purpose: {TASK: ids} for purpose, ids in numbers.items()},
+            "documents": documents,
             "digest": sha.hexdigest()[:16],
         }
 
@@ -151,21 +145,40 @@ def _windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list
     return windows
 
 
-def _halves(
-    texts: list[list[Window]], search: int, report: int, path: str
-) -> tuple[list[Window], list[Window]]:
-    """Gives whole texts to the search until it has enough windows, the others to the report."""
-    if len(texts) == 1:
-        texts = [[window] for window in texts[0]]
-    searched: list[Window] = []
-    reported: list[Window] = []
-    for windows in texts:
-        (searched if len(searched) < search else reported).extend(windows)
-    searched, reported = searched[:search], reported[: report or len(reported)]
-    if not reported:
+def _shared_out(
+    texts: list[list[Window]], counts: dict[str, int], path: str
+) -> dict[str, list[Window]]:
+    """Gives whole texts to the search until it has enough windows, the others to the report.
+
+    Where that leaves too little for the report, texts are divided between windows. No window is on
+    both sides, also if texts share some.
+
+    Raises:
+        ConfigError: If fewer than two windows would be left for the report.
+    """
+    if len(counts) == 1:
+        ((purpose, count),) = counts.items()
+        windows = [window for text in texts for window in text]
+        return {purpose: windows[: count or len(windows)]}
+    search, report = counts["search"], counts["report"]
+    searched, reported = _halves(texts, search)
+    if len(reported) < _LEAST:
+        searched, reported = _halves([[window] for text in texts for window in text], search)
+    if len(reported) < _LEAST:
         count = sum(len(windows) for windows in texts)
         raise ConfigError(
             f"The held-out text {path} gives {count} windows; {search} for the search leave none "
             "for the report. Lower [oracle] search_documents or max_length, or give more text."
         )
-    return searched, reported
+    if report > len(reported):
+        logger.warning("%s has %d windows for the report, not %d", path, len(reported), report)
+    return {"search": searched, "report": reported[: report or len(reported)]}
+
+
+def _halves(texts: list[list[Window]], search: int) -> tuple[list[Window], list[Window]]:
+    searched: list[Window] = []
+    reported: list[Window] = []
+    for windows in texts:
+        (searched if len(searched) < search else reported).extend(windows)
+    known = {repr(window) for window in searched}
+    return searched[:search], [window for window in reported if repr(window) not in known]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from rankadaptor_plugin.device import resolve_device, resolve_dtype
 from rankadaptor_plugin.embedded_default import corpus_file, model_folder
 from rankadaptor_plugin.errors import ArtifactError, ConfigError
 from rankadaptor_plugin.importance import check_names
-from rankadaptor_plugin.objective import objective_metric
+from rankadaptor_plugin.objective import check_task_names, objective_metric
 from rankadaptor_plugin.oracles import TwoOracles
 from rankadaptor_plugin.run_folder import RunFolder, digest
 from rankadaptor_plugin.study import TrialStore
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.config import RunConfig
     from rankadaptor_plugin.context import OracleFactory
     from rankadaptor_plugin.pruned_model import PrunedModel
+    from rankadaptor_plugin.ranks import RankAllocation
     from rankadaptor_plugin.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -182,10 +183,15 @@ def prepare(
 def _oracle(oracles: Registry[OracleFactory], settings: OracleSettings) -> Oracle:
     """Builds the oracle of the report, and that of the search where it is another one."""
     name, search_name = settings.config.name, settings.config.search_name
-    report = oracles.get(name)(settings)
     if search_name in ("", name):
-        return report
-    return TwoOracles(oracles.get(search_name)(settings), report)
+        return oracles.get(name)(settings)
+    both = TwoOracles(
+        oracles.get(search_name)(replace(settings, purposes=("search",))),
+        oracles.get(name)(replace(settings, purposes=("report",))),
+    )
+    known = dict.fromkeys((*both.weights("search"), *both.weights("report")))
+    check_task_names(settings.config, known)
+    return both
 
 
 def _window(config: RunConfig, source: Path, given: PrunedModel | None) -> int | None:
@@ -233,9 +239,9 @@ def _claim(folder: RunFolder, inputs: dict[str, Any]) -> None:
 
     So whoever corrects a setting that made a run fail need not clean up after it.
     """
-    # Who raises the seeds because of the noise floor keeps its fine-tunes; who has seen the
-    # comparison may not ask again with others.
-    free = () if _has_trials(folder, "confirm") else ("config.confirm.",)
+    # Who raises the seeds because of the noise floor keeps its fine-tunes; who has seen two
+    # allocations compared may not ask again with others.
+    free = () if len(_tried(folder, "confirm")) > 1 else ("config.confirm.",)
     try:
         folder.claim(inputs, free)
     except ArtifactError:
@@ -249,15 +255,16 @@ def _claim(folder: RunFolder, inputs: dict[str, Any]) -> None:
 def _has_results(folder: RunFolder) -> bool:
     if (folder.path / "report.json").exists() or any(folder.path.glob("noise/*.json")):
         return True
-    return _has_trials(folder, "search")
+    return bool(_tried(folder, "search"))
 
 
-def _has_trials(folder: RunFolder, study: str) -> bool:
-    """Tells whether a study of the run has a complete trial."""
+def _tried(folder: RunFolder, study: str) -> set[RankAllocation]:
+    """Returns the allocations of the complete trials of a study."""
     if not (folder.path / "study.db").exists():
-        return False
+        return set()
     with TrialStore.open(folder.study_url, study) as store:
-        return any(trial.state is TrialState.COMPLETE for trial in store.trials())
+        complete = (t for t in store.trials() if t.state is TrialState.COMPLETE)
+        return {trial.allocation for trial in complete}
 
 
 def _inputs(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
+_ROUNDING = 1e-9
 _GRID = 200  # a finer grid moves no bound by 0.5 %
 
 
@@ -98,7 +99,9 @@ def reliability(values: ArrayLike, *, confidence: float = 0.95) -> Reliability:
     n, k = table.shape
     rows, columns, residual = _mean_squares(table)
     df, df_residual = n - 1, (n - 1) * (k - 1)
-    between, seed = max(0.0, (rows - residual) / k), max(0.0, (columns - residual) / n)
+    gap = rows - residual
+    # Equal mean squares differ by rounding.
+    between, seed = gap / k if gap > _ROUNDING * rows else 0.0, max(0.0, (columns - residual) / n)
     tail = (1 - confidence) / 2
     # rows / residual over its expectation (k var(a) + var(e)) / var(e) is F distributed.
     lowest, highest = (float(stats.f.ppf(q, df, df_residual)) for q in (tail, 1 - tail))

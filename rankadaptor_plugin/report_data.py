@@ -27,12 +27,14 @@ class Verdict(TypedDict):
         baseline: What `rankadaptor_plugin.report.baseline_label` returned.
         comparisons: Searched minus uniform by metric, as `Comparison.to_json` writes it; empty
             where there was nothing to compare.
+        target: The one task that was compared; empty for the weighted mean.
     """
 
     sentence: str
     delivered: str
     baseline: str
     comparisons: dict[str, dict[str, Any]]
+    target: NotRequired[str]
 
 
 class Parameters(TypedDict):

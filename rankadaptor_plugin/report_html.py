@@ -109,9 +109,10 @@ def _ranks(data: ReportData) -> str:
 
 def _pictures(data: ReportData) -> str:
     metric = data["objective"]["metric"]
-    percent = metric == "accuracy"
+    normalized = data["objective"].get("normalized", False)
+    percent = metric == "accuracy" and not normalized
     scale, digits = (100.0, 1) if percent else (1.0, 3)
-    unit = metric_label(metric)
+    unit = f"{metric} in spreads" if normalized else metric_label(metric)
     points = []
     for trial in data["trials"]:
         values = (trial.get("objective"), trial.get("predicted"))

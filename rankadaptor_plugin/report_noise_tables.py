@@ -45,7 +45,7 @@ def scores(noise: dict[str, Any]) -> Table:
             "interval",
             "ICC, own seeds",
             "sd between allocations",
-            "sd between seeds",
+            "noise of a fine-tune (sd)",
             "unit",
         ),
         tuple(rows),

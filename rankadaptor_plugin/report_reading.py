@@ -55,10 +55,12 @@ READING = (
 def search_line(data: ReportData) -> str:
     """Says in one line how the search went."""
     search = data["search"]
+    begun = sum(trial["phase"] == "initialization" for trial in data["trials"])
+    initial = max(search["initial_trials"], begun)
     return (
         f"{search['complete']} trials complete, {search['failed']} failed, "
-        f"{search['interrupted']} interrupted; the first {search['initial_trials']} were planned "
-        f"as initialization phase. Stopped: {search['stop_reason']}. "
+        f"{search['interrupted']} interrupted; the first {initial} were planned as "
+        f"initialization phase. Stopped: {search['stop_reason']}. "
         f"Objective: {objective_label(data)}, on the search documents."
     )
 

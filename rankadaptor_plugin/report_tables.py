@@ -83,8 +83,8 @@ def allocations(data: ReportData) -> dict[str, list[int]]:
 
 def comparisons(data: ReportData) -> Table:
     """Tabulates the paired differences by metric."""
-    target = data["objective"]["target"]
-    place = "" if target in ("", "mean") else f", task {target} alone"
+    target = data["verdict"].get("target")
+    place = f", task {target} alone" if target else ""
     rows = []
     for metric, found in data["verdict"]["comparisons"].items():
         unit = unit_of_difference(metric)
@@ -110,7 +110,7 @@ def comparisons(data: ReportData) -> Table:
 
 def trials(data: ReportData) -> Table:
     """Tabulates the trials in the order of the search."""
-    metric = data["objective"]["metric"]
+    metric = _objective(data)
     rows = []
     for trial in data["trials"]:
         measured, predicted = trial.get("objective"), trial.get("predicted")
@@ -151,7 +151,7 @@ def trials(data: ReportData) -> Table:
 
 def finalists(data: ReportData) -> Table:
     """Tabulates the finalists with the seeds that chose one of them."""
-    metric, entries = data["objective"]["metric"], data["confirm"]["finalists"]
+    metric, entries = _objective(data), data["confirm"]["finalists"]
     seeds = data["confirm"]["choosing_seeds"]
     rows = []
     for entry in entries:
@@ -218,6 +218,11 @@ def documents(data: ReportData) -> Table:
     return Table(
         "documents by task", ("task", "search", "report", "weight in the mean"), tuple(rows)
     )
+
+
+def _objective(data: ReportData) -> str:
+    """Returns the metric that objective values are written as; in spreads they have no unit."""
+    return "" if data["objective"].get("normalized") else data["objective"]["metric"]
 
 
 def pairs(caption: str, values: Mapping[str, Any]) -> Table:

@@ -55,6 +55,11 @@ class Choice:
         return str(next(iter(self.report.get("metrics") or ["accuracy"])))
 
     @property
+    def target(self) -> str | None:
+        """The one task that the run's verdict is about, None for the mean."""
+        return self.report.get("verdict", {}).get("target") or None
+
+    @property
     def confidence(self) -> float:
         """Confidence of the run's own intervals, in (0, 1)."""
         found = self.report.get("confirm", {}).get("confidence", 0.95)

@@ -95,8 +95,8 @@ def compare_runs(
             `rankadaptor_plugin.run_choice.choose`.
         every_model: All recovered models of every run that is named without a model.
         metric: Metric to compare; None for the one that the first run's verdict is about.
-        task: One task; None for the mean over the tasks that all models have, with the weights of
-            the first run.
+        task: One task; None for that of the verdicts, or for the mean over the tasks that all
+            models have, with the weights of the first run.
         confidence: Confidence of intervals and verdicts, in (0, 1); None for the first run's.
         resamples: Number of resamples.
         seed: Seed of the resamples.
@@ -109,6 +109,8 @@ def compare_runs(
     """
     choices = choose(runs, every_model=every_model)
     metric = metric or choices[0].metric
+    if task is None and len({choice.target for choice in choices}) == 1:
+        task = choices[0].target
     results: list[Results] = [
         {s: read_documents(path) for s, path in choice.files.items()} for choice in choices
     ]

@@ -13,7 +13,7 @@ from rankadaptor_plugin.confirmation import Confirmation, Confirmed, fine_tunes,
 from rankadaptor_plugin.context import Recovered, RunContext, SamplerSettings
 from rankadaptor_plugin.fine_tuning import FineTuner
 from rankadaptor_plugin.noise import Noise, measure
-from rankadaptor_plugin.objective import Objective, objective_metric, spreads
+from rankadaptor_plugin.objective import Objective, objective_metric, reported_target, spreads
 from rankadaptor_plugin.run_folder import RunFolder
 from rankadaptor_plugin.scores import Score
 from rankadaptor_plugin.search import SearchResult, StopReason, search
@@ -122,7 +122,7 @@ class _Stage:
                 oracle.metrics("search"),
                 self.verdict_metric,
                 oracle.weights("search"),
-                max(1, sum(map(len, reported.values())) // max(1, len(reported))),
+                {task: len(ids) for task, ids in reported.items()},
                 progress,
             )
             if found is not None:
@@ -157,6 +157,8 @@ class _Stage:
             for trial in first[len(known) :]:
                 store.add(trial, self.space)
                 hook.rankadaptor_after_trial(trial=trial, context=self.context)
+            done = len(store.trials())
+            hook.rankadaptor_on_progress(stage="search", done=done, total=total)
 
     def _search(self, store: TrialStore, add_seconds: Callable[[], None]) -> SearchResult:
         config, hook = self.config.search, self.context.hook
@@ -255,9 +257,9 @@ class _Stage:
         searched, baseline = (
             confirmed.reports(a) for a in (confirmed.searched, confirmed.baseline)
         )
-        target, confidence = self.config.oracle.target, self.config.confirm.confidence
+        confidence = self.config.confirm.confidence
         weights = self.context.oracle.weights("report")
-        if target in weights:  # with another oracle for the search it need not be there
+        if target := reported_target(self.config.oracle, self.context.oracle):
             weights = {target: 1.0}
         return {
             metric: compare(searched, baseline, metric, weights, confidence=confidence)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from rankadaptor_plugin import run_file
 from rankadaptor_plugin.confirmation import mean_objective, run_name
-from rankadaptor_plugin.objective import objective_metric
+from rankadaptor_plugin.objective import objective_metric, reported_target
 from rankadaptor_plugin.report import baseline_label, verdict_sentence
 from rankadaptor_plugin.search import StopReason
 from rankadaptor_plugin.statistics import score_cells
@@ -65,21 +65,24 @@ def stage_summary(
     halves = (confirmed.choosing, confirmed.comparing)
     runs = [run for half in halves for several in half.values() for run in several]
     seconds = [t.seconds for t in found.trials] + [run.seconds for run in runs]
-    if noise is not None:  # the runs with the search's own seed are among the trials
-        seconds += [run.seconds for several in noise.runs.values() for run in several[1:]]
+    if noise is not None:  # most runs with the search's own seed are among the trials
+        tried = {trial.allocation for trial in found.trials}
+        for allocation, several in noise.runs.items():
+            seconds += [run.seconds for run in several[allocation in tried :]]
     metrics = oracle.metrics("report")
     return {
         "verdict": {
             "sentence": verdict_sentence(
                 comparisons.get(metrics[0]),
                 confirmed.baseline.ranks,
-                config.oracle.target,
+                reported_target(config.oracle, oracle),
                 metrics[0],
                 searched=found.stop is not StopReason.NOISE,
             ),
             "delivered": "uniform" if delivered == confirmed.baseline else "searched",
             "baseline": baseline_label(confirmed.baseline.ranks),
             "comparisons": {metric: c.to_json() for metric, c in comparisons.items()},
+            "target": reported_target(config.oracle, oracle),
         },
         "scores": {
             name: score_cells(
@@ -193,6 +196,7 @@ def report_data(
                 "delivered": "foreign",
                 "baseline": "none",
                 "comparisons": {},
+                "target": "",
             },
         ),
         "tasks": list(weights),

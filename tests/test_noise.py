@@ -12,8 +12,15 @@ import pytest
 from rankadaptor_plugin import run_file
 from rankadaptor_plugin.confirmation import ConfirmationRun
 from rankadaptor_plugin.errors import RecoveryError
-from rankadaptor_plugin.noise import document_sd, measure, noise_allocations, noise_seeds
+from rankadaptor_plugin.noise import (
+    document_sd,
+    measure,
+    noise_allocations,
+    noise_seeds,
+    seed_scale,
+)
 from rankadaptor_plugin.noise_text import noise_text
+from rankadaptor_plugin.reliability import reliability
 from rankadaptor_plugin.run_folder import RunFolder
 from rankadaptor_plugin.scores import Score, TaskScore
 from rankadaptor_plugin.testing import SPACE
@@ -48,7 +55,9 @@ def config():
 
 
 def measured(path, config, run=planted, decisive="clp", on_run=lambda done, total: None):
-    return measure(SPACE, run, RunFolder(path), config, METRICS, decisive, {"toy": 1.0}, 40, on_run)
+    return measure(
+        SPACE, run, RunFolder(path), config, METRICS, decisive, {"toy": 1.0}, {"toy": 40}, on_run
+    )
 
 
 def test_a_strong_effect_is_told_from_noise(tmp_path, config):
@@ -104,7 +113,7 @@ def test_uniform_ranks_outside_the_space_are_measured_but_are_no_trial(tmp_path,
         METRICS,
         "clp",
         {"toy": 1.0},
-        40,
+        {"toy": 40},
         lambda *_: None,
     )
     assert space.uniform() in found.runs
@@ -148,7 +157,7 @@ def test_the_documents_share_of_the_noise_shrinks_with_their_number(config):
         [Score(tasks={"toy": TaskScore.of({"clp": list(rng.normal(size=50))})}) for _ in range(2)]
         for _ in range(3)
     ]
-    few, many = (document_sd(several, "clp", {"toy": 1.0}, n) for n in (50, 200))
+    few, many = (document_sd(several, "clp", {"toy": 1.0}, {"toy": n}) for n in (50, 200))
     assert few == pytest.approx(2 * many)
     assert few == pytest.approx((2 / 2 / 50) ** 0.5, rel=0.3)  # var of a difference of two means
 
@@ -160,3 +169,47 @@ def test_it_is_plain_data_and_reads_well(tmp_path, config):
     for line in ("objective", "accuracy", "clp", "10.00 points", "A fine-tune with its evaluation"):
         assert line in text
     assert plain["fine_tunes_left"] == 15
+
+
+def scored(values):
+    """Scores of one task from values of shape (allocations, seeds, documents)."""
+    return [
+        [Score(tasks={"toy": TaskScore.of({"clp": row.tolist()})}) for row in several]
+        for several in values
+    ]
+
+
+def test_what_a_seed_does_to_single_answers_shrinks_with_more_documents():
+    rng = np.random.default_rng(0)
+    single = rng.normal(size=(8, 5, 100))  # nothing but the chance of single answers
+    sd = reliability(single.mean(2)).seed_sd
+    scale = seed_scale(scored(single), "clp", {"toy": 1.0}, {"toy": 10_000}, sd)
+    assert scale == pytest.approx(0.1, abs=0.15)
+    assert seed_scale(scored(single), "clp", {"toy": 1.0}, {"toy": 100}, sd) == pytest.approx(
+        1.0, rel=0.2
+    )
+
+
+def test_what_a_seed_does_to_all_answers_does_not():
+    rng = np.random.default_rng(0)
+    whole = rng.normal(size=(8, 5, 1)) + 0.01 * rng.normal(size=(8, 5, 100))
+    sd = reliability(whole.mean(2)).seed_sd
+    scale = seed_scale(scored(whole), "clp", {"toy": 1.0}, {"toy": 10_000}, sd)
+    assert scale == pytest.approx(1.0, abs=0.01)
+
+
+def test_of_other_tasks_than_the_verdicts_no_floor_is_known(tmp_path, config):
+    found = measure(
+        SPACE,
+        planted,
+        RunFolder(tmp_path),
+        config,
+        METRICS,
+        "clp",
+        {"toy": 1.0},
+        {"other": 40},
+        lambda *_: None,
+    )
+    assert found.floor is None
+    assert not found.is_drowned
+    assert "of other tasks" in found.sentence()

@@ -244,7 +244,7 @@ def test_sentence_of_a_drowned_search() -> None:
     assert made(0.003, 0.0091, 0.0142).sentence() == (
         "A search of 30 trials is expected to gain 0.3 points over the average allocation "
         "(at most 0.91 points, with 80 % confidence); the final comparison with 5 seeds can tell "
-        "1.4 points from noise: the noise floor is above any plausible gain."
+        "1.4 points from noise with an even chance: the noise floor is above any plausible gain."
     )
 
 

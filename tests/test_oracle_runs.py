@@ -118,7 +118,7 @@ def test_then_nothing_is_said_of_the_noise_floor_of_the_verdict(
     noise = json.loads(result.stdout)
     assert (noise["decisive"], noise["floor"], noise["needed"]) == ("accuracy", None, [])
     assert noise["values"].keys() == {"objective", "log_likelihood"}
-    assert "about accuracy: whether a gain in that can rise above the noise" in noise["sentence"]
+    assert "The verdict is about accuracy of other tasks, or of another oracle" in noise["sentence"]
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +342,7 @@ BAD = {
     ),
     "text that is too short": (
         lambda folder, text: {
-            "oracle": {"search_name": "perplexity", "text": text, "search_documents": 500}
+            "oracle": {"tasks": [], "name": "perplexity", "text": text, "search_documents": 500}
         },
         *(2, "leave none for the report", "Lower"),
     ),

@@ -74,8 +74,8 @@ def _tokens(ours, purpose):
 def test_a_tokenizer_without_a_begin_token_leaves_the_first_token_out(oracle, make_tokenizer):
     tokenizer = make_tokenizer()
     tokenizer.bos_token = None
-    ours = oracle(["w1 w2 w3", "w4 w5"], tokenizer=tokenizer, search_documents=1)
-    assert sorted(_tokens(ours, p) for p in ("search", "report")) == [1, 2]
+    ours = oracle(["w1 w2 w3", "w4 w5 w6", "w7 w8 w9"], tokenizer=tokenizer, search_documents=1)
+    assert [_tokens(ours, p) for p in ("search", "report")] == [2, 4]
 
 
 def test_one_long_text_is_cut_between_windows(oracle):
@@ -91,7 +91,11 @@ def test_one_long_text_is_cut_between_windows(oracle):
         (["w1 w2"], {}, "gives 1 windows; 4 for the search leave none"),
         (texts(9), {"text": ""}, r"needs held-out text. Name a file in \[oracle\] text"),
         (texts(9), {"text": "none.txt"}, "none.txt"),
-        (texts(9), {"target": "boolq"}, "the one task 'text'. Leave target empty"),
+        (
+            texts(9),
+            {"target": "boolq"},
+            "target names 'boolq', which is not among the tasks. Tasks: text",
+        ),
     ],
 )
 def test_what_cannot_be_scored_is_refused(oracle, rows, changes, message):
@@ -124,5 +128,32 @@ def test_windows_fit_into_the_model(tmp_path, make_tokenizer):
 
 
 def test_weights_of_tasks_that_it_does_not_have_are_refused(oracle):
-    with pytest.raises(ConfigError, match=r"weights names 'boolq', but .* the one task 'text'"):
+    with pytest.raises(ConfigError, match=r"weights names 'boolq', which .* Tasks: text"):
         oracle(texts(9), weights={"boolq": 1.0})
+
+
+def test_no_window_is_on_both_sides_although_texts_share_some(oracle):
+    shared = "w1 w2 w3 w4 w5 w6 w7 w8"  # the first window of every text
+    ours = oracle([f"{shared} {text}" for text in texts(9)], search_documents=4)
+    search, report = ({repr(w) for w in ours._windows[p]} for p in ("search", "report"))
+    assert search.isdisjoint(report)
+    assert len(report) > 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_texts_of_very_unlike_length_leave_enough_for_the_report(oracle, seed):
+    long = " ".join(f"w{i % 37} w{i * i % 37} w{i // 37}" for i in range(400))
+    ours = oracle(["w1 w2", long], search_documents=50, seed=seed)
+    windows = {p: len(ids["text"]) for p, ids in ours.describe()["documents"].items()}
+    assert windows["search"] == 50
+    assert windows["report"] >= 2
+
+
+def test_for_the_search_alone_all_text_is_the_searchs(tmp_path, make_tokenizer):
+    path = tmp_path / "text.txt"
+    path.write_text("w1 w2 w3", encoding="utf-8")
+    config = OracleConfig(name="lm-eval", text=str(path), weights={"boolq": 2.0}, target="boolq")
+    settings = OracleSettings(
+        config=config, tokenizer=make_tokenizer(), task_paths=(), seed=0, purposes=("search",)
+    )
+    assert perplexity(settings).describe()["documents"] == {"search": {"text": [0]}}
