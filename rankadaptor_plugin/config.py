@@ -200,7 +200,7 @@ class OracleConfig:
     )
     objective: str = _f(
         "",
-        "metric that the search maximizes: clp, margin, gold_ll (less noisy) or accuracy (paper); "
+        "metric that the search maximizes: clp, margin, gold_ll or accuracy (paper); "
         "empty: clp, or what the oracle has",
     )
     target: str = _f("", "search for this one task; empty for the weighted mean of all")

@@ -9,7 +9,6 @@ fine-tunes with the search's own seed become its first trials, so they are not m
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from rankadaptor_plugin.confirmation import (
     fresh_seeds,
     run_name,
 )
+from rankadaptor_plugin.document_noise import document_sd, seed_scale
 from rankadaptor_plugin.errors import OracleError, RecoveryError
 from rankadaptor_plugin.noise_floor import Floor, assess, fine_tunes_to_detect
 from rankadaptor_plugin.ranks import RankAllocation
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.config import RunConfig
     from rankadaptor_plugin.ranks import RankSpace
     from rankadaptor_plugin.run_folder import RunFolder
-    from rankadaptor_plugin.scores import Score
 
 logger = logging.getLogger(__name__)
 
@@ -243,87 +242,6 @@ def assessed(
         seconds=sum(seconds) / len(seconds),
         left=max(0, config.search.max_trials - made) + fine_tunes(confirm.finalists, seeds_ahead),
     )
-
-
-def document_sd(
-    scores: Sequence[Sequence[Score]],
-    metric: str,
-    weights: Mapping[str, float],
-    report_documents: Mapping[str, int],
-) -> float:
-    """Returns the standard error of a difference that the choice of documents makes.
-
-    From the differences between the first and each other allocation per document, the mean over
-    the seeds; scaled from the documents at hand to those of the final comparison. Like the
-    comparison itself it counts the chance of single answers here as well as among the seeds.
-
-    Args:
-        scores: Scores with values per document, by allocation and seed.
-        metric: The metric of the difference.
-        weights: Weight per task.
-        report_documents: Documents of the final comparison by task.
-    """
-    shares = {task: weight / sum(weights.values()) for task, weight in weights.items()}
-    variances = []
-    for other in scores[1:]:
-        variance = 0.0
-        for task, share in shares.items():
-            first, second = (
-                np.mean([score.tasks[task].per_document[metric] for score in several], axis=0)
-                for several in (scores[0], other)
-            )
-            if len(first) > 1:
-                spread = float(np.var(first - second, ddof=1))
-                if metric == "accuracy":
-                    # That no answer differs among these documents does not mean that none can:
-                    # half of one more document, as Jeffreys' prior has it.
-                    spread = max(spread, 0.5 / (len(first) + 1))
-                variance += share**2 * spread / report_documents[task]
-        variances.append(variance)
-    return math.sqrt(sum(variances) / len(variances))
-
-
-def seed_scale(
-    scores: Sequence[Sequence[Score]],
-    metric: str,
-    weights: Mapping[str, float],
-    report_documents: Mapping[str, int],
-    seed_sd: float,
-) -> float:
-    """Returns the seed noise on the report documents, as a multiple of that on those at hand.
-
-    What a seed does to single answers averages out over more documents; what it does to all of
-    them does not. The first is the variance over the documents of what is left of an answer once
-    the means of its allocation and of its seed are taken out.
-
-    Args:
-        scores: Scores with values per document, by allocation and seed, two of each at least.
-        metric: The metric of the verdict.
-        weights: Weight per task.
-        report_documents: Documents of the final comparison by task.
-        seed_sd: Residual sd of a fine-tune on the documents at hand.
-    """
-    if not seed_sd:
-        return 1.0
-    here = there = 0.0
-    for task, weight in weights.items():
-        share = weight / sum(weights.values())
-        values = np.array(
-            [[score.tasks[task].per_document[metric] for score in several] for several in scores]
-        )
-        n, k, count = values.shape
-        if count < _LEAST:
-            continue
-        rest = (
-            values
-            - values.mean(0, keepdims=True)
-            - values.mean(1, keepdims=True)
-            + values.mean((0, 1), keepdims=True)
-        )
-        single = float(rest.var(axis=2, ddof=1).sum()) / ((n - 1) * (k - 1))
-        here += share**2 * single / count
-        there += share**2 * single / report_documents[task]
-    return math.sqrt((max(0.0, seed_sd**2 - here) + there) / seed_sd**2)
 
 
 def noise_seeds(seed: int, count: int) -> tuple[int, ...]:

@@ -35,8 +35,6 @@ class Floor:
         detectable_gain: The final comparison shows a difference of this size with probability
             `power`.
         drowned: Whether even the bound is not above `detectable_gain`.
-        fine_tunes_needed: Fine-tunes of a comparison that shows `plausible_gain` with `power`;
-            None if none does.
         trials: Number of trials of the search.
         seeds: Seeds of the final comparison.
         confidence: Confidence of its interval, in (0, 1).
@@ -48,7 +46,6 @@ class Floor:
     plausible_gain_high: float
     detectable_gain: float
     drowned: bool
-    fine_tunes_needed: int | None
     trials: int
     seeds: int
     confidence: float
@@ -148,9 +145,6 @@ def assess(
         plausible_gain_high=high,
         detectable_gain=floor,
         drowned=floor > 0 and high <= floor,
-        fine_tunes_needed=fine_tunes_to_detect(
-            gain, seed_sd, confidence=confidence, power=power, document_sd=document_sd
-        ),
         trials=trials,
         seeds=seeds,
         confidence=confidence,

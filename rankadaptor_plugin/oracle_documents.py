@@ -16,6 +16,7 @@ import numpy as np
 
 from rankadaptor_plugin.errors import ConfigError, OracleError
 from rankadaptor_plugin.lm_eval_tasks import SEARCH, question
+from rankadaptor_plugin.scores import document_key
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -42,9 +43,7 @@ class Documents:
 
     def keys(self) -> list[str]:
         """Returns a name of each document that depends on nothing but what it asks."""
-        return [
-            f"{zlib.crc32(q.encode()):08x}{zlib.adler32(q.encode()):08x}" for q in self.questions
-        ]
+        return [document_key(question) for question in self.questions]
 
 
 def choose(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from rankadaptor_plugin.corpus import prompt_and_response, read_rows
 from rankadaptor_plugin.errors import ConfigError, OracleError
 from rankadaptor_plugin.loglikelihood import loglikelihoods, plan
 from rankadaptor_plugin.objective import check_task_names
-from rankadaptor_plugin.scores import LOG_LIKELIHOOD, Score, TaskScore
+from rankadaptor_plugin.scores import LOG_LIKELIHOOD, Score, TaskScore, document_key
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,8 +66,8 @@ class PerplexityOracle:
             row["text"] if "text" in row else "".join(prompt_and_response(row, "plain"))
             for row in read_rows(Path(config.text), "held-out text")
         ]
-        distinct = {zlib.crc32(f"{settings.seed} {text}".encode()): text for text in texts}
-        cut = [_windows(distinct[key], settings.tokenizer, length) for key in sorted(distinct)]
+        ordered = sorted(set(texts), key=lambda text: document_key(f"{settings.seed} {text}"))
+        cut = [_windows(text, settings.tokenizer, length) for text in ordered]
         counts = {"search": config.search_documents, "report": config.report_documents}
         self._windows = _shared_out(
             [windows for windows in cut if windows],
@@ -124,7 +123,7 @@ class PerplexityOracle:
                 "The log-likelihood of the held-out text is not a finite number. Lower [recovery] "
                 "learning_rate or use another dtype."
             )
-        keys = [f"{zlib.crc32(repr(window).encode()):08x}" for window in windows]
+        keys = [document_key(repr(window)) for window in windows]
         return Score(tasks={TASK: TaskScore.of({LOG_LIKELIHOOD: values.tolist()}, keys=keys)})
 
 

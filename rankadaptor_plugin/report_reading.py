@@ -41,7 +41,7 @@ READING = (
         "among the choices. margin: log-likelihood of the right choice minus that of the best "
         "wrong one. gold_ll: log-likelihood of the right choice per byte. log_likelihood: of a "
         "token of running text; perplexity is exp(-log_likelihood). Higher is better for all. The "
-        "log-likelihoods are less noisy than accuracy.",
+        "noise floor says how noisy each of them is.",
     ),
     (
         "Ranks",

@@ -119,7 +119,7 @@ class RunFolder:
                 )
             self.write_json("inputs.json", inputs)
             return
-        then, now = _flat(before), _flat(json.loads(json.dumps(inputs)))
+        then, now = flat(before), flat(json.loads(json.dumps(inputs)))
         changed = [
             f"{key} was {then.get(key, 'unset')!s:.40}, now {now.get(key, 'unset')!s:.40}"
             for key in sorted(then.keys() | now.keys())
@@ -284,11 +284,12 @@ def digest(path: Path) -> str:
     return sha.hexdigest()[:16]
 
 
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+def flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested dictionaries under names such as ``config.prune.ratio``."""
     if not isinstance(data, dict):
         return {prefix: data}
     return {
         key: value
         for name, item in data.items()
-        for key, value in _flat(item, f"{prefix}.{name}" if prefix else str(name)).items()
+        for key, value in flat(item, f"{prefix}.{name}" if prefix else str(name)).items()
     }

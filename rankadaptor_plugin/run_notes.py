@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rankadaptor_plugin.run_folder import flat
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from rankadaptor_plugin.document_results import TaskDocuments
     from rankadaptor_plugin.run_choice import Choice
@@ -63,7 +65,7 @@ def notes_on_models(
         if len(set(counts)) > 1:
             listed = ", ".join(f"{c:,}" if isinstance(c, int) else "unknown" for c in counts)
             yield f"The runs have {what} of different sizes: {listed} parameters."
-    settings = [_flat(run.report.get("config", {})) for run in runs]
+    settings = [flat(run.report.get("config", {})) for run in runs]
     changed = [
         key
         for key in sorted({key for values in settings for key in values} - {"output"})
@@ -107,13 +109,3 @@ def notes_on_confidence(choices: Sequence[Choice]) -> Iterator[str]:
             f"The runs have different confidences ({', '.join(f'{c:g}' for c in given)}); "
             f"{choices[0].confidence:g} is used, that of {choices[0].label}."
         )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
-    return out

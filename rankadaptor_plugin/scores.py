@@ -15,6 +15,7 @@ choices count together in `clp`, and by the likeliest of them in the other two:
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,11 @@ METRICS = ("accuracy", "clp", "margin", "gold_ll")
 
 LOG_LIKELIHOOD = "log_likelihood"
 """The metric of running text."""
+
+
+def document_key(content: str) -> str:
+    """Returns a name of a document, 16 hexadecimal digits, that depends on its content alone."""
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

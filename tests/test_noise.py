@@ -11,14 +11,9 @@ import pytest
 
 from rankadaptor_plugin import run_file
 from rankadaptor_plugin.confirmation import ConfirmationRun
+from rankadaptor_plugin.document_noise import document_sd, seed_scale
 from rankadaptor_plugin.errors import RecoveryError
-from rankadaptor_plugin.noise import (
-    document_sd,
-    measure,
-    noise_allocations,
-    noise_seeds,
-    seed_scale,
-)
+from rankadaptor_plugin.noise import measure, noise_allocations, noise_seeds
 from rankadaptor_plugin.noise_text import noise_text
 from rankadaptor_plugin.reliability import reliability
 from rankadaptor_plugin.run_folder import RunFolder
