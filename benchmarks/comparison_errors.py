@@ -3,7 +3,7 @@
     python benchmarks/comparison_errors.py
 
 Simulated: 7 tasks of 300 documents, confidence 0.95, so 5 % is what is asked for. A value is the
-document's own difficulty, what the model makes of it, what the seed makes of all of them, and chance.
+document's difficulty, what the model makes of it, what the seed makes of all of them, and chance.
 """
 
 from __future__ import annotations

@@ -48,14 +48,16 @@ class TestPerplexity(OracleConformance):
 
 
 def test_the_score_is_the_mean_over_all_tokens(oracle, make_llama, make_tokenizer):
-    ours, model, tokenizer = oracle(texts(9)), make_llama(), make_tokenizer()
+    # One window each: of longer texts the search may leave some windows unused.
+    short = [" ".join(text.split()[:8]) for text in texts(9)]
+    ours, model, tokenizer = oracle(short), make_llama(), make_tokenizer()
     total, count = 0.0, 0
     for purpose in ("search", "report"):
         score = ours.score(model, purpose).tasks["text"]
         total += score.values["log_likelihood"] * _tokens(ours, purpose)
         count += _tokens(ours, purpose)
     expected, tokens = 0.0, 0
-    for text in texts(9):
+    for text in short:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         for start in range(0, len(ids), 8):
             window = torch.tensor([[tokenizer.bos_token_id, *ids[start : start + 8]]])
