@@ -140,7 +140,7 @@ class Progress:
                     trial.phase.value,
                     str(trial.allocation),
                     "" if trial.predicted is None else f"{trial.predicted:.4f}",
-                    "failed" if trial.objective is None else f"{trial.objective:.4f}",
+                    trial.state.value if trial.objective is None else f"{trial.objective:.4f}",
                     f"{sum(trial.seconds.values()):.1f}",
                     style="bold" if trial is best else "",
                 )
@@ -158,6 +158,9 @@ class Progress:
 
 
 def _result(trial: Trial) -> str:
+    if trial.state.value == "stopped":
+        share, value = max(trial.rungs.items())
+        return f"ended after {share:.0%} of its steps at {value:.4f}"
     if trial.objective is None:
         return f"failed: {(trial.reason or '').rstrip('.')}"
     predicted = "" if trial.predicted is None else f" (predicted {trial.predicted:.4f})"

@@ -13,13 +13,24 @@ if TYPE_CHECKING:
 
 @hookimpl
 def rankadaptor_register_performance_models(register: Registry[PerformanceModelFactory]) -> None:
-    """Registers the paper's MLP."""
-    register("mlp", "rankadaptor_plugin.performance_model:mlp")
+    """Registers the paper's MLP and its ablation, our own models beside it."""
+    register("mlp", "rankadaptor_plugin.mlp:mlp")
+    register("mlp-1", "rankadaptor_plugin.mlp:mlp_1")
+    register("mlp-2", "rankadaptor_plugin.mlp:mlp_2")
+    register("mlp-3", "rankadaptor_plugin.mlp:mlp_3")
+    register("linear", "rankadaptor_plugin.linear_model:linear")
+    register("ensemble", "rankadaptor_plugin.ensemble:ensemble")
 
 
 @hookimpl
 def rankadaptor_register_samplers(register: Registry[SamplerFactory]) -> None:
-    """Registers the paper's search step, and two of Optuna's samplers beside it."""
+    """Registers our own search step, the paper's, and Optuna's samplers."""
+    register("auto", "rankadaptor_plugin.adaptive_sampler:auto")
+    register("linear", "rankadaptor_plugin.adaptive_sampler:linear")
+    register("ensemble", "rankadaptor_plugin.adaptive_sampler:ensemble")
     register("paper", "rankadaptor_plugin.samplers:paper")
-    register("random", "rankadaptor_plugin.samplers:random")
-    register("tpe", "rankadaptor_plugin.samplers:tpe")
+    register("random", "rankadaptor_plugin.optuna_samplers:random")
+    register("tpe", "rankadaptor_plugin.optuna_samplers:tpe")
+    register("gp", "rankadaptor_plugin.optuna_samplers:gp")
+    register("cmaes", "rankadaptor_plugin.optuna_samplers:cmaes")
+    register("qmc", "rankadaptor_plugin.optuna_samplers:qmc")

@@ -18,6 +18,7 @@ from rankadaptor_plugin.importance import unit_scores
 from rankadaptor_plugin.modeling_rankadaptor import take
 from rankadaptor_plugin.pruned_model import PrunedModel
 from rankadaptor_plugin.pruning import (
+    importance_lost,
     note_unused,
     provenance,
     refuse_or_warn,
@@ -77,12 +78,18 @@ def prune_channel(
             f"multiples of {config.round_to}. Raise ratio or lower round_to."
         )
     base_config = copy.deepcopy(model.config)
-    (score,) = unit_scores(model, [units], samples, config)
+    # A layer's own scores of the channels only say what it loses; the sums over layers decide.
+    size = len(structure_of(model).matrices)
+    own = [units[start : start + size] for start in range(0, len(units), size)]
+    score, *shares = unit_scores(model, [units, *own], samples, config)
     removed = sorted(torch.argsort(score, stable=True)[: hidden - kept].tolist())
     remove(units, removed)
     _cut_the_rest(model, removed, hidden)
     set_hidden_size(model, kept)
-    pruned = PrunedModel.of(model, tokenizer, provenance(config, samples), base_config=base_config)
+    lost = importance_lost(len(own), ((i, s, removed) for i, s in enumerate(shares)), config)
+    pruned = PrunedModel.of(
+        model, tokenizer, provenance(config, samples) | lost, base_config=base_config
+    )
     log.info(
         "Pruned the hidden size from %d to %d: %d of %d parameters are left.",
         hidden,

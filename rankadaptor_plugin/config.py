@@ -16,6 +16,9 @@ from rankadaptor_plugin.errors import ConfigError, RankSpaceError
 EMBEDDED = "embedded"
 """Stands for the model and the corpus that ship with the package."""
 
+FIXED = "fixed"
+"""The search method that searches nothing: the run file names the allocation."""
+
 
 def _f(default: Any, help_: str, **rule: Any) -> Any:
     """A field with its help text.
@@ -103,27 +106,49 @@ class PruneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RankSpaceConfig:
-    """The solution space S (paper, section 4.1)."""
+    """The solution space S (paper, section 4.1), and what the search may not exceed."""
 
-    candidates: tuple[int, ...] = _f((2, 4, 6, 8, 10, 12), "ranks a searched layer may take", low=1)
+    candidates: tuple[int, ...] = _f(
+        (2, 4, 6, 8, 10, 12), "ranks a searched layer may take; 0 leaves it without adapter", low=0
+    )
     default_rank: int = _f(8, "rank of layers that are not searched, and of uniform LoRA", low=1)
     search: str = _f(
         "pruned", "layers whose rank is searched: pruned or all", choices=("pruned", "all")
     )
+    per: str = _f(
+        "layer",
+        "one rank per layer (paper), per group (attention and MLP), or per projection",
+        choices=("layer", "group", "projection"),
+    )
     budget: str = _f(
         "uniform",
-        "uniform: as many trainable parameters as uniform LoRA; free: no limit (paper)",
+        "uniform: as many trainable parameters as uniform LoRA; free: no budget (paper)",
         choices=("uniform", "free"),
+    )
+    max_parameters: int = _f(
+        0, "most trainable parameters of an allocation, a hard limit; 0 sets none", low=0
+    )
+    max_rank_sum: int = _f(
+        0, "most that the ranks of an allocation may add up to, a hard limit; 0 sets none", low=0
+    )
+    alpha_over_rank: tuple[float, ...] = _f(
+        (), "values of [recovery] alpha_over_rank to search along with the ranks", above=0.0
+    )
+    learning_rate: tuple[float, ...] = _f(
+        (), "values of [recovery] learning_rate to search along with the ranks", above=0.0
     )
 
     def __post_init__(self) -> None:
         if not self.candidates:
             raise RankSpaceError("[rank_space] candidates is empty. Name at least two ranks.")
-        if tuple(sorted(set(self.candidates))) != self.candidates:
-            raise RankSpaceError(
-                f"The rank candidates {list(self.candidates)} are not ascending and distinct. "
-                "Sort [rank_space] candidates and remove repetitions."
-            )
+        for key in ("candidates", "alpha_over_rank", "learning_rate"):
+            values = getattr(self, key)
+            if tuple(sorted(set(values))) != values:
+                named = "rank candidates" if key == "candidates" else f"values of {key}"
+                raise RankSpaceError(
+                    f"The {named} {list(values)} are not ascending and distinct. "
+                    f"Sort [rank_space] {key} and remove repetitions."
+                )
         if self.budget == "uniform" and self.candidates[0] > self.default_rank:
             raise RankSpaceError(
                 f"The smallest rank candidate {self.candidates[0]} is above default_rank "
@@ -273,27 +298,87 @@ class GenerationConfig:
 class PerformanceModelConfig:
     """Q, which predicts the score of an allocation (paper, section 3.2)."""
 
-    name: str = _f("mlp", "registered performance model; mlp is the paper's")
+    name: str = _f(
+        "mlp",
+        "registered performance model of method paper: mlp, its settings mlp-1, mlp-2, mlp-3 of "
+        "the paper's ablation, linear, or ensemble",
+    )
     hidden: tuple[int, ...] = _f(
-        (32, 32, 32), "widths of the hidden layers (paper: 32-32-32)", low=1
+        (32, 32, 32), "mlp, ensemble: widths of the hidden layers (paper: 32-32-32)", low=1
     )
     learning_rate: float = _f(0.01, "learning rate of its training", low=0.0)
+    meta: str = _f(
+        "joint",
+        "offline meta-learning: joint (all tasks, standardised), raw (as they are), reptile, or "
+        "none",
+        choices=("joint", "raw", "reptile", "none"),
+    )
     meta_epochs: int = _f(200, "epochs of the offline meta-learning on all tasks; 0: none", low=0)
-    epochs: int = _f(200, "epochs of each incremental refit on all target data", low=1)
+    epochs: int = _f(200, "epochs of each incremental refit", low=1)
+    replay: bool = _f(
+        True, "each refit sees all target data; false: the newest alone, from the last weights"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """Initialization, iteration and convergence (paper, section 3.3)."""
+    """Which allocations are fine-tuned, and when the search ends."""
 
-    sampler: str = _f("paper", "registered sampler: paper, random, or tpe (Optuna's)")
-    initial_trials: int = _f(10, "random allocations of the initialization phase", low=2)
-    max_trials: int = _f(30, "most fine-tunes of the search, initial ones included", low=2)
-    candidates: int = _f(10_000, "allocations scored by the performance model per step", low=1)
-    tolerance: float = _f(
-        0.005, "stop when |predicted - measured| stays below this; 0 uses the whole budget", low=0.0
+    method: str = _f(
+        "auto",
+        "auto (linear and ensemble, whichever predicts better), linear, ensemble, paper, fixed, "
+        "random, or Optuna's tpe, gp, cmaes, qmc",
     )
-    patience: int = _f(2, "steps in a row below the tolerance", low=1)
+    allocation: str = _f(
+        "",
+        'method fixed: ranks such as "4-6-8-8", or a list of the paper\'s Table 7 such as '
+        '"paper:llama-7b:20:boolq"',
+    )
+    initial_trials: int = _f(
+        0, "random allocations before the method's own; 0: what it takes (paper: 10)", low=0
+    )
+    max_trials: int = _f(30, "most fine-tunes of the search, initial ones included", low=2)
+    max_hours: float = _f(
+        0.0,
+        "wall time of all fine-tunes and evaluations of the run, those of the confirmation kept "
+        "in reserve; a hard limit, 0 sets none",
+        low=0.0,
+    )
+    max_gpu_hours: float = _f(
+        0.0, "the same in hours times devices, where a CPU counts as one", low=0.0
+    )
+    batch: int = _f(1, "allocations proposed at once, before any of them is measured", low=1)
+    rung: float = _f(
+        0.0,
+        "look at each fine-tune after this share of its steps and end those below the median "
+        "there; 0 does not",
+        low=0.0,
+        below=1.0,
+    )
+    pareto: bool = _f(
+        False, "search the front of score against trainable parameters; needs budget free"
+    )
+    meta: str = _f("", "file of `rankadaptor-plugin meta-learn` with knowledge of earlier studies")
+    proxy: int = _f(
+        0,
+        "allocations scored beforehand on one adapter of the greatest rank, cut to size; their "
+        "scores weigh as much as they prove to predict; 0 does without",
+        low=0,
+    )
+    candidates: int = _f(
+        10_000, "paper: random allocations scored by the performance model per step", low=1
+    )
+    final_candidates: int = _f(
+        100_000,
+        "paper: random allocations of which the last model names one finalist; 0: none",
+        low=0,
+    )
+    tolerance: float = _f(
+        0.005,
+        "paper: stop when |predicted - measured| stays below this; 0 uses the whole budget",
+        low=0.0,
+    )
+    patience: int = _f(2, "paper: steps in a row below the tolerance", low=1)
     max_failures: int = _f(3, "failed trials in a row that end the run", low=1)
 
     def __post_init__(self) -> None:
@@ -302,20 +387,39 @@ class SearchConfig:
                 f"[search] initial_trials {self.initial_trials} is more than max_trials "
                 f"{self.max_trials}. Raise max_trials or lower initial_trials."
             )
+        if bool(self.allocation) != (self.method == FIXED):
+            raise ConfigError(
+                f'[search] allocation is "{self.allocation}" and method "{self.method}". An '
+                'allocation goes with method = "fixed", and the other way round.'
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConfirmConfig:
-    """Finalists against uniform LoRA, with fresh seeds, judged on the report documents."""
+    """The finalists' race against uniform LoRA: fresh seeds, report documents."""
 
-    finalists: int = _f(2, "best allocations of the search that are run again", low=1)
-    choosing_seeds: int = _f(
-        3, "fresh seeds that choose one of the finalists, on the search documents", low=1
+    finalists: int = _f(2, "best allocations of the search that enter the race", low=1)
+    seeds: int = _f(6, "fresh seeds at most; each one left in the race runs with each", low=2)
+    least_seeds: int = _f(3, "fresh seeds before the first one may be eliminated", low=2)
+    best_random: bool = _f(
+        False,
+        "the best of as many random allocations as the search made trials enters too; costs these "
+        "trials",
     )
-    seeds: int = _f(
-        5, "further fresh seeds that compare it with uniform LoRA, on the report documents", low=2
+    confidence: float = _f(
+        0.95,
+        "1 less the error rate: of all finalists together, of a gain that is none, and of "
+        "eliminating the best",
+        low=0.5,
+        high=0.999,
     )
-    confidence: float = _f(0.95, "confidence of the intervals", low=0.5, high=0.999)
+
+    def __post_init__(self) -> None:
+        if self.least_seeds > self.seeds:
+            raise ConfigError(
+                f"confirm.least_seeds {self.least_seeds} is more than seeds {self.seeds}. Lower "
+                "least_seeds or raise seeds."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,3 +467,27 @@ class RunConfig:
                 "[oracle] tasks is empty. Name at least one lm-eval task, for example "
                 'tasks = ["tiny_boolq"].'
             )
+        if self.search.pareto and self.rank_space.budget != "free":
+            raise ConfigError(
+                f"[search] pareto searches over parameters, but [rank_space] budget is "
+                f'"{self.rank_space.budget}". Set budget = "free", with max_parameters if need be.'
+            )
+
+    @property
+    def common_baseline(self) -> bool:
+        """Whether all finalists have the parameters of one uniform LoRA."""
+        space = self.rank_space
+        limited = bool(space.max_parameters or space.max_rank_sum)
+        return space.budget == "uniform" and not limited and self.search.method != FIXED
+
+    @property
+    def competitors(self) -> int:
+        """The most that enter the race against uniform LoRA."""
+        finalists = 1 if self.search.method == FIXED else self.confirm.finalists
+        return finalists + self.confirm.best_random
+
+    @property
+    def race_fine_tunes(self) -> int:
+        """The most fine-tunes that the race takes."""
+        baselines = 1 if self.common_baseline else self.competitors
+        return self.confirm.seeds * (self.competitors + baselines)

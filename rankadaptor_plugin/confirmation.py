@@ -1,30 +1,45 @@
-"""Confirmation: the finalists and uniform LoRA again, on seeds and documents kept from the search.
+"""Confirmation: the finalists race uniform LoRA, on seeds and documents kept from the search.
 
-First the finalists run with fresh seeds, and the one with the best mean objective on the *search*
-documents goes on; a single finalist goes on as it is. Then that one and uniform LoRA at the same
-parameter budget run with further fresh seeds and are compared on the *report* documents. Neither
-the seeds nor the documents of this comparison chose anything, so it is not biased by the choice.
+The best allocations of the search, perhaps the best of as many random ones, and uniform LoRA at
+the same parameters run with fresh seeds, one seed after the other, and are scored on the *report*
+documents. Those that are shown to be worse drop out on the way (`rankadaptor_plugin.race`); what
+is left after the last seed is compared with uniform LoRA. Neither the seeds nor the documents chose
+the finalists, and the intervals hold for all that entered together, so the verdict is not biased
+by any choice.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from rankadaptor_plugin.errors import OracleError, RecoveryError
+from rankadaptor_plugin.race import Advantage, Reason, Rules, eliminated
+from rankadaptor_plugin.race_result import (
+    BEST_RANDOM,
+    FINALIST,
+    Competitor,
+    Confirmed,
+    Exit,
+    Standing,
+)
 from rankadaptor_plugin.scores import Score
 from rankadaptor_plugin.trials import Phase, Trial, TrialState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from rankadaptor_plugin.ranks import RankAllocation
     from rankadaptor_plugin.run_folder import RunFolder
     from rankadaptor_plugin.study import TrialStore
 
+logger = logging.getLogger(__name__)
+
 FRESH = 1_000_000
-"""Distance of the confirmation's seeds from the seed of the search, and of its two halves."""
+"""Distance of the race's seeds from the seed of the search."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +48,7 @@ class ConfirmationRun:
 
     Attributes:
         search: Scores on the search documents.
-        report: Scores on the report documents; None where the run only chooses among the
-            finalists.
+        report: Scores on the report documents; None of a run outside the race.
         objective: What the search maximizes, on the search documents.
         train_loss: See `rankadaptor_plugin.trials.Outcome`.
         seconds: Wall time by part: ``recovery`` and ``oracle``.
@@ -49,6 +63,10 @@ class ConfirmationRun:
     def with_search(self, score: Score) -> ConfirmationRun:
         """Returns the run with other scores on the search documents."""
         return replace(self, search=score)
+
+    def is_finite(self) -> bool:
+        """Tells whether every score is a finite number."""
+        return self.search.is_finite() and (self.report is None or self.report.is_finite())
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values, without those per document."""
@@ -71,59 +89,9 @@ class ConfirmationRun:
 Runs = tuple[ConfirmationRun, ...]  # one per seed
 
 
-@dataclass(frozen=True, kw_only=True)
-class Seeds:
-    """Fresh seeds of the two halves.
-
-    Attributes:
-        choosing: They choose among several finalists.
-        comparing: They compare the chosen one with uniform LoRA.
-    """
-
-    choosing: tuple[int, ...]
-    comparing: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Confirmed:
-    """What the fresh seeds say.
-
-    Attributes:
-        seeds: The fresh seeds.
-        choosing: Runs of the finalists with the choosing seeds; empty if there is one finalist.
-        comparing: Runs of the chosen one and of the baseline with the comparing seeds.
-        searched: The finalist that was chosen; None if it is the baseline itself.
-        baseline: Uniform LoRA at equal parameters.
-    """
-
-    seeds: Seeds
-    choosing: dict[RankAllocation, Runs]
-    comparing: dict[RankAllocation, Runs]
-    searched: RankAllocation | None
-    baseline: RankAllocation
-
-    def reports(self, allocation: RankAllocation) -> list[Score]:
-        """Returns an allocation's scores on the report documents, one per comparing seed."""
-        return [run.report for run in self.comparing[allocation] if run.report]
-
-
-def fresh_seeds(seed: int, choosing: int, comparing: int) -> Seeds:
+def fresh_seeds(seed: int, count: int) -> tuple[int, ...]:
     """Returns seeds that no trial of the search used, as many as asked for."""
-    return Seeds(
-        choosing=tuple(seed + 2 * FRESH + i for i in range(choosing)),
-        comparing=tuple(seed + FRESH + i for i in range(comparing)),
-    )
-
-
-def fine_tunes(finalists: int, seeds: Seeds) -> int:
-    """Returns the most fine-tunes that a confirmation takes."""
-    choosing = finalists * len(seeds.choosing) if finalists > 1 else 0
-    return choosing + 2 * len(seeds.comparing)
-
-
-def mean_objective(runs: Runs) -> float:
-    """Returns the mean objective on the search documents over the seeds."""
-    return sum(run.objective for run in runs) / len(runs)
+    return tuple(seed + FRESH + i for i in range(count))
 
 
 def run_name(allocation: RankAllocation, seed: int) -> str:
@@ -132,111 +100,199 @@ def run_name(allocation: RankAllocation, seed: int) -> str:
 
 
 class Confirmation:
-    """Runs finalists and baseline; finished runs are read from the run folder.
+    """Runs the race; finished runs are read from the run folder, failed ones from the store.
 
     Args:
-        choose: Fine-tunes an allocation with a seed and scores it on the search documents.
-        compare: The same, with scores on the report documents too.
+        run: Fine-tunes an allocation with a seed and scores it on both sets of documents.
         folder: Run folder, where each run's scores are kept.
         store: Study that records each run as a trial.
-        seeds: Fresh seeds, the same for all allocations.
-        on_run: Told the number of finished runs and of all runs, after each.
+        seeds: Fresh seeds, the same for all allocations, at least two.
+        least_seeds: Seeds before anyone may be eliminated, at least two.
+        confidence: One less the error rate, in (0, 1).
+        metric: The decisive metric.
+        weights: Weight per task of the verdict; None weighs all equally.
+        on_run: Told the number of finished runs and of the most that there will be, after each.
         is_whole: Tells of a run whose scores are kept whether all else that it left is there too.
     """
 
     def __init__(
         self,
         *,
-        choose: Callable[[RankAllocation, int], ConfirmationRun],
-        compare: Callable[[RankAllocation, int], ConfirmationRun],
+        run: Callable[[RankAllocation, int], ConfirmationRun],
         folder: RunFolder,
         store: TrialStore,
-        seeds: Seeds,
+        seeds: Sequence[int],
+        least_seeds: int,
+        confidence: float,
+        metric: str,
+        weights: Mapping[str, float] | None,
         on_run: Callable[[int, int], None],
         is_whole: Callable[[RankAllocation, int], bool] = lambda allocation, seed: True,
     ) -> None:
-        self._choose, self._compare = choose, compare
-        self._folder, self._store, self._seeds = folder, store, seeds
+        self._run, self._folder, self._store = run, folder, store
+        self._seeds, self._least_seeds, self._confidence = seeds, least_seeds, confidence
+        self._metric, self._weights = metric, weights
         self._on_run, self._is_whole = on_run, is_whole
-        self._recorded = {(trial.allocation, trial.seed) for trial in store.trials()}
-        self._done = self._total = 0
+        self._recorded = {(trial.allocation, trial.seed): trial for trial in store.trials()}
 
     def confirm(
         self,
         finalists: Sequence[RankAllocation],
         baseline_for: Callable[[RankAllocation], RankAllocation],
+        best_random: RankAllocation | None = None,
     ) -> Confirmed:
-        """Chooses one of the finalists and compares it with the baseline.
+        """Runs the race.
+
+        A finalist that is its own baseline needs no runs and cannot gain. A competitor is out if
+        one of its fine-tunes diverges or cannot be scored. If all are out, uniform LoRA has won and
+        the race ends.
 
         Args:
             finalists: Best allocations of the search, best first, at least one.
             baseline_for: Uniform LoRA at the parameters of an allocation.
+            best_random: The best of the random allocations, if it is to enter too.
 
         Raises:
-            RecoveryError: If a fine-tune diverges; unlike in the search there is no other to take.
+            RecoveryError: If a fine-tune of uniform LoRA diverges; there is no other to take.
+            OracleError: If it cannot be scored.
         """
-        self._done, self._total = 0, fine_tunes(len(finalists), self._seeds)
-        choosing: dict[RankAllocation, Runs] = {}
-        if len(finalists) > 1:
-            for finalist in finalists:
-                choosing[finalist] = self._runs(finalist, self._seeds.choosing, self._choose)
-        # Of equal ones the better in the search comes first.
-        chosen = max(finalists, key=lambda a: mean_objective(choosing[a]) if choosing else 0.0)
-        baseline = baseline_for(chosen)
-        if chosen == baseline:
-            self._total -= len(self._seeds.comparing)
-        comparing = {
-            allocation: self._runs(allocation, self._seeds.comparing, self._compare)
-            for allocation in dict.fromkeys((chosen, baseline))
-        }
+        labels = dict.fromkeys(finalists, FINALIST)
+        if best_random is not None:
+            labels.setdefault(best_random, BEST_RANDOM)
+        baselines = {allocation: baseline_for(allocation) for allocation in labels}
+        standing = Standing(baselines)
+        rules = Rules(
+            competitors=max(1, len(standing.racing)),
+            seeds=len(self._seeds),
+            least_seeds=self._least_seeds,
+            confidence=self._confidence,
+        )
+        for count, seed in enumerate(self._seeds, 1):
+            last = rules.seeds if standing.racing else rules.least_seeds
+            most = self._round(standing, seed, last - count)
+            if rules.is_look(count):
+                self._eliminate(standing, count, rules.confidence_after(count))
+            if not standing.racing and count >= rules.least_seeds:
+                if standing.done < most:
+                    self._on_run(standing.done, standing.done)
+                break
+        confidence = rules.confidence_after(rules.seeds)
+        for allocation in standing.racing:
+            standing.compared[allocation] = self._advantage(standing, allocation).interval(
+                confidence
+            )
+        runs = {allocation: tuple(several) for allocation, several in standing.runs.items()}
         return Confirmed(
-            seeds=self._seeds,
-            choosing=choosing,
-            comparing=comparing,
-            searched=None if chosen == baseline else chosen,
-            baseline=baseline,
+            seeds=tuple(self._seeds[: max(map(len, runs.values()))]),
+            runs=runs,
+            competitors=tuple(
+                Competitor(
+                    allocation=allocation,
+                    baseline=baselines[allocation],
+                    label=label,
+                    exit=standing.exits.get(allocation),
+                    comparison=standing.compared.get(allocation),
+                )
+                for allocation, label in labels.items()
+            ),
+            rules=rules,
+            metric=self._metric,
+            weights=self._weights,
         )
 
-    def _runs(
-        self,
-        allocation: RankAllocation,
-        seeds: Sequence[int],
-        run: Callable[[RankAllocation, int], ConfirmationRun],
-    ) -> Runs:
-        runs = []
-        for seed in seeds:
-            name = f"evaluations/{run_name(allocation, seed)}"
-            reports = seeds == self._seeds.comparing
-            result = self._folder.read_result(name, ConfirmationRun.from_json, documents=reports)
-            if result is None or not self._is_whole(allocation, seed):
-                done = run(allocation, seed)
-                if done.report is not None:
-                    self._folder.write_score(f"{name}.parquet", done.report)
-                self._folder.write_json(f"{name}.json", done.to_json())
-                # As it reads back, so that a run broken off ends like one that was not.
-                result = ConfirmationRun.from_json(json.loads(json.dumps(done.to_json())))
-            if result.report is not None:
-                report = self._folder.with_documents(f"{name}.parquet", result.report)
-                result = replace(result, report=report)
-            if (allocation, seed) not in self._recorded:
-                self._store.add(_trial(allocation, seed, len(self._recorded), result))
-                self._recorded.add((allocation, seed))
-            runs.append(result)
-            self._done += 1
-            self._on_run(self._done, self._total)
-        return tuple(runs)
+    def _round(self, standing: Standing, seed: int, rounds_left: int) -> int:
+        """Runs all that are in the race with one seed.
 
+        Returns:
+            The most runs of the whole race, with `rounds_left` more rounds like this one.
+        """
+        baselines = standing.running_baselines
+        in_race = dict.fromkeys((*baselines, *standing.racing))
+        most = standing.done + len(in_race) * (1 + rounds_left)
+        for allocation in in_race:
+            several = standing.runs.setdefault(allocation, [])
+            try:
+                if allocation not in baselines:
+                    self._check_not_failed(allocation, seed)
+                several.append(self._result(allocation, seed))
+            except (RecoveryError, OracleError) as error:
+                # Uniform LoRA ran first: what fails now is no fault of the corpus or the oracle.
+                if allocation in baselines:
+                    raise
+                logger.warning("Out: %s with seed %d failed: %s", allocation, seed, error)
+                self._record(allocation, seed, str(error))
+                standing.exits[allocation] = Exit(
+                    after=len(several), reason=Reason.FAILED, detail=str(error)
+                )
+            standing.done += 1
+            self._on_run(standing.done, most)
+        return most
 
-def _trial(allocation: RankAllocation, seed: int, position: int, result: ConfirmationRun) -> Trial:
-    return Trial(
-        position=position,
-        phase=Phase.CONFIRMATION,
-        allocation=allocation,
-        seed=seed,
-        fidelity=1.0,
-        state=TrialState.COMPLETE,
-        score=result.search,
-        objective=result.objective,
-        train_loss=result.train_loss,
-        seconds=result.seconds,
-    )
+    def _eliminate(self, standing: Standing, count: int, confidence: float) -> None:
+        found = {
+            allocation: self._advantage(standing, allocation) for allocation in standing.racing
+        }
+        for allocation, reason in eliminated(found, confidence).items():
+            logger.info("Out after %d seeds: %s, %s", count, allocation, reason.value)
+            standing.compared[allocation] = found[allocation].interval(confidence)
+            standing.exits[allocation] = Exit(after=count, reason=reason)
+
+    def _advantage(self, standing: Standing, allocation: RankAllocation) -> Advantage:
+        ours, theirs = (
+            [run.report for run in standing.runs[a] if run.report is not None]
+            for a in (allocation, standing.baselines[allocation])
+        )
+        return Advantage.of(ours, theirs, self._metric, self._weights)
+
+    def _result(self, allocation: RankAllocation, seed: int) -> ConfirmationRun:
+        """Returns a run, made anew only where it was not finished."""
+        name = f"evaluations/{run_name(allocation, seed)}"
+        result = self._folder.read_result(name, ConfirmationRun.from_json)
+        if result is None or not self._is_whole(allocation, seed):
+            done = self._run(allocation, seed)
+            if done.report is None or not done.is_finite():
+                raise RecoveryError(
+                    "A score on the report documents is absent or not a finite number. Lower "
+                    "[recovery] learning_rate or check the oracle's tasks."
+                )
+            self._folder.write_score(f"{name}.parquet", done.report)
+            self._folder.write_json(f"{name}.json", done.to_json())
+            # As it reads back, so that a run broken off ends like one that was not.
+            result = ConfirmationRun.from_json(json.loads(json.dumps(done.to_json())))
+        if result.report is not None:
+            report = self._folder.with_documents(f"{name}.parquet", result.report)
+            result = replace(result, report=report)
+        self._record(allocation, seed, result)
+        return result
+
+    def _check_not_failed(self, allocation: RankAllocation, seed: int) -> None:
+        earlier = self._recorded.get((allocation, seed))
+        if earlier is not None and earlier.state is TrialState.FAILED:
+            raise RecoveryError(earlier.reason)
+
+    def _record(self, allocation: RankAllocation, seed: int, result: ConfirmationRun | str) -> None:
+        """Stores a run as a trial, once; the text is the reason of a failed one."""
+        trial = Trial(
+            position=len(self._recorded),
+            phase=Phase.CONFIRMATION,
+            allocation=allocation,
+            seed=seed,
+            fidelity=1.0,
+            state=TrialState.FAILED,
+        )
+        if isinstance(result, str):
+            trial = replace(trial, reason=result)
+        else:
+            trial = replace(
+                trial,
+                state=TrialState.COMPLETE,
+                score=result.search,
+                objective=result.objective,
+                train_loss=result.train_loss,
+                seconds=result.seconds,
+            )
+        earlier = self._recorded.get((allocation, seed))
+        if earlier is not None and earlier.state is trial.state:
+            return
+        self._store.add(trial)
+        self._recorded[allocation, seed] = trial

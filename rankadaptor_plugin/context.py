@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     )
     from rankadaptor_plugin.corpus import Corpus
     from rankadaptor_plugin.modeling_rankadaptor import Structure
-    from rankadaptor_plugin.performance_model import PerformanceModel
+    from rankadaptor_plugin.performance_model import PerformanceModel, PriorEffects
     from rankadaptor_plugin.pruned_model import PrunedModel
     from rankadaptor_plugin.ranks import RankAllocation, RankSpace
     from rankadaptor_plugin.scores import Score
@@ -116,18 +116,28 @@ class SamplerSettings:
     Attributes:
         space: The rank space.
         seed: A seed of this trial alone.
-        initial_trials: Random allocations before the performance model is asked.
+        search_seed: A seed that all trials of the search have in common.
+        initial_trials: Random allocations before the method's own; 0 leaves it to the method.
         candidates: Allocations that the performance model scores per proposal.
+        final_candidates: Allocations of which the last performance model names a finalist.
         performance_model: Makes a fresh, untrained performance model.
         metric: Metric of the tasks that meta-learning takes; None takes all of them.
+        model_config: The ``[performance_model]`` table.
+        priors: What earlier studies and proxies expect of the ranks.
+        pareto: Whether the front of score against parameters is searched, not its top alone.
     """
 
     space: RankSpace
     seed: int
+    search_seed: int
     initial_trials: int
     candidates: int
+    final_candidates: int = 0
     performance_model: Callable[[], PerformanceModel]
     metric: str | None = None
+    model_config: PerformanceModelConfig
+    priors: tuple[PriorEffects, ...] = ()
+    pareto: bool = False
 
 
 OracleFactory = Callable[[OracleSettings], Oracle]

@@ -30,7 +30,7 @@ from rankadaptor_plugin.calibration import (
 )
 from rankadaptor_plugin.errors import ConfigError, RankAdaptorError
 from rankadaptor_plugin.pruned_model import PrunedModel
-from rankadaptor_plugin.pruning import note_unused, provenance
+from rankadaptor_plugin.pruning import importance_lost, note_unused, provenance
 from rankadaptor_plugin.structures import layer_units
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ def prune_depth(
     removed = sorted(sorted(scores, key=scores.__getitem__)[:count])
     kept = tuple(i for i in range(total) if i not in removed)
     within = tuple(i in span for i in kept)
+    block = torch.ones(1)  # a block is the one unit of its layer, whatever its score
+    lost = importance_lost(total, ((i, block, [0]) for i in removed), config)
     keep_layers(model, kept)
     log.info("Removed blocks %s; %d of %d are left.", removed, len(kept), total)
     return PrunedModel.of(
@@ -90,6 +92,7 @@ def prune_depth(
             **provenance(config, samples),
             "removed_layers": removed,
             "scores": [float(f"{scores[i]:.6g}") if i in scores else None for i in range(total)],
+            **lost,
         },
         base_config=base_config,
         kept_layers=kept,

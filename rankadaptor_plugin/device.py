@@ -75,3 +75,8 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+
+
+def device_count(model: torch.nn.Module) -> int:
+    """Returns the number of devices that a model lies on, at least one."""
+    return len({parameter.device for parameter in model.parameters()}) or 1

@@ -7,6 +7,7 @@ allocation and a seed.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,17 +16,18 @@ from peft import PeftModel
 
 from rankadaptor_plugin import adapters
 from rankadaptor_plugin.confirmation import ConfirmationRun, run_name
-from rankadaptor_plugin.recovery import recover
+from rankadaptor_plugin.ranks import RankAllocation
+from rankadaptor_plugin.recovery import Rung, recover
+from rankadaptor_plugin.scores import Score
 from rankadaptor_plugin.trials import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from rankadaptor_plugin.context import RunContext
     from rankadaptor_plugin.objective import Objective
     from rankadaptor_plugin.pruned_model import PrunedModel
-    from rankadaptor_plugin.ranks import RankAllocation
     from rankadaptor_plugin.run_folder import RunFolder
 
 
@@ -61,9 +63,29 @@ class FineTuner:
             if isinstance(self._resident, PeftModel):
                 self._resident.unload()
 
-    def evaluate(self, allocation: RankAllocation, fidelity: float, seed: int) -> Outcome:
-        """Fine-tunes an allocation and scores it on the search documents."""
-        config = self._context.config.recovery
+    def evaluate(
+        self,
+        allocation: RankAllocation,
+        fidelity: float,
+        seed: int,
+        goes_on: Callable[[float], bool] | None = None,
+    ) -> Outcome:
+        """Fine-tunes an allocation and scores it on the search documents.
+
+        With `goes_on` it is scored at the rung of the run file too, and ends there if that says no.
+        """
+        searched: dict[str, Any] = dict(allocation.settings)
+        config = replace(self._context.config.recovery, **searched)
+        share, looks, looking = self._context.config.search.rung, list[Score](), 0.0
+
+        def look(model: PeftModel) -> bool:
+            nonlocal looking
+            began = time.perf_counter()
+            looks.append(self._context.oracle.score(model, "search"))
+            looking = time.perf_counter() - began
+            value = self._objective(looks[0])
+            return goes_on is None or not math.isfinite(value) or goes_on(value)
+
         if not isinstance(self._resident, PeftModel):
             # Wrapped here already: a first fine-tune that diverges must not leave an adapter
             # behind in a model that passes for a plain one.
@@ -77,15 +99,45 @@ class FineTuner:
             config,
             seed=seed,
             fidelity=fidelity,
+            rung=Rung(fidelity=share, goes_on=look) if goes_on is not None else None,
         )
         self._resident = recovered.model
         began = time.perf_counter()
-        score = self._context.oracle.score(recovered.model, "search")
+        stopped = recovered.fidelity < fidelity
+        score = looks[0] if stopped else self._context.oracle.score(recovered.model, "search")
         return Outcome(
             score=score,
             train_loss=recovered.train_loss,
-            seconds={"recovery": recovered.seconds, "oracle": time.perf_counter() - began},
+            seconds={
+                "recovery": recovered.seconds,
+                "oracle": time.perf_counter() - began + looking,
+            },
+            fidelity=recovered.fidelity,
+            rungs={share: self._objective(looks[0])} if looks else {},
         )
+
+    def proxies(
+        self, allocations: Sequence[RankAllocation], seed: int
+    ) -> tuple[list[float], dict[str, float]]:
+        """Scores one adapter that is cut to each allocation.
+
+        The adapter is trained once, at the greatest of their ranks everywhere.
+
+        Returns:
+            What the search would maximize of each, and the seconds by part.
+        """
+        slots = len(allocations[0].ranks)
+        greatest = RankAllocation((max(max(a.ranks) for a in allocations),) * slots)
+        outcome = self.evaluate(greatest, 1.0, seed)
+        began = time.perf_counter()
+        whole = adapters.whole_adapter(self._resident)
+        values = []
+        for allocation in allocations:
+            adapters.cut(self._resident, whole, allocation)
+            score = self._context.oracle.score(self._resident, "search")
+            values.append(self._objective(score))
+        oracle = outcome.seconds["oracle"] + time.perf_counter() - began
+        return values, {**outcome.seconds, "oracle": oracle}
 
     def search_run(self, allocation: RankAllocation, seed: int) -> ConfirmationRun:
         """Fine-tunes and scores on the search documents."""

@@ -18,24 +18,21 @@ from rankadaptor_plugin.confirmation import (
     FRESH,
     ConfirmationRun,
     Runs,
-    fine_tunes,
-    fresh_seeds,
     run_name,
 )
 from rankadaptor_plugin.document_noise import document_sd, seed_scale
 from rankadaptor_plugin.errors import OracleError, RecoveryError
 from rankadaptor_plugin.noise_floor import Floor, assess, fine_tunes_to_detect
-from rankadaptor_plugin.ranks import RankAllocation
+from rankadaptor_plugin.parameters import untried
 from rankadaptor_plugin.reliability import Reliability, reliability
 from rankadaptor_plugin.report_numbers import unit_of_difference
-from rankadaptor_plugin.samplers import untried
 from rankadaptor_plugin.trials import Phase, Trial, TrialState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from rankadaptor_plugin.config import RunConfig
-    from rankadaptor_plugin.ranks import RankSpace
+    from rankadaptor_plugin.ranks import RankAllocation, RankSpace
     from rankadaptor_plugin.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -120,6 +117,7 @@ class Noise:
                 objective=runs[0].objective,
                 train_loss=runs[0].train_loss,
                 seconds=runs[0].seconds,
+                parameters=space.parameters(allocation),
             )
             for position, (allocation, runs) in enumerate(
                 (a, several) for a, several in self.runs.items() if space.contains(a)
@@ -206,6 +204,8 @@ def assessed(
         name: reliability(table, confidence=confirm.confidence) for name, table in tables.items()
     }
     floor, needed = None, {}
+    # The race's intervals hold for all competitors together.
+    confidence = 1 - (1 - confirm.confidence) / config.competitors
     # Of other tasks, or another metric, the search documents say nothing.
     if decisive in scores and judged == weights.keys():
         found = [[run.search for run in several] for several in runs.values()]
@@ -216,7 +216,7 @@ def assessed(
             objective=scores[OBJECTIVE],
             trials=config.search.max_trials,
             seeds=confirm.seeds,
-            confidence=confirm.confidence,
+            confidence=confidence,
             document_sd=documents,
             seed_scale=scale,
         )
@@ -224,13 +224,12 @@ def assessed(
             gain: fine_tunes_to_detect(
                 gain,
                 scale * scores[decisive].seed_sd,
-                confidence=confirm.confidence,
+                confidence=confidence,
                 document_sd=documents,
             )
             for gain in config.noise.gains
         }
     seconds = [sum(run.seconds.values()) for several in runs.values() for run in several]
-    seeds_ahead = fresh_seeds(config.seed, confirm.choosing_seeds, confirm.seeds)
     return Noise(
         runs=runs,
         tables=tables,
@@ -240,8 +239,15 @@ def assessed(
         floor=floor,
         needed=needed,
         seconds=sum(seconds) / len(seconds),
-        left=max(0, config.search.max_trials - made) + fine_tunes(confirm.finalists, seeds_ahead),
+        left=fine_tunes_left(config, made),
     )
+
+
+def fine_tunes_left(config: RunConfig, made: int) -> int:
+    """Returns the most fine-tunes that search and race still take after `made` trials."""
+    trials = config.search.max_trials
+    again = trials if config.confirm.best_random else 0
+    return max(0, trials - made) + again + config.race_fine_tunes
 
 
 def noise_seeds(seed: int, count: int) -> tuple[int, ...]:
@@ -252,9 +258,9 @@ def noise_seeds(seed: int, count: int) -> tuple[int, ...]:
 def noise_allocations(space: RankSpace, count: int, seed: int) -> list[RankAllocation]:
     """Returns uniform LoRA and random allocations, `count` together if the space has so many."""
     uniform = space.uniform()
-    drawn = untried(space, {uniform.ranks}, count - 1, np.random.default_rng([seed, FRESH]))
-    distinct = dict.fromkeys(tuple(int(rank) for rank in row) for row in drawn)
-    return [uniform, *(RankAllocation(ranks) for ranks in distinct)]
+    tried = {tuple(space.row(uniform))}
+    drawn = untried(space, tried, count - 1, np.random.default_rng([seed, FRESH]))
+    return list(dict.fromkeys([uniform, *(space.allocation(row) for row in drawn)]))
 
 
 def _kept(allocation: RankAllocation, seed: int, folder: RunFolder) -> ConfirmationRun | None:

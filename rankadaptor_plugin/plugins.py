@@ -16,6 +16,7 @@ from rankadaptor_plugin.errors import PluginError
 from rankadaptor_plugin.hooks import (
     commands,
     families,
+    meta_learn,
     oracles,
     pruners,
     recovery,
@@ -33,6 +34,7 @@ BUILT_IN = {
     "oracles": oracles,
     "search": search,
     "commands": commands,
+    "meta-learn": meta_learn,
     "rankadaptor": recovery,
 }
 

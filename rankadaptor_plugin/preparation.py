@@ -24,8 +24,10 @@ from rankadaptor_plugin.device import resolve_device, resolve_dtype
 from rankadaptor_plugin.embedded_default import corpus_file, model_folder
 from rankadaptor_plugin.errors import ArtifactError, ConfigError
 from rankadaptor_plugin.importance import check_names
+from rankadaptor_plugin.meta_knowledge import MetaKnowledge
 from rankadaptor_plugin.objective import check_task_names, objective_metric
 from rankadaptor_plugin.oracles import TwoOracles
+from rankadaptor_plugin.paper_allocations import named_allocation
 from rankadaptor_plugin.run_folder import RunFolder, digest
 from rankadaptor_plugin.study import TrialStore
 from rankadaptor_plugin.trials import TrialState
@@ -47,6 +49,8 @@ _FREE = {
     "corpus": ("path",),
     "oracle": ("task_path", "data_dir", "text", "batch_tokens", "batch_size"),
     "recovery": ("micro_batch_size",),
+    # A search may be prolonged.
+    "search": ("max_trials", "max_hours", "max_gpu_hours"),
 }
 """Settings that say where things lie, which are compared by their content, and how much is
 computed at once, which a run may have to change before it can go on."""
@@ -127,6 +131,10 @@ def prepare(
             f"The calibration text {text} does not exist. Correct [prune] "
             "calibration, or leave it empty."
         )
+    if config.search.allocation:
+        named_allocation(config.search.allocation)
+    if config.search.meta:
+        MetaKnowledge.load(Path(config.search.meta))
     for key, what in (("task_path", "task YAML files"), ("data_dir", "local copies")):
         value = getattr(config.oracle, key)
         if value and not Path(value).is_dir():
@@ -272,15 +280,14 @@ def _inputs(
 ) -> dict[str, Any]:
     """Returns what must not change between two sessions in one run folder."""
     plain = run_file.to_dict(config)
-    # A search may be prolonged, and a run may move to another machine or device.
-    del plain["search"]["max_trials"]
+    # A run may move to another machine or device.
     # What the noise step and the texts show may be asked again in another way.
     for key in ("output", "model", "device", "device_map", "threads", "noise", "generation"):
         del plain[key]
     for table, names in _FREE.items():
         for key in names:
             del plain[table][key]
-    calibration = plain["prune"].pop("calibration")
+    calibration, meta = plain["prune"].pop("calibration"), plain["search"].pop("meta")
     return {
         "config": plain,
         "model": digest(source),
@@ -288,4 +295,5 @@ def _inputs(
         "corpus": digest(corpus),
         "calibration": digest(Path(calibration)) if calibration and not given else None,
         "documents": oracle.describe()["digest"],
+        "meta-knowledge": digest(Path(meta)) if meta else None,
     }

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 RECORD = "pruned_model.json"
 """File beside the weights that says what was cut, and how."""
 
+IMPORTANCE_LOST = "importance_lost"
+"""Key of the provenance: share of its importance that each layer of the base model lost."""
+
 
 @dataclass(kw_only=True)
 class PrunedModel:
@@ -161,6 +164,20 @@ class PrunedModel:
     def base_parameters(self) -> int:
         """Number of parameters before pruning."""
         return self.base_footprint.parameters
+
+    @property
+    def importance_lost(self) -> tuple[float, ...] | None:
+        """Share of its importance that each layer of the base model lost, bottom first.
+
+        That is the sum of the scores of what was removed over that of all; 0 for layers that were
+        left alone, 1 for removed ones. None where the pruner had no scores, or says nothing.
+        """
+        shares = self.provenance.get(IMPORTANCE_LOST)
+        if not isinstance(shares, list) or len(shares) != len(self.base_shape.layers):
+            return None
+        if not all(type(share) in {int, float} and 0 <= share <= 1 for share in shares):
+            return None
+        return tuple(float(share) for share in shares)
 
     def record(self) -> dict[str, Any]:
         """Returns all but the model and the tokenizer, as JSON values."""

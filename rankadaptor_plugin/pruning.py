@@ -19,11 +19,11 @@ from torch_pruning.dependency import index_mapping
 from rankadaptor_plugin.config import PruneConfig
 from rankadaptor_plugin.errors import ConfigError, UnsupportedModelError
 from rankadaptor_plugin.modeling_rankadaptor import take
-from rankadaptor_plugin.pruned_model import PrunedModel
+from rankadaptor_plugin.pruned_model import IMPORTANCE_LOST, PrunedModel
 from rankadaptor_plugin.structures import decoder_layers, set_config, structure_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -40,6 +40,26 @@ def provenance(config: PruneConfig, samples: Sequence[torch.Tensor]) -> dict[str
         **settings,
         "calibration_tokens": [len(sample) for sample in samples],
     }
+
+
+def importance_lost(
+    layers: int, parts: Iterable[tuple[int, torch.Tensor, Sequence[int]]], config: PruneConfig
+) -> dict[str, list[float]]:
+    """Returns the entry of the provenance that says which share of its importance a layer lost.
+
+    Args:
+        layers: Number of layers before pruning.
+        parts: Number of a layer, the scores of some of its units, and which of them go.
+        config: The ``[prune]`` table; random scores say nothing, and the entry is left out.
+    """
+    if config.importance == "random":
+        return {}
+    lost, total = [0.0] * layers, [0.0] * layers
+    for layer, scores, removed in parts:
+        lost[layer] += float(scores[list(removed)].double().sum())
+        total[layer] += float(scores.double().sum())
+    shares = (part / whole if whole else 0.0 for part, whole in zip(lost, total, strict=True))
+    return {IMPORTANCE_LOST: [min(share, 1.0) for share in shares]}
 
 
 def refuse_or_warn(problem: str, remedy: str, config: PruneConfig) -> None:

@@ -19,13 +19,27 @@ from rankadaptor_plugin.corpus import IGNORED, Corpus, TrainingSequence
 from rankadaptor_plugin.errors import RecoveryError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from peft import PeftModel
     from transformers import PreTrainedModel
 
     from rankadaptor_plugin.config import RecoveryConfig
     from rankadaptor_plugin.ranks import RankAllocation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """A look at a fine-tune on its way.
+
+    Attributes:
+        fidelity: Share of the steps after which it is looked at, in (0, 1).
+        goes_on: Told the model, in evaluation mode; False ends the fine-tune there. Whatever it
+            draws from torch's random numbers, the rest of the fine-tune is as without it.
+    """
+
+    fidelity: float
+    goes_on: Callable[[PeftModel], bool]
 
 
 @dataclass(kw_only=True)
@@ -35,12 +49,14 @@ class RecoveredModel:
     Attributes:
         model: In evaluation mode.
         train_loss: Mean loss over the last tenth of the steps, in nats per trained token.
-        seconds: Wall time.
+        seconds: Wall time, that of a rung left out.
+        fidelity: Share of the steps that were run; that of the rung where it ended there.
     """
 
     model: PeftModel
     train_loss: float
     seconds: float
+    fidelity: float = 1.0
 
 
 def recover(
@@ -51,6 +67,7 @@ def recover(
     *,
     seed: int,
     fidelity: float = 1.0,
+    rung: Rung | None = None,
 ) -> RecoveredModel:
     """Fine-tunes a fresh adapter with the given ranks.
 
@@ -61,12 +78,14 @@ def recover(
         config: The ``[recovery]`` table.
         seed: Seed of initial weights, batches and dropout.
         fidelity: Share of the steps to run, in (0, 1]; the schedule is that of the full run.
+        rung: Where to look at the model on the way. Going on from there costs no step twice.
 
     Raises:
         RecoveryError: If the loss is not a finite number.
     """
-    began = time.perf_counter()
-    steps = max(1, round(config.steps * fidelity))
+    began, paused = time.perf_counter(), 0.0
+    steps = steps_of(config, fidelity)
+    look = steps_of(config, rung.fidelity) if rung else steps
     batches = _batches(corpus, config.batch_size, seed)
     devices = [base.device] if base.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -80,18 +99,36 @@ def recover(
         )
         torch.manual_seed(seed)  # as many numbers as PEFT drew depend on the ranks
         try:
-            losses = list(_train(model, batches, config, steps))
+            losses = []
+            for loss in _train(model, batches, config, steps):
+                losses.append(loss)
+                if rung and len(losses) == look < steps:
+                    looked = time.perf_counter()
+                    model.eval()
+                    with torch.random.fork_rng(devices=devices):
+                        goes_on = rung.goes_on(model)
+                    paused = time.perf_counter() - looked
+                    if not goes_on:
+                        fidelity = rung.fidelity
+                        break
+                    model.train()
         except BaseException:
             if model is not base:
                 model.unload()  # the caller holds the bare base alone, and gets it back as it was
             raise
     model.eval()
-    last = losses[-max(1, steps // 10) :]
+    last = losses[-max(1, len(losses) // 10) :]
     return RecoveredModel(
         model=model,
         train_loss=sum(last) / len(last),
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - began - paused,
+        fidelity=fidelity,
     )
+
+
+def steps_of(config: RecoveryConfig, fidelity: float) -> int:
+    """Returns the optimizer steps of a share of a fine-tune, at least one."""
+    return max(1, round(config.steps * fidelity))
 
 
 def _train(

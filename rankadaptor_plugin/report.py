@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from rankadaptor_plugin import report_generation as generation
 from rankadaptor_plugin import report_model_tables as model_tables
 from rankadaptor_plugin import report_noise_tables as noise_tables
+from rankadaptor_plugin import report_search_tables as search_tables
 from rankadaptor_plugin import report_tables as tables
 from rankadaptor_plugin.errors import ArtifactError
 from rankadaptor_plugin.report_html import page
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 BAR_WIDTH = 24  # characters of the longest bar in Markdown
 EIGHTHS = "▏▎▍▌▋▊▉█"
 MOST_DECIMALS = 6
+SEARCHED = "the searched allocation"
 
 
 def baseline_label(uniform: Sequence[int]) -> str:
@@ -49,6 +51,7 @@ def verdict_sentence(
     metric: str = "accuracy",
     *,
     searched: bool = True,
+    subject: str = SEARCHED,
 ) -> str:
     """Says in one sentence what the search gained.
 
@@ -61,7 +64,8 @@ def verdict_sentence(
         uniform: Ranks of the baseline, one per layer.
         task: The one task that was compared; empty for the mean of all.
         metric: What was compared.
-        searched: Whether there was a search.
+        searched: Whether noise left a reason to search.
+        subject: What was compared with uniform LoRA.
     """
     label = baseline_label(uniform)
     if not searched:
@@ -70,13 +74,15 @@ def verdict_sentence(
     unit = unit_of_difference(metric) or metric
     where = f"at equal parameters{f' on {task}' if task else ''}"
     if comparison is None:
-        return f"the search found nothing better than {label}: uniform is delivered"
+        found = "the search found nothing" if subject == SEARCHED else f"{subject} is no"
+        return f"{found} better than {label}: uniform is delivered"
     estimate, half = factor * comparison.estimate, factor * comparison.half_width
     if comparison.is_gain:
-        return f"gain of {_points(estimate, half, digits)} {unit} over {label} {where}"
+        what = "" if subject == SEARCHED else f", by {subject}"
+        return f"gain of {_points(estimate, half, digits)} {unit} over {label} {where}{what}"
     if comparison.is_loss:
         return (
-            f"no gain: the searched allocation is worse than {label} by "
+            f"no gain: {subject} is worse than {label} by "
             f"{_points(-estimate, half, digits)} {unit}{f' on {task}' if task else ''}: uniform is "
             "delivered"
         )
@@ -136,8 +142,12 @@ def markdown(data: ReportData) -> str:
     parts += [
         "## Search",
         _escape(search_line(data)),
-        _table(tables.trials(data)),
-        _table(tables.finalists(data)),
+        _table(search_tables.trials(data)),
+        _table(search_tables.knowledge(data)),
+        _table(search_tables.front(data)),
+        "## The race",
+        _escape(search_tables.race_line(data)),
+        _table(search_tables.race(data)),
         *(
             [
                 "## Texts",
@@ -177,10 +187,14 @@ def _bars(data: ReportData) -> str:
     top = max((rank for ranks in found.values() for rank in ranks), default=1)
     scale = min(1.0, BAR_WIDTH / top)
     column = round(top * scale) + len(str(top)) + 3
-    lines = ["layer  " + "".join(f"{name} rank".ljust(max(column, 15)) for name in found)]
-    for layer in range(max((len(ranks) for ranks in found.values()), default=0)):
+    named = data.get("slots") or [f"{i:5}" for i in range(max(map(len, found.values()), default=0))]
+    wide = max(map(len, named), default=5)
+    lines = [
+        f"{'layer':{wide}}  " + "".join(f"{name} rank".ljust(max(column, 15)) for name in found)
+    ]
+    for layer, name in enumerate(named):
         cells = (_bar(ranks[layer], scale) for ranks in found.values() if layer < len(ranks))
-        lines.append(f"{layer:5}  " + "".join(cell.ljust(max(column, 15)) for cell in cells))
+        lines.append(f"{name:{wide}}  " + "".join(cell.ljust(max(column, 15)) for cell in cells))
     return "\n".join(line.rstrip() for line in lines)
 
 

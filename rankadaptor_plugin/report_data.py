@@ -73,43 +73,45 @@ class Objective(TypedDict):
 
 
 class SearchSummary(TypedDict):
-    """How the search went: why it stopped, and numbers of trials by how they ended."""
+    """How the search went: why it stopped, and numbers of trials by how they ended.
+
+    ``forecasts`` has by model the mean log density of what was measured, in nats per trial.
+    """
 
     stop_reason: str
     initial_trials: int
     complete: int
     failed: int
+    stopped: int
     interrupted: int
-
-
-class Finalist(TypedDict):
-    """An allocation among which fresh seeds chose.
-
-    Attributes:
-        ranks: One rank per layer.
-        search_objective: Mean of ``per_seed``.
-        per_seed: Objective on the search documents, one per choosing seed of `Confirm`.
-    """
-
-    ranks: list[int]
-    search_objective: float | None
-    per_seed: list[float | None]
+    method: str
+    forecasts: dict[str, float]
 
 
 class Confirm(TypedDict):
-    """The final comparison.
+    """The race of the finalists against uniform LoRA (`rankadaptor_plugin.race_result`).
 
     Attributes:
-        choosing_seeds: Fresh seeds that chose one of the finalists; none if there was one only.
-        seeds: Further fresh seeds that compared it with uniform LoRA.
-        confidence: Confidence of all intervals.
-        finalists: Those that were chosen among.
+        error_rate: Of all competitors together: of a gain that is none, of eliminating the best.
+        confidence: One less that.
+        metric: What decides.
+        seeds: Fresh seeds that were used.
+        most_seeds: Seeds of a whole race.
+        least_seeds: Seeds before anyone may be eliminated.
+        fine_tunes: Fine-tunes that were scored.
+        competitors: One entry each: ``label``, ``ranks``, ``settings``, ``baseline`` (its ranks),
+            ``chosen``, ``per_seed`` differences, ``eliminated_after`` and ``reason`` (None if it
+            ran to the end), ``detail``, ``comparison``, and ``search_objective``.
     """
 
-    choosing_seeds: list[int]
-    seeds: list[int]
+    error_rate: float
     confidence: float
-    finalists: list[Finalist]
+    metric: str
+    seeds: list[int]
+    most_seeds: int
+    least_seeds: int
+    fine_tunes: int
+    competitors: list[dict[str, Any]]
 
 
 class Cost(TypedDict):
@@ -166,6 +168,8 @@ class ReportData(TypedDict):
         trials: Trials as `Trial.to_json` writes them, by position.
         objective: What the search maximized.
         search: How the search went.
+        front: Trials on the front of score against parameters; empty if it was not searched.
+        knowledge: What `rankadaptor_plugin.knowledge.Knowledge.worth` returned.
         confirm: The final comparison.
         cost: What it took.
         versions: Version by name of the software.
@@ -178,6 +182,7 @@ class ReportData(TypedDict):
         config: The run file's values, tables as dictionaries.
         device: Name of the device, such as ``cpu`` or ``cuda:0 (NVIDIA H100)``.
         weights: Weight per task in the mean; equal if absent.
+        slots: What each rank of an allocation belongs to; the layers in order if absent.
     """
 
     verdict: Verdict
@@ -195,6 +200,8 @@ class ReportData(TypedDict):
     trials: list[dict[str, Any]]
     objective: Objective
     search: SearchSummary
+    front: list[dict[str, Any]]
+    knowledge: list[dict[str, Any]]
     confirm: Confirm
     cost: Cost
     versions: dict[str, str]
@@ -206,3 +213,4 @@ class ReportData(TypedDict):
     config: dict[str, Any]
     device: str
     weights: NotRequired[dict[str, float]]
+    slots: NotRequired[list[str]]

@@ -6,11 +6,12 @@ All text passes through `html.escape`; a content security policy forbids anythin
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin import report_generation as generation
 from rankadaptor_plugin import report_model_tables as model_tables
 from rankadaptor_plugin import report_noise_tables as noise_tables
+from rankadaptor_plugin import report_search_tables as search_tables
 from rankadaptor_plugin import report_svg as svg
 from rankadaptor_plugin import report_tables as tables
 from rankadaptor_plugin.report_numbers import metric_label, unit_of_difference
@@ -18,6 +19,8 @@ from rankadaptor_plugin.report_reading import READING, config_text, search_line
 from rankadaptor_plugin.report_style import STYLE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rankadaptor_plugin.report_data import ReportData
     from rankadaptor_plugin.report_tables import Table
 
@@ -42,8 +45,12 @@ def page(data: ReportData) -> str:
         "<h2>Search</h2>",
         f"<p>{_text(search_line(data))}</p>",
         _pictures(data),
-        _details(f"All {len(data['trials'])} trials", _table(tables.trials(data))),
-        _table(tables.finalists(data)),
+        _details(f"All {len(data['trials'])} trials", _table(search_tables.trials(data))),
+        _table(search_tables.knowledge(data)),
+        _front(data),
+        "<h2>The race</h2>",
+        f"<p>{_text(search_tables.race_line(data))}</p>",
+        _table(search_tables.race(data)),
         _texts(data),
         "<h2>Cost</h2>",
         _cost(data),
@@ -100,11 +107,13 @@ def _decision(data: ReportData) -> str:
 
 
 def _ranks(data: ReportData) -> str:
-    named = tables.allocations(data)
+    named, slots = tables.allocations(data), data.get("slots", [])
     if "recovered" in named:
-        return _figure(svg.ranks([], named["recovered"]), "", "broad")
+        return _figure(svg.ranks([], named["recovered"], slots), "", "broad")
     legend = _legend({"uniform": "uniform allocation", "searched": "best searched allocation"})
-    return _figure(svg.ranks(named["uniform"], named["searched"]), legend, "broad")
+    return _figure(
+        svg.ranks(named["uniform"], named["searched"], data.get("slots", ())), legend, "broad"
+    )
 
 
 def _pictures(data: ReportData) -> str:
@@ -128,6 +137,21 @@ def _pictures(data: ReportData) -> str:
         f'<div class="pair">{first or "<p>No trial is complete.</p>"}'
         f"{second or '<p>No trial has both a prediction and a measured value.</p>'}</div>"
     )
+
+
+def _front(data: ReportData) -> str:
+    if not data["front"]:
+        return ""
+    percent = search_tables.objective_metric(data) == "accuracy"
+    scale, digits = (100.0, 1) if percent else (1.0, 3)
+
+    def points(trials: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+        complete = (t for t in trials if t.get("objective") is not None)
+        return [(t["parameters"], scale * t["objective"]) for t in complete]
+
+    unit = metric_label(data["objective"]["metric"])
+    picture = svg.front(points(data["trials"]), points(data["front"]), unit, digits)
+    return _figure(picture, "Line: the front.") + _table(search_tables.front(data))
 
 
 def _noise(data: ReportData) -> str:

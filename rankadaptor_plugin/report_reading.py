@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from rankadaptor_plugin.report_numbers import METRIC_UNITS
+from rankadaptor_plugin.report_numbers import METRIC_UNITS, number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -57,11 +57,14 @@ def search_line(data: ReportData) -> str:
     search = data["search"]
     begun = sum(trial["phase"] == "initialization" for trial in data["trials"])
     initial = max(search["initial_trials"], begun)
+    told = ", ".join(f"{name} {number(v, 2)}" for name, v in search["forecasts"].items())
     return (
-        f"{search['complete']} trials complete, {search['failed']} failed, "
+        f"Method {search['method']}: {search['complete']} trials complete, "
+        f"{search['stopped']} ended at their rung, {search['failed']} failed, "
         f"{search['interrupted']} interrupted; the first {initial} were planned as "
         f"initialization phase. Stopped: {search['stop_reason']}. "
         f"Objective: {objective_label(data)}, on the search documents."
+        + (f" Log density of what was measured, forecast one step ahead: {told}." if told else "")
     )
 
 

@@ -55,14 +55,20 @@ class Point:
     predicted: float | None
 
 
-def ranks(uniform: Sequence[int], searched: Sequence[int]) -> str:
-    """Draws two bars per layer, uniform (wide) and searched (narrow, in front)."""
+def ranks(uniform: Sequence[int], searched: Sequence[int], slots: Sequence[str] = ()) -> str:
+    """Draws two bars per layer, uniform (wide) and searched (narrow, in front).
+
+    Where `slots` names more than layers, the bars are those in their order.
+    """
     layers = max(len(uniform), len(searched))
+    named = slots or [f"layer {layer}" for layer in range(layers)]
     top = max((*uniform, *searched), default=1)
     frame = Frame(720, 260, (-0.5, max(layers, 1) - 0.5), (0, top * 1.05), left=54)
     every = max(1, math.ceil(layers / (2 * MOST_LABELS)))
     marks = _y_axis(frame, "rank", whole=True)
-    marks += _x_labels(frame, range(0, layers, every), "layer (0 = bottom)")
+    marks += _x_labels(
+        frame, range(0, layers, every), "slot, layer by layer" if slots else "layer (0 = bottom)"
+    )
     # The uniform bar stands wide behind the searched one: readable down to a few pixels per layer.
     slot = min(frame.x(1) - frame.x(0), 64.0)
     for layer in range(layers):
@@ -72,9 +78,9 @@ def ranks(uniform: Sequence[int], searched: Sequence[int]) -> str:
                 marks.append(
                     f'<rect class="{name}" x="{frame.x(layer) - width / 2:.2f}" '
                     f'y="{frame.y(values[layer])}" width="{width:.2f}" height="{height:.2f}">'
-                    f"<title>layer {layer}: {name} rank {values[layer]}</title></rect>"
+                    f"<title>{named[layer]}: {name} rank {values[layer]}</title></rect>"
                 )
-    listed = ", ".join(f"layer {i}: {rank}" for i, rank in enumerate(searched))
+    listed = ", ".join(f"{name}: {rank}" for name, rank in zip(named, searched, strict=False))
     return _svg(frame, f"Ranks by layer. Searched: {listed or 'none'}.", marks)
 
 
@@ -139,6 +145,34 @@ def best_so_far(points: Sequence[Point], unit: str, digits: int) -> str:
     steps.append(f"H{frame.x(last + 0.5)}")
     marks.append(f'<path class="best" d="{" ".join(steps)}"><title>{title}</title></path>')
     return _svg(frame, f"Best value over {last + 1} trials, in {unit}: {title}.", marks)
+
+
+def front(
+    points: Sequence[tuple[int, float]], best: Sequence[tuple[int, float]], unit: str, digits: int
+) -> str:
+    """Draws scores against trainable parameters, and the front as a line.
+
+    Args:
+        points: (parameters, score) of all complete trials.
+        best: The same of those on the front, smallest first.
+        unit: Unit of the scores.
+        digits: Decimals of the scores.
+    """
+    if not best:
+        return ""
+    sizes = _span([float(size) for size, _ in points])
+    frame = Frame(360, 330, sizes, _span([score for _, score in points]))
+    marks = _y_axis(frame, f"measured ({unit})")
+    marks += _x_axis(frame, "trainable parameters")
+    for size, score in points:
+        title = f"{size} parameters: measured {number(score, digits)}"
+        marks.append(_dot(frame.x(size), frame.y(score), title))
+    start, *later = best
+    steps = [f"M{frame.x(start[0])} {frame.y(start[1])}"]
+    steps += [f"H{frame.x(size)}V{frame.y(score)}" for size, score in later]
+    title = f"front of {len(best)} allocations"
+    marks.append(f'<path class="best" d="{"".join(steps)}"><title>{title}</title></path>')
+    return _svg(frame, f"Score against trainable parameters: {title}.", marks)
 
 
 def difference(estimate: float, low: float, high: float, unit: str) -> str:

@@ -18,7 +18,6 @@ from rankadaptor_plugin.report_numbers import (
     scored,
     unit_of_difference,
 )
-from rankadaptor_plugin.report_reading import objective_label
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -108,71 +107,6 @@ def comparisons(data: ReportData) -> Table:
     )
 
 
-def trials(data: ReportData) -> Table:
-    """Tabulates the trials in the order of the search."""
-    metric = _objective(data)
-    rows = []
-    for trial in data["trials"]:
-        measured, predicted = trial.get("objective"), trial.get("predicted")
-        off = None if measured is None or predicted is None else measured - predicted
-        seconds = trial.get("seconds")
-        state = trial["state"] + (f": {trial['reason']}" if trial.get("reason") else "")
-        rows.append(
-            (
-                str(trial["position"] + 1),
-                trial["phase"],
-                scored(measured, metric),
-                scored(predicted, metric),
-                scored(off, metric),
-                number(trial.get("train_loss")),
-                number(sum(seconds.values()) if seconds else None, 1),
-                state,
-                "-".join(map(str, trial["ranks"])),
-            )
-        )
-    return Table(
-        f"objective: {objective_label(data)}, on the search documents; error: measured minus "
-        "predicted; training loss in nats per token",
-        (
-            "trial",
-            "phase",
-            "measured",
-            "predicted",
-            "error",
-            "training loss",
-            "seconds",
-            "state",
-            "ranks, layer 0 first",
-        ),
-        tuple(rows),
-        (1, 7, 8),
-    )
-
-
-def finalists(data: ReportData) -> Table:
-    """Tabulates the finalists with the seeds that chose one of them."""
-    metric, entries = _objective(data), data["confirm"]["finalists"]
-    seeds = data["confirm"]["choosing_seeds"]
-    rows = []
-    for entry in entries:
-        own = [n for n in ("uniform", "searched") if data["allocations"].get(n) == entry["ranks"]]
-        values = [*entry["per_seed"], *[None] * len(seeds)][: len(seeds)]
-        rows.append(
-            (
-                ", ".join(own) or "finalist",
-                scored(entry["search_objective"], metric),
-                *(scored(value, metric) for value in values),
-                "-".join(map(str, entry["ranks"])),
-            )
-        )
-    return Table(
-        f"chosen among with fresh seeds: {objective_label(data)}, on the search documents",
-        ("allocation", "mean", *(f"seed {seed}" for seed in seeds), "ranks, layer 0 first"),
-        tuple(rows),
-        (0, len(seeds) + 2),
-    )
-
-
 def shares(data: ReportData) -> list[tuple[str, float, float]]:
     """Returns (name, seconds, share in [0, 1]) of what the time was spent on."""
     cost = data["cost"]
@@ -218,11 +152,6 @@ def documents(data: ReportData) -> Table:
     return Table(
         "documents by task", ("task", "search", "report", "weight in the mean"), tuple(rows)
     )
-
-
-def _objective(data: ReportData) -> str:
-    """Returns the metric that objective values are written as; in spreads they have no unit."""
-    return "" if data["objective"].get("normalized") else data["objective"]["metric"]
 
 
 def pairs(caption: str, values: Mapping[str, Any]) -> Table:

@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from rankadaptor_plugin import run_file
-from rankadaptor_plugin.config import NoiseConfig
-from rankadaptor_plugin.confirmation import fine_tunes, fresh_seeds
+from rankadaptor_plugin.config import FIXED, NoiseConfig
 from rankadaptor_plugin.embedded_default import EMBEDDED_RUN_FILE
 from rankadaptor_plugin.errors import ConfigError
 from rankadaptor_plugin.hooks.progress import Progress
@@ -70,11 +69,9 @@ def run_file_or_embedded(
         return pipeline.run(config, manager, began=began).verdict
     plan = {
         "noise": config.noise.seeds * config.noise.allocations,
-        "search": config.search.max_trials,
-        "confirm": fine_tunes(
-            config.confirm.finalists,
-            fresh_seeds(config.seed, config.confirm.choosing_seeds, config.confirm.seeds),
-        ),
+        "search": 0 if config.search.method == FIXED else config.search.max_trials,
+        "random": config.search.max_trials if config.confirm.best_random else 0,
+        "confirm": config.race_fine_tunes,
     }
     with _shown(manager, Progress(console, plan, began)):
         # Imported here: these are seconds in which there is something to see already.

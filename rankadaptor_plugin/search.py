@@ -11,41 +11,60 @@ import enum
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from rankadaptor_plugin.errors import (
-    ArtifactError,
     OracleError,
     RankAdaptorError,
-    RankSpaceError,
     RecoveryError,
 )
-from rankadaptor_plugin.ranks import RankAllocation, allocation_of
-from rankadaptor_plugin.samplers import untried
+from rankadaptor_plugin.parameters import untried
+from rankadaptor_plugin.samplers import INITIAL_TRIALS
+from rankadaptor_plugin.study import ForecastingSampler, RecommendingSampler
 from rankadaptor_plugin.trials import Outcome, Phase, Trial, TrialState
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from optuna.samplers import BaseSampler
 
     from rankadaptor_plugin.config import SearchConfig
-    from rankadaptor_plugin.ranks import RankSpace
+    from rankadaptor_plugin.ranks import RankAllocation, RankSpace
     from rankadaptor_plugin.scores import Score
     from rankadaptor_plugin.study import TrialStore
 
-Evaluate = Callable[[RankAllocation, float, int], Outcome]
-"""Fine-tunes and scores: (allocation, fidelity in (0, 1], seed) -> outcome."""
-
 logger = logging.getLogger(__name__)
 
-_FIDELITY = 1.0  # Every trial runs all fine-tuning steps.
+PAPER = "paper"
+"""The method that ends when prediction and measurement agree."""
+
 _LEAST_COMPLETE = 2  # Below this there is nothing to compare.
+_LEAST_LOOKS = 4  # Before so many values at the rung, nothing is ended there.
+
+
+class Evaluate(Protocol):
+    """Fine-tunes and scores an allocation."""
+
+    def __call__(
+        self,
+        allocation: RankAllocation,
+        fidelity: float,
+        seed: int,
+        goes_on: Callable[[float], bool] | None = None,
+    ) -> Outcome:
+        """Returns the outcome.
+
+        Args:
+            allocation: The ranks.
+            fidelity: Share of the steps, in (0, 1].
+            seed: Seed of the fine-tune.
+            goes_on: Told what the search maximizes at the rung; False ends the fine-tune there.
+        """
+        ...
 
 
 class StopReason(enum.StrEnum):
@@ -53,8 +72,11 @@ class StopReason(enum.StrEnum):
 
     CONVERGED = "converged"  # |Q - P| stayed below the tolerance
     MAX_TRIALS = "max_trials"
+    MAX_HOURS = "max_hours"
+    MAX_GPU_HOURS = "max_gpu_hours"
     EXHAUSTED = "exhausted"  # every allocation of the space was tried
     NOISE = "noise floor"  # no plausible gain rises above the noise, so nothing was searched
+    FIXED = "fixed allocation"  # the run file names it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +87,16 @@ class SearchResult:
         trials: All finished trials in order of position, no allocation twice.
         stop: Why the search ended.
         interrupted: Trials that a killed process left behind; they are not among `trials`.
+        recommended: What the sampler believes in, best first; empty if it has no opinion.
+        forecasts: By model of the sampler the mean log density of what was measured, one step
+            ahead, in nats per trial; empty if it keeps no score, or too few were forecast.
     """
 
     trials: tuple[Trial, ...]
     stop: StopReason
     interrupted: int
+    recommended: tuple[RankAllocation, ...] = ()
+    forecasts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def best(self) -> Trial:
@@ -77,8 +104,12 @@ class SearchResult:
         return _ranked(self.trials)[0]
 
     def finalists(self, count: int) -> list[RankAllocation]:
-        """Returns the best distinct allocations, best first; fewer if fewer are complete."""
-        return [trial.allocation for trial in _ranked(self.trials)[:count]]
+        """Returns distinct allocations, best first; fewer if fewer are complete.
+
+        They are the sampler's, filled up with those that scored best.
+        """
+        measured = (trial.allocation for trial in _ranked(self.trials))
+        return list(dict.fromkeys([*self.recommended, *measured]))[:count]
 
 
 def search(
@@ -90,6 +121,8 @@ def search(
     objective: Callable[[Score], float],
     seed: int,
     on_trial: Callable[[Trial], None] | None = None,
+    is_spent: Callable[[Sequence[Trial]], StopReason | None] = lambda trials: None,
+    finalists: int = 1,
 ) -> SearchResult:
     """Searches the rank space, going on from the trials that the store holds.
 
@@ -104,17 +137,19 @@ def search(
         seed: Seed of the search, and of every fine-tune: equal seeds for all allocations keep
             the noise that they share out of the comparison.
         on_trial: Called after each trial that this call finishes.
+        is_spent: Says before each trial whether time is up for it.
+        finalists: Allocations that the sampler is asked to recommend.
 
     Raises:
         ArtifactError: If the store holds trials of another rank space.
         RecoveryError: If too many trials in a row failed, or fewer than 2 are complete.
     """
     store.settle()
+    store.claim(space)
     trials = store.trials()
-    _check_same_space(space, trials)
-    tried = {trial.allocation.ranks for trial in trials}
+    tried = {tuple(space.row(trial.allocation)) for trial in trials}
     failures = 0
-    while (stop := _stop_reason(trials, config)) is None:
+    while (stop := _stop_reason(trials, config) or is_spent(trials)) is None:
         position = len(trials)
         spare = untried(space, tried, 1, np.random.default_rng([seed, position]))
         if not len(spare):
@@ -122,26 +157,30 @@ def search(
             break
         started = time.perf_counter()
         sampler_seed = _derived(seed, position)
-        place = partial(_placed, space, tried, allocation_of(spare[0]), sampler_seed)
-        pending = store.begin(sampler_for(sampler_seed), space, place)
+        sampler = sampler_for(sampler_seed)
+        place = partial(_placed, space, tried, space.allocation(spare[0]), sampler_seed)
+        pending = store.begin(sampler, space, place, config.batch)
         seconds = time.perf_counter() - started
+        initial = config.initial_trials or getattr(sampler, "initial_trials", INITIAL_TRIALS)
         trial = _run(
             Trial(
                 position=position,
-                phase=_phase(position, config),
+                phase=Phase.INITIALIZATION if position < initial else Phase.ITERATION,
                 allocation=pending.allocation,
                 seed=seed,
-                fidelity=_FIDELITY,
+                fidelity=1.0,
                 state=TrialState.FAILED,
                 predicted=pending.predicted,
                 seconds={"search": seconds},
+                parameters=space.parameters(pending.allocation),
             ),
             evaluate,
             objective,
+            partial(_goes_on, trials, config.rung) if config.rung else None,
         )
         store.finish(pending, trial)
         trials.append(trial)
-        tried.add(trial.allocation.ranks)
+        tried.add(tuple(space.row(trial.allocation)))
         if on_trial is not None:
             on_trial(trial)
         failures = failures + 1 if trial.state is TrialState.FAILED else 0
@@ -151,14 +190,35 @@ def search(
                 f"{trial.allocation}) because: {trial.reason} Remove the cause and run the same "
                 "command again; the trials made so far are kept."
             )
-    _check_enough(trials)
-    return SearchResult(trials=tuple(trials), stop=stop, interrupted=store.interrupted())
+    _check_enough(trials, stop)
+    sampler = sampler_for(_derived(seed, len(trials)))
+    study = store.as_seen_by(sampler)
+    rows = sampler.recommend(study, finalists) if isinstance(sampler, RecommendingSampler) else []
+    return SearchResult(
+        trials=tuple(trials),
+        stop=stop,
+        interrupted=store.interrupted(),
+        recommended=tuple(space.allocation(row) for row in rows),
+        forecasts=sampler.scores(study) if isinstance(sampler, ForecastingSampler) else {},
+    )
 
 
-def _run(trial: Trial, evaluate: Evaluate, objective: Callable[[Score], float]) -> Trial:
-    """Evaluates a trial; returns it complete, or failed with its reason."""
+def _goes_on(trials: Sequence[Trial], share: float, value: float) -> bool:
+    """Tells whether a trial is not below the median of those before it at the rung."""
+    before = [trial.rungs[share] for trial in trials if share in trial.rungs]
+    return len(before) < _LEAST_LOOKS or value >= float(np.median(before))
+
+
+def _run(
+    trial: Trial,
+    evaluate: Evaluate,
+    objective: Callable[[Score], float],
+    goes_on: Callable[[float], bool] | None,
+) -> Trial:
+    """Evaluates a trial; returns it complete, stopped at its rung, or failed with its reason."""
     try:
-        outcome = evaluate(trial.allocation, trial.fidelity, trial.seed)
+        extra = () if goes_on is None else (goes_on,)
+        outcome = evaluate(trial.allocation, trial.fidelity, trial.seed, *extra)
         value = float(objective(outcome.score))
         if not (outcome.score.is_finite() and math.isfinite(value)):
             raise OracleError(
@@ -168,14 +228,17 @@ def _run(trial: Trial, evaluate: Evaluate, objective: Callable[[Score], float]) 
     except RankAdaptorError as error:
         logger.warning("Trial %d (%s) failed: %s", trial.position + 1, trial.allocation, error)
         return replace(trial, reason=str(error))
+    stopped = outcome.fidelity < trial.fidelity
     logger.info("Trial %d (%s): %.4f", trial.position + 1, trial.allocation, value)
     return replace(
         trial,
-        state=TrialState.COMPLETE,
+        state=TrialState.STOPPED if stopped else TrialState.COMPLETE,
+        fidelity=outcome.fidelity,
         score=outcome.score,
-        objective=value,
+        objective=None if stopped else value,
         train_loss=outcome.train_loss,
         seconds=trial.seconds | outcome.seconds,
+        rungs=outcome.rungs,
     )
 
 
@@ -189,15 +252,11 @@ def _placed(
     """Returns a proposal within the budget, or `spare` if that was tried already."""
     allocation = space.within_budget(proposal, seed)
     # Samplers such as TPE repeat themselves; a fine-tune is too dear for that.
-    return spare if allocation.ranks in tried else allocation
-
-
-def _phase(position: int, config: SearchConfig) -> Phase:
-    return Phase.INITIALIZATION if position < config.initial_trials else Phase.ITERATION
+    return spare if tuple(space.row(allocation)) in tried else allocation
 
 
 def _stop_reason(trials: Sequence[Trial], config: SearchConfig) -> StopReason | None:
-    last = trials[-config.patience :]
+    last = trials[-config.patience :] if config.method == PAPER else []
     if len(last) == config.patience and all(_is_close(trial, config.tolerance) for trial in last):
         return StopReason.CONVERGED
     return StopReason.MAX_TRIALS if len(trials) >= config.max_trials else None
@@ -223,23 +282,15 @@ def _derived(seed: int, position: int) -> int:
     return int(np.random.SeedSequence([seed, position]).generate_state(1)[0])
 
 
-def _check_same_space(space: RankSpace, trials: Sequence[Trial]) -> None:
-    for trial in trials:
-        try:
-            space.check(trial.allocation)
-        except RankSpaceError as error:
-            raise ArtifactError(
-                f"Trial {trial.position + 1} of the store belongs to another rank space: {error} "
-                "Or choose another run folder."
-            ) from error
-
-
-def _check_enough(trials: Sequence[Trial]) -> None:
+def _check_enough(trials: Sequence[Trial], stop: StopReason) -> None:
     complete = sum(trial.state is TrialState.COMPLETE for trial in trials)
-    if complete < _LEAST_COMPLETE:
-        reasons = [trial.reason for trial in trials if trial.reason]
-        raise RecoveryError(
-            f"Only {complete} of {len(trials)} trials are complete; {_LEAST_COMPLETE} are needed. "
-            f"{f'The last failure: {reasons[-1]} ' if reasons else ''}"
-            "Remove the cause and raise [search] max_trials."
-        )
+    if complete >= _LEAST_COMPLETE:
+        return
+    reasons = [trial.reason for trial in trials if trial.reason]
+    limits = (StopReason.MAX_HOURS, StopReason.MAX_GPU_HOURS, StopReason.MAX_TRIALS)
+    key = stop.value if stop in limits else StopReason.MAX_TRIALS.value
+    raise RecoveryError(
+        f"Only {complete} of {len(trials)} trials are complete; {_LEAST_COMPLETE} are needed. "
+        f"{f'The last failure: {reasons[-1]} ' if reasons else ''}"
+        f"Remove the cause and raise [search] {key}."
+    )

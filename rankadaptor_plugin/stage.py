@@ -9,24 +9,29 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin import adapters
-from rankadaptor_plugin.confirmation import Confirmation, Confirmed, fine_tunes, fresh_seeds
-from rankadaptor_plugin.context import Recovered, RunContext, SamplerSettings
+from rankadaptor_plugin.config import FIXED
+from rankadaptor_plugin.confirmation import Confirmation, fresh_seeds
+from rankadaptor_plugin.context import Recovered, RunContext
+from rankadaptor_plugin.device import device_count
 from rankadaptor_plugin.fine_tuning import FineTuner
+from rankadaptor_plugin.knowledge import Knowledge, knowledge
+from rankadaptor_plugin.layer_features import layer_features
 from rankadaptor_plugin.noise import Noise, measure
 from rankadaptor_plugin.objective import Objective, objective_metric, reported_target, spreads
+from rankadaptor_plugin.paper_allocations import named_allocation
 from rankadaptor_plugin.run_folder import RunFolder
 from rankadaptor_plugin.scores import Score
 from rankadaptor_plugin.search import SearchResult, StopReason, search
-from rankadaptor_plugin.statistics import Comparison, compare
+from rankadaptor_plugin.search_step import Limits, random_search, sampler_for
+from rankadaptor_plugin.space_record import LayerFeatures
 from rankadaptor_plugin.study import TrialStore
 from rankadaptor_plugin.summary import stage_summary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from optuna.samplers import BaseSampler
+    from collections.abc import Callable, Mapping, Sequence
 
     from rankadaptor_plugin.pruned_model import PrunedModel
+    from rankadaptor_plugin.race_result import Confirmed
     from rankadaptor_plugin.ranks import RankAllocation
     from rankadaptor_plugin.trials import Trial
 
@@ -64,45 +69,35 @@ class _Stage:
         self.config = context.config
         self.folder = RunFolder(context.folder)
         self.space = adapters.rank_space(
-            pruned.model, pruned.pruned_layers, context.config.rank_space
+            pruned.model, pruned.pruned_layers, self.config.rank_space, self.config.recovery
         )
-        confirm = self.config.confirm
-        self.seeds = fresh_seeds(self.config.seed, confirm.choosing_seeds, confirm.seeds)
+        self.seeds = fresh_seeds(self.config.seed, self.config.confirm.seeds)
         self.verdict_metric = context.oracle.metrics("report")[0]
         self.objective = self._objective()
-        self.tuner = FineTuner(
-            pruned, context, self.folder, self.objective, self.seeds.comparing[0]
-        )
+        self.tuner = FineTuner(pruned, context, self.folder, self.objective, self.seeds[0])
+        self.known = Knowledge(space=self.space, priors=())
 
     def run(self) -> Recovered:
         with self.tuner.cleared():
-            noise = self.noise() if self.config.noise.seeds else None
+            searches = self.config.search.method != FIXED
+            noise = self.noise() if searches and self.config.noise.seeds else None
             with (
                 self.folder.timed("search") as add_seconds,
                 TrialStore.open(self.folder.study_url, "search") as store,
             ):
-                self._go_on(store, noise)
-                # A search that was begun already is brought to its end.
-                drowned = (
-                    noise is not None
-                    and noise.is_drowned
-                    and all(trial.allocation in noise.runs for trial in store.trials())
-                )
-                if drowned and self.config.noise.if_drowned == "uniform":
-                    found = SearchResult(
-                        trials=tuple(store.trials()), stop=StopReason.NOISE, interrupted=0
-                    )
-                    finalists = [self.space.uniform()]
-                else:
-                    found = self._search(store, add_seconds)
-                    finalists = found.finalists(self.config.confirm.finalists)
+                found, finalists = self._found(store, noise, add_seconds)
+            wanted = self.config.confirm.best_random and found.stop is not StopReason.NOISE
+            others = self._random_trials(found) if wanted else None
             with (
                 self.folder.timed("confirm") as add_seconds,
                 TrialStore.open(self.folder.study_url, "confirm") as store,
             ):
-                confirmed = self._confirm(finalists, store, add_seconds)
+                best = others.best.allocation if others else None
+                confirmed = self._confirm(finalists, best, store, add_seconds)
             with self.folder.timed("deliver"):
-                return self._deliver(found, confirmed, noise)
+                extra = [self.known.seconds, *_own_seconds(noise, found.trials)]
+                extra += [trial.seconds for trial in others.trials] if others else []
+                return self._deliver(found, confirmed, noise, extra)
 
     def noise(self) -> Noise | None:
         """Measures the noise floor and keeps what it says in noise.json."""
@@ -160,27 +155,60 @@ class _Stage:
             done = len(store.trials())
             hook.rankadaptor_on_progress(stage="search", done=done, total=total)
 
-    def _search(self, store: TrialStore, add_seconds: Callable[[], None]) -> SearchResult:
-        config, hook = self.config.search, self.context.hook
+    def _found(
+        self, store: TrialStore, noise: Noise | None, add_seconds: Callable[[], None]
+    ) -> tuple[SearchResult, list[RankAllocation]]:
+        """Searches, unless there is nothing to search for; returns the finalists too."""
+        config = self.config
+        features = self._features(store)
+        store.claim(self.space, features.to_json())
+        if config.search.method == FIXED:
+            allocation = named_allocation(config.search.allocation)
+            adapters.module_ranks(self.pruned.model, allocation)  # says whether it fits
+            found = SearchResult(trials=tuple(store.trials()), stop=StopReason.FIXED, interrupted=0)
+            return found, [allocation]
+        self._go_on(store, noise)
+        # A search that was begun already is brought to its end.
+        drowned = (
+            noise is not None
+            and noise.is_drowned
+            and all(trial.allocation in noise.runs for trial in store.trials())
+        )
+        if drowned and config.noise.if_drowned == "uniform":
+            found = SearchResult(trials=tuple(store.trials()), stop=StopReason.NOISE, interrupted=0)
+            return found, [self.space.uniform()]
+        self.known = knowledge(
+            self.space, features, config.search, self.folder, config.seed, self.tuner.proxies
+        )
+        found = self._search(store, noise, add_seconds)
+        return found, found.finalists(config.confirm.finalists)
 
-        def sampler_for(seed: int) -> BaseSampler:
-            registries, model = self.context.registries, self.config.performance_model
-            make_model = registries.performance_models.get(model.name)
-            return registries.samplers.get(config.sampler)(
-                SamplerSettings(
-                    space=self.space,
-                    seed=seed,
-                    initial_trials=config.initial_trials,
-                    candidates=config.candidates,
-                    performance_model=lambda: make_model(self.space, model, seed),
-                    metric=self.objective.metric,
-                )
-            )
+    def _features(self, store: TrialStore) -> LayerFeatures:
+        kept = store.layers()
+        return (
+            layer_features(self.pruned, self.space)
+            if kept is None
+            else LayerFeatures.from_json(kept)
+        )
+
+    def _search(
+        self, store: TrialStore, noise: Noise | None, add_seconds: Callable[[], None]
+    ) -> SearchResult:
+        config, hook = self.config, self.context.hook
+        limits = Limits(
+            hours=config.search.max_hours,
+            gpu_hours=config.search.max_gpu_hours,
+            devices=device_count(self.pruned.model),
+            spent=sum(self.known.seconds.values())
+            + sum(sum(seconds.values()) for seconds in _own_seconds(noise, store.trials())),
+            reserve=config.race_fine_tunes,
+            twice=config.confirm.best_random,
+        )
 
         def on_trial(trial: Trial) -> None:
             add_seconds()
             hook.rankadaptor_on_progress(
-                stage="search", done=trial.position + 1, total=config.max_trials
+                stage="search", done=trial.position + 1, total=config.search.max_trials
             )
             hook.rankadaptor_after_trial(trial=trial, context=self.context)
 
@@ -188,46 +216,85 @@ class _Stage:
             self.space,
             self.tuner.evaluate,
             store,
-            sampler_for,
-            config,
+            sampler_for(self.space, config, self.context.registries, self.known, self.objective),
+            config.search,
             self.objective,
-            self.config.seed,
+            config.seed,
             on_trial,
+            limits.reached,
+            config.confirm.finalists,
         )
+
+    def _random_trials(self, found: SearchResult) -> SearchResult:
+        """Makes as many trials of random allocations as the search made."""
+        hook, total = self.context.hook, max(2, len(found.trials))
+        with (
+            self.folder.timed("random") as add_seconds,
+            TrialStore.open(self.folder.study_url, "random") as store,
+        ):
+
+            def on_trial(trial: Trial) -> None:
+                add_seconds()
+                hook.rankadaptor_on_progress(stage="random", done=trial.position + 1, total=total)
+
+            hook.rankadaptor_on_progress(stage="random", done=len(store.trials()), total=total)
+            return random_search(
+                self.space,
+                self.tuner.evaluate,
+                store,
+                self.config,
+                self.context.registries,
+                self.objective,
+                total,
+                on_trial,
+            )
 
     def _confirm(
         self,
         finalists: Sequence[RankAllocation],
+        best_random: RankAllocation | None,
         store: TrialStore,
         add_seconds: Callable[[], None],
     ) -> Confirmed:
-        uniform_budget = self.config.rank_space.budget == "uniform"
+        confirm, config = self.config.confirm, self.config
 
         def progress(done: int, total: int) -> None:
             add_seconds()
             self.context.hook.rankadaptor_on_progress(stage="confirm", done=done, total=total)
 
         def baseline_for(allocation: RankAllocation) -> RankAllocation:
-            if uniform_budget:
-                return self.space.uniform()
+            uniform = self.space.uniform()
+            if config.common_baseline or allocation == uniform:
+                return uniform
             return self.space.evenly(self.space.parameters(allocation))
 
-        progress(0, fine_tunes(len(finalists), self.seeds))
+        progress(0, config.race_fine_tunes)
         return Confirmation(
-            choose=self.tuner.search_run,
-            compare=self.tuner.report_run,
+            run=self.tuner.report_run,
             folder=self.folder,
             store=store,
             seeds=self.seeds,
+            least_seeds=confirm.least_seeds,
+            confidence=confirm.confidence,
+            metric=self.verdict_metric,
+            weights=self._verdict_weights(),
             on_run=progress,
             is_whole=self.tuner.is_whole,
-        ).confirm(finalists, baseline_for)
+        ).confirm(finalists, baseline_for, best_random)
 
-    def _deliver(self, found: SearchResult, confirmed: Confirmed, noise: Noise | None) -> Recovered:
-        comparisons = self._comparisons(confirmed)
-        deciding = comparisons.get(self.verdict_metric)
-        gain = deciding is not None and deciding.is_gain
-        delivered = confirmed.searched if gain and confirmed.searched else confirmed.baseline
+    def _verdict_weights(self) -> dict[str, float]:
+        if target := reported_target(self.config.oracle, self.context.oracle):
+            return {target: 1.0}
+        return self.context.oracle.weights("report")
+
+    def _deliver(
+        self,
+        found: SearchResult,
+        confirmed: Confirmed,
+        noise: Noise | None,
+        extra: Sequence[Mapping[str, float]],
+    ) -> Recovered:
+        delivered = confirmed.delivered
         source = self.folder.path / self.tuner.adapter_name(delivered)
         adapter = self.folder.write_folder(
             "adapter", lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True)
@@ -235,13 +302,13 @@ class _Stage:
         summary = stage_summary(
             found,
             confirmed,
-            comparisons,
-            delivered,
             self.space,
             self.config,
             self.context.oracle,
             self.objective,
             noise,
+            self.known.worth(found.trials),
+            extra,
         )
         named = {"uniform": confirmed.baseline, "searched": confirmed.searched}
         summary["adapters"] = {
@@ -251,17 +318,12 @@ class _Stage:
         }
         return Recovered(adapter=adapter, allocation=delivered, summary=summary)
 
-    def _comparisons(self, confirmed: Confirmed) -> dict[str, Comparison]:
-        if confirmed.searched is None:
-            return {}
-        searched, baseline = (
-            confirmed.reports(a) for a in (confirmed.searched, confirmed.baseline)
-        )
-        confidence = self.config.confirm.confidence
-        weights = self.context.oracle.weights("report")
-        if target := reported_target(self.config.oracle, self.context.oracle):
-            weights = {target: 1.0}
-        return {
-            metric: compare(searched, baseline, metric, weights, confidence=confidence)
-            for metric in self.context.oracle.metrics("report")
-        }
+
+def _own_seconds(noise: Noise | None, trials: Sequence[Trial]) -> list[dict[str, float]]:
+    """Returns the seconds of the noise floor's runs that are not among the trials of the search.
+
+    Those with the search's own seed are, where their allocations lie in its space.
+    """
+    tried = {trial.allocation for trial in trials}
+    runs = {} if noise is None else noise.runs
+    return [run.seconds for a, several in runs.items() for run in several[a in tried :]]

@@ -44,6 +44,30 @@ def place(model: PreTrainedModel, name: str) -> str:
     return f"Layer {index}: {rest}" if name.startswith(prefix) and dot else name
 
 
+def group_matrices(structure: Structure) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Returns which matrices share a rank, by how finely ranks are searched.
+
+    Returns:
+        Under ``"layer"``, ``"group"`` and ``"projection"``: the groups of a layer by name, in the
+        order of the slots, each with the names of its matrices within the layer; every matrix is in
+        one group. A projection has the last part of its matrix's name, or, where that is not
+        unique, all of it.
+    """
+    names = structure.matrices
+    last = [name.rpartition(".")[2] for name in names]
+    return {
+        "layer": {"": names},
+        "group": {
+            "attention": (*structure.query_key_value, structure.output),
+            "mlp": (*structure.expand, structure.contract),
+        },
+        "projection": {
+            short if last.count(short) == 1 else name: (name,)
+            for short, name in zip(last, names, strict=True)
+        },
+    }
+
+
 def set_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     """Gives a model and its modules another config; other models may share the old one."""
     old = model.config

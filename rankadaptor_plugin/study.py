@@ -14,17 +14,25 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import optuna
 from optuna.exceptions import StorageInternalError
-from optuna.storages import InMemoryStorage, RDBStorage
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState as OptunaState
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from rankadaptor_plugin.errors import ArtifactError
-from rankadaptor_plugin.samplers import allocation_from, distributions
+from rankadaptor_plugin.errors import ArtifactError, RankSpaceError
+from rankadaptor_plugin.parameters import distributions, parameters_of, proposed
+from rankadaptor_plugin.rank_sampler import in_memory_study
+from rankadaptor_plugin.space_record import (
+    LAYERS,
+    SPACE,
+    space_difference,
+    space_from_json,
+    space_to_json,
+)
 from rankadaptor_plugin.trials import RECORD, Trial, TrialState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     from optuna.samplers import BaseSampler
@@ -40,6 +48,8 @@ REASON = "reason"
 
 INTERRUPTED = "interrupted"
 
+_STEPS = 100  # Optuna counts steps in whole numbers: a rung's share in percent.
+
 
 @runtime_checkable
 class PredictingSampler(Protocol):
@@ -47,6 +57,24 @@ class PredictingSampler(Protocol):
 
     def predicted(self, number: int) -> float | None:
         """Returns the value expected of trial `number`, None if nothing was predicted."""
+        ...
+
+
+@runtime_checkable
+class RecommendingSampler(Protocol):
+    """A sampler with an opinion on what is best, which need not be what scored best."""
+
+    def recommend(self, study: optuna.Study, count: int) -> list[Sequence[int]]:
+        """Returns up to `count` rows of the rank space, best first."""
+        ...
+
+
+@runtime_checkable
+class ForecastingSampler(Protocol):
+    """A sampler that keeps score of how well its models forecast."""
+
+    def scores(self, study: optuna.Study) -> dict[str, float]:
+        """Returns by model the mean log density of its forecasts, in nats per trial."""
         ...
 
 
@@ -140,6 +168,47 @@ class TrialStore:
                 "the disk, then run the same command again; the trials made so far are kept."
             ) from error
 
+    def claim(self, space: RankSpace, layers: Mapping[str, Any] | None = None) -> None:
+        """Notes in the study which space its trials belong to, and what its layers are like.
+
+        Args:
+            space: The rank space S.
+            layers: What `rankadaptor_plugin.space_record.LayerFeatures.to_json` returned.
+
+        Raises:
+            ArtifactError: If the study was made with another space.
+        """
+        stored = self._study.user_attrs.get(SPACE)
+        if stored is not None:
+            difference = space_difference(space_from_json(stored), space)
+            if difference is not None and self.trials():
+                raise ArtifactError(
+                    f"The study {self._study.study_name!r} was made with another rank space: "
+                    f"{difference}. Choose another run folder or storage, or take the former "
+                    "[rank_space] and [prune] settings back."
+                )
+        else:
+            self._check_trials(space)
+        self._study.set_user_attr(SPACE, space_to_json(space))
+        if layers is not None:
+            self._study.set_user_attr(LAYERS, dict(layers))
+
+    def layers(self) -> dict[str, Any] | None:
+        """Returns the features of the layers as `claim` noted them, None if it did not."""
+        found: dict[str, Any] | None = self._study.user_attrs.get(LAYERS)
+        return found
+
+    def _check_trials(self, space: RankSpace) -> None:
+        """Checks the trials of a study that does not say what space it was made with."""
+        for trial in self.trials():
+            try:
+                space.check(trial.allocation)
+            except RankSpaceError as error:
+                raise ArtifactError(
+                    f"Trial {trial.position + 1} of the study {self._study.study_name!r} belongs "
+                    f"to another rank space: {error} Or choose another run folder."
+                ) from error
+
     def trials(self) -> list[Trial]:
         """Returns the finished trials in order of position."""
         done = filter(_is_ours, self._study.get_trials(deepcopy=False))
@@ -172,6 +241,7 @@ class TrialStore:
         sampler: BaseSampler,
         space: RankSpace,
         place: Callable[[RankAllocation], RankAllocation] = lambda proposal: proposal,
+        batch: int = 1,
     ) -> PendingTrial:
         """Asks a sampler for the next allocation and stores that the trial is running.
 
@@ -180,20 +250,22 @@ class TrialStore:
             space: The rank space S.
             place: Turns what was proposed into what is fine-tuned, such as within the budget; the
                 parameters stored are those of the latter, so that samplers learn the right pairs.
+            batch: Trials that are proposed together: the sampler does not see how those that
+                belong to the same batch ended.
 
         The sampler sees a copy of the study in memory, without interrupted trials. Asked in the
         study itself, it would store each layer's rank in a transaction of its own.
         """
-        copy = _study(InMemoryStorage(), self._study.study_name)
-        copy.sampler = self._study.sampler = sampler
-        copy.add_trials([t for t in self._study.get_trials(deepcopy=False) if _is_ours(t)])
+        known = self._known()
+        together = len(known) - len(known) % batch
+        copy = self._copy(sampler, [*known[:together], *map(_running, known[together:])])
         asked = copy.ask(distributions(space))
-        proposal = allocation_from(space, asked.params)
+        proposal = proposed(space, asked.params)
         allocation = place(proposal)
         self._study.add_trial(
             optuna.trial.create_trial(
                 state=OptunaState.RUNNING,
-                params=_parameters(space, allocation),
+                params=parameters_of(space, allocation),
                 distributions=asked.distributions,
                 # Some samplers keep their state here.
                 system_attrs=copy.get_trials(deepcopy=False)[-1].system_attrs,
@@ -207,6 +279,18 @@ class TrialStore:
             predicted=predicted,
             number=self._study.get_trials(deepcopy=False)[-1].number,
         )
+
+    def as_seen_by(self, sampler: BaseSampler) -> optuna.Study:
+        """Returns a copy of the study in memory, without interrupted trials."""
+        return self._copy(sampler, self._known())
+
+    def _known(self) -> list[FrozenTrial]:
+        return [t for t in self._study.get_trials(deepcopy=False) if _is_ours(t)]
+
+    def _copy(self, sampler: BaseSampler, trials: list[FrozenTrial]) -> optuna.Study:
+        copy = in_memory_study(self._study.study_name, self._study.direction, sampler)
+        copy.add_trials(trials)
+        return copy
 
     def finish(self, pending: PendingTrial, trial: Trial) -> None:
         """Stores the record of a trial that was begun."""
@@ -231,16 +315,21 @@ class TrialStore:
             optuna.trial.create_trial(
                 state=OptunaState.COMPLETE if complete else OptunaState.FAIL,
                 value=trial.objective,
-                params=None if space is None else _parameters(space, trial.allocation),
+                params=None if space is None else parameters_of(space, trial.allocation),
                 distributions=None if space is None else distributions(space),
                 user_attrs={RECORD: trial.to_json()},
             )
         )
 
     def _tell(self, number: int, trial: Trial) -> FrozenTrial:
+        study_id = self._storage.get_study_id_from_name(self._study.study_name)
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        for share, value in trial.rungs.items():
+            self._storage.set_trial_intermediate_value(trial_id, round(share * _STEPS), value)
         if trial.state is TrialState.COMPLETE:
             return self._study.tell(number, trial.objective)
-        return self._study.tell(number, state=OptunaState.FAIL)
+        stopped = trial.state is TrialState.STOPPED
+        return self._study.tell(number, state=OptunaState.PRUNED if stopped else OptunaState.FAIL)
 
 
 def _study(storage: BaseStorage, name: str) -> optuna.Study:
@@ -255,10 +344,14 @@ def _study(storage: BaseStorage, name: str) -> optuna.Study:
         optuna.logging.set_verbosity(verbosity)
 
 
-def _parameters(space: RankSpace, allocation: RankAllocation) -> dict[str, int]:
-    """Returns the ranks of the searched layers under the names of `distributions`."""
-    searched = (r for r, s in zip(allocation.ranks, space.searchable, strict=True) if s)
-    return dict(zip(distributions(space), searched, strict=True))
+def _running(trial: FrozenTrial) -> FrozenTrial:
+    """Returns a trial as one whose end nobody knows yet."""
+    return optuna.trial.create_trial(
+        state=OptunaState.RUNNING,
+        params=trial.params,
+        distributions=trial.distributions,
+        system_attrs=trial.system_attrs,
+    )
 
 
 def _is_ours(trial: FrozenTrial) -> bool:

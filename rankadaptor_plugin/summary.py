@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 from safetensors import safe_open
 
 from rankadaptor_plugin import run_file
-from rankadaptor_plugin.confirmation import mean_objective, run_name
+from rankadaptor_plugin.confirmation import run_name
 from rankadaptor_plugin.objective import objective_metric, reported_target
-from rankadaptor_plugin.report import baseline_label, verdict_sentence
+from rankadaptor_plugin.parameters import slot_names
+from rankadaptor_plugin.race_result import BEST_RANDOM
+from rankadaptor_plugin.ranks import WHOLE_LAYER
+from rankadaptor_plugin.report import SEARCHED, baseline_label, verdict_sentence
 from rankadaptor_plugin.search import StopReason
+from rankadaptor_plugin.search_step import front
 from rankadaptor_plugin.statistics import score_cells
 from rankadaptor_plugin.trials import TrialState
 
@@ -23,17 +27,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rankadaptor_plugin.config import RunConfig
-    from rankadaptor_plugin.confirmation import Confirmed
     from rankadaptor_plugin.context import Oracle, Recovered, RunContext
     from rankadaptor_plugin.noise import Noise
     from rankadaptor_plugin.objective import Objective
     from rankadaptor_plugin.pruned_model import PrunedModel
-    from rankadaptor_plugin.ranks import RankAllocation, RankSpace
+    from rankadaptor_plugin.race_result import Confirmed
+    from rankadaptor_plugin.ranks import RankSpace
     from rankadaptor_plugin.report_data import Footprint, ReportData, Result
     from rankadaptor_plugin.report_generation import Entry
     from rankadaptor_plugin.scores import Score
     from rankadaptor_plugin.search import SearchResult
-    from rankadaptor_plugin.statistics import Comparison
 
 PACKAGES = (
     "rankadaptor-plugin",
@@ -49,27 +52,27 @@ PACKAGES = (
 def stage_summary(
     found: SearchResult,
     confirmed: Confirmed,
-    comparisons: Mapping[str, Comparison],
-    delivered: RankAllocation,
     space: RankSpace,
     config: RunConfig,
     oracle: Oracle,
     objective: Objective,
     noise: Noise | None,
+    knowledge: Sequence[dict[str, Any]],
+    extra_seconds: Sequence[Mapping[str, float]],
 ) -> dict[str, Any]:
-    """Returns the parts of the report that the recovery stage knows."""
+    """Returns the parts of the report that the recovery stage knows.
+
+    `extra_seconds` are those of fine-tunes and evaluations outside of search and race, by part.
+    """
+    delivered = confirmed.delivered
     named = {"uniform": confirmed.baseline, "recovered": delivered}
     if confirmed.searched is not None:
         named["searched"] = confirmed.searched
     complete = [t for t in found.trials if t.state is TrialState.COMPLETE]
-    halves = (confirmed.choosing, confirmed.comparing)
-    runs = [run for half in halves for several in half.values() for run in several]
-    seconds = [t.seconds for t in found.trials] + [run.seconds for run in runs]
-    if noise is not None:  # most runs with the search's own seed are among the trials
-        tried = {trial.allocation for trial in found.trials}
-        for allocation, several in noise.runs.items():
-            seconds += [run.seconds for run in several[allocation in tried :]]
+    runs = [run for several in confirmed.runs.values() for run in several]
+    seconds = [*extra_seconds, *(t.seconds for t in found.trials), *(run.seconds for run in runs)]
     metrics = oracle.metrics("report")
+    comparisons = confirmed.comparisons(metrics)
     return {
         "verdict": {
             "sentence": verdict_sentence(
@@ -78,6 +81,7 @@ def stage_summary(
                 reported_target(config.oracle, oracle),
                 metrics[0],
                 searched=found.stop is not StopReason.NOISE,
+                subject=_subject(found, confirmed),
             ),
             "delivered": "uniform" if delivered == confirmed.baseline else "searched",
             "baseline": baseline_label(confirmed.baseline.ranks),
@@ -96,12 +100,13 @@ def stage_summary(
         "results": {
             name: [
                 {"file": f"evaluations/{run_name(allocation, seed)}.parquet", "seed": seed}
-                for seed in confirmed.seeds.comparing
+                for seed in confirmed.seeds_of(allocation)
             ]
             for name, allocation in named.items()
         },
         "noise": noise and noise.to_json(),
         "allocations": {name: list(a.ranks) for name, a in named.items()},
+        "slots": [] if space.groups == WHOLE_LAYER else slot_names(space),
         "trainable": {name: space.parameters(a) for name, a in named.items()},
         "trials": [trial.to_json() for trial in found.trials],
         "objective": {
@@ -113,22 +118,15 @@ def stage_summary(
             "stop_reason": found.stop.value,
             "initial_trials": config.search.initial_trials,
             "complete": len(complete),
-            "failed": len(found.trials) - len(complete),
+            "failed": sum(t.state is TrialState.FAILED for t in found.trials),
+            "stopped": sum(t.state is TrialState.STOPPED for t in found.trials),
             "interrupted": found.interrupted,
+            "method": config.search.method,
+            "forecasts": dict(found.forecasts),
         },
-        "confirm": {
-            "choosing_seeds": list(confirmed.seeds.choosing) if confirmed.choosing else [],
-            "seeds": list(confirmed.seeds.comparing),
-            "confidence": config.confirm.confidence,
-            "finalists": [
-                {
-                    "ranks": list(allocation.ranks),
-                    "search_objective": mean_objective(several),
-                    "per_seed": [run.objective for run in several],
-                }
-                for allocation, several in confirmed.choosing.items()
-            ],
-        },
+        "front": [t.to_json() for t in front(found.trials, space)] if config.search.pareto else [],
+        "knowledge": list(knowledge),
+        "confirm": confirmed.to_json(),
         "cost": {
             "fine_tuning": sum(s.get("recovery", 0.0) for s in seconds),
             "evaluation": sum(s.get("oracle", 0.0) for s in seconds),
@@ -140,9 +138,18 @@ def stage_summary(
             "run": config.seed,
             "search": config.seed,
             "noise": list(noise.seeds) if noise else [],
-            "confirm": [*confirmed.seeds.choosing, *confirmed.seeds.comparing],
+            "confirm": list(confirmed.seeds),
         },
     }
+
+
+def _subject(found: SearchResult, confirmed: Confirmed) -> str:
+    """Names what the verdict is about."""
+    if found.stop is StopReason.FIXED:
+        return "the given allocation"
+    if confirmed.chosen is not None and confirmed.chosen.label == BEST_RANDOM:
+        return "the best random allocation"
+    return SEARCHED
 
 
 def report_data(
@@ -234,16 +241,25 @@ def report_data(
                 "initial_trials": 0,
                 "complete": 0,
                 "failed": 0,
+                "stopped": 0,
                 "interrupted": 0,
+                "method": "none",
+                "forecasts": {},
             },
         ),
+        "front": summary.get("front", []),
+        "knowledge": summary.get("knowledge", []),
         "confirm": summary.get(
             "confirm",
             {
-                "choosing_seeds": [],
-                "seeds": [],
+                "error_rate": 1 - config.confirm.confidence,
                 "confidence": config.confirm.confidence,
-                "finalists": [],
+                "metric": metrics[0],
+                "seeds": [],
+                "most_seeds": 0,
+                "least_seeds": 0,
+                "fine_tunes": 0,
+                "competitors": [],
             },
         ),
         "cost": {
@@ -263,6 +279,7 @@ def report_data(
         "generation": cast("list[Entry]", list(generation)),
         "config": run_file.to_dict(config),
         "device": device,
+        "slots": summary.get("slots", []),
     }
 
 

@@ -22,6 +22,7 @@ class TrialState(enum.StrEnum):
 
     COMPLETE = "complete"
     FAILED = "failed"
+    STOPPED = "stopped"  # ended at its rung
 
 
 class Phase(enum.StrEnum):
@@ -40,11 +41,15 @@ class Outcome:
         score: Scores per task on the search documents.
         train_loss: Mean training loss over the last tenth of the fine-tune, in nats per token.
         seconds: Wall time by part: ``recovery`` and ``oracle``.
+        fidelity: Share of the steps that were run.
+        rungs: What the search maximizes, by share of the steps at which it was looked at.
     """
 
     score: Score
     train_loss: float
     seconds: dict[str, float]
+    fidelity: float = 1.0
+    rungs: dict[float, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +61,16 @@ class Trial:
         phase: Initialization or iteration.
         allocation: The ranks.
         seed: Seed of the fine-tune, the same for all trials of a search.
-        fidelity: Share of the fine-tuning steps, in (0, 1].
-        state: Complete or failed.
+        fidelity: Share of the fine-tuning steps that were run, in (0, 1].
+        state: Complete, failed, or stopped at a rung.
         score: Scores per task and metric, None if failed.
-        objective: What the search maximizes, P of the paper; None if failed.
+        objective: What the search maximizes, P of the paper; None unless complete.
         predicted: What the performance model said before, Q of the paper; None if it said nothing.
         train_loss: See `Outcome`.
         seconds: See `Outcome`, plus ``search``: time to propose the allocation.
         reason: Why the trial failed.
+        rungs: See `Outcome`.
+        parameters: Trainable parameters; None in records that were made without.
     """
 
     position: int
@@ -78,6 +85,8 @@ class Trial:
     train_loss: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     reason: str | None = None
+    rungs: dict[float, float] = field(default_factory=dict)
+    parameters: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values, without per-document scores."""
@@ -85,6 +94,8 @@ class Trial:
             "position": self.position,
             "phase": self.phase.value,
             "ranks": list(self.allocation.ranks),
+            "settings": dict(self.allocation.settings),
+            "parameters": self.parameters,
             "seed": self.seed,
             "fidelity": self.fidelity,
             "state": self.state.value,
@@ -94,13 +105,17 @@ class Trial:
             "train_loss": self.train_loss,
             "seconds": self.seconds,
             "reason": self.reason,
+            "rungs": {str(share): value for share, value in self.rungs.items()},
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trial:
         """Builds a trial from what `to_json` returned."""
         values = dict(data)
-        values["allocation"] = RankAllocation(tuple(values.pop("ranks")))
+        values["allocation"] = RankAllocation(
+            tuple(values.pop("ranks")), tuple(values.pop("settings", {}).items())
+        )
+        values["rungs"] = {float(share): v for share, v in values.pop("rungs", {}).items()}
         values["phase"] = Phase(values["phase"])
         values["state"] = TrialState(values["state"])
         if values["score"] is not None:

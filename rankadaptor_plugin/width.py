@@ -17,8 +17,15 @@ import torch
 from rankadaptor_plugin.errors import ConfigError
 from rankadaptor_plugin.importance import unit_scores
 from rankadaptor_plugin.pruned_model import PrunedModel
-from rankadaptor_plugin.pruning import note_unused, provenance, refuse_or_warn, remove, rounded
-from rankadaptor_plugin.structures import layer_units, structure_of
+from rankadaptor_plugin.pruning import (
+    importance_lost,
+    note_unused,
+    provenance,
+    refuse_or_warn,
+    remove,
+    rounded,
+)
+from rankadaptor_plugin.structures import decoder_layers, layer_units, structure_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,9 +98,15 @@ def prune_width(
             f"[prune] ratio {config.ratio:g} removes nothing with ceiling {config.ceiling:g} and "
             f"round_to {config.round_to}. Raise ratio or ceiling, or lower round_to."
         )
+    parts = []
     for kind, score, count in zip(kinds, scores, counts, strict=True):
-        remove(kind.units, sorted(torch.argsort(score, stable=True)[:count].tolist()))
-    pruned = PrunedModel.of(model, tokenizer, provenance(config, samples) | {"unit_ratio": ratio})
+        removed = sorted(torch.argsort(score, stable=True)[:count].tolist())
+        remove(kind.units, removed)
+        parts.append((kind.layer, score, removed))
+    lost = importance_lost(len(decoder_layers(model)), parts, config)
+    pruned = PrunedModel.of(
+        model, tokenizer, provenance(config, samples) | {"unit_ratio": ratio} | lost
+    )
     log.info(
         "Pruned layers %d to %d by %.3g of their units: %d of %d parameters are left.",
         kinds[0].layer,

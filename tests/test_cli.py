@@ -44,9 +44,12 @@ SMALLER = {
 }
 
 
+SAMPLERS = ["auto", "cmaes", "ensemble", "gp", "linear", "paper", "qmc", "random", "tpe"]
+
+
 def test_help_of_every_command_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True)
-    assert done.stdout == ";run;noise;init;task-path;compare;plugins;export;inspect;[]\n"
+    assert done.stdout == ";run;noise;init;task-path;meta-learn;compare;plugins;export;inspect;[]\n"
 
 
 def test_the_file_that_init_writes_runs(tmp_path, command):
@@ -91,7 +94,9 @@ def test_init_overwrites_only_when_forced_and_names_the_model(tmp_path, command)
 def test_plugins_lists_what_is_active_for_people_and_for_programs(command):
     found = json.loads(command("plugins", "--json").stdout)
     names = [plugin["name"] for plugin in found["plugins"]]
-    assert sorted(names) == ["commands", "families", "oracles", "pruners", "rankadaptor", "search"]
+    assert sorted(names) == [
+        *("commands", "families", "meta-learn", "oracles", "pruners", "rankadaptor", "search")
+    ]
     assert {plugin["provider"] for plugin in found["plugins"]} == {
         f"rankadaptor-plugin {version('rankadaptor-plugin')}, built in"
     }
@@ -99,14 +104,14 @@ def test_plugins_lists_what_is_active_for_people_and_for_programs(command):
         "pruners": ["channel", "depth", "width"],
         "model families": sorted(structure.model_type for structure in BUILT_IN),
         "oracles": ["lm-eval", "perplexity"],
-        "performance models": ["mlp"],
-        "samplers": ["paper", "random", "tpe"],
+        "performance models": ["ensemble", "linear", "mlp", "mlp-1", "mlp-2", "mlp-3"],
+        "samplers": SAMPLERS,
     }
     text = command("plugins").stdout
     for plugin in found["plugins"]:
         assert f"{plugin['name']} ({plugin['provider']})" in text
         assert all(f"    {hook}\n" in text for hook in plugin["hooks"])
-    assert "samplers: paper, random, tpe\n" in text
+    assert f"samplers: {', '.join(SAMPLERS)}\n" in text
 
 
 def test_task_path_is_a_folder_of_seven_tasks(command):

@@ -417,6 +417,7 @@ def test_a_pruned_model_is_saved_and_loaded(family, samples, tokens, make_tokeni
     scores = pruned.provenance["scores"]
     assert [score is None for score in scores] == [True, False, False, False, True]
     assert pruned.provenance["calibration_tokens"] == [12, 5, 9]
+    assert pruned.importance_lost == tuple(float(i in removed) for i in range(BLOCKS))
 
     pruned.save(tmp_path / "pruned")
     loaded = load_pruned(tmp_path / "pruned")

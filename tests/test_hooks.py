@@ -172,7 +172,7 @@ class TestDocumentedOracle(OracleConformance):
 
 
 def test_hook_rankadaptor_register_performance_models(example):
-    assert "linear" in registries(example).performance_models.names()
+    assert "ridge" in registries(example).performance_models.names()
 
 
 class TestDocumentedPerformanceModel(PerformanceModelConformance):
@@ -182,11 +182,11 @@ class TestDocumentedPerformanceModel(PerformanceModelConformance):
         self.module = load(blocks(f"### {signature(hook)}")[0], tmp_path)
 
     def performance_model(self, space, seed):
-        return self.module.Linear()
+        return self.module.Ridge()
 
 
 def test_hook_rankadaptor_register_samplers(example):
-    assert "gp" in registries(example).samplers.names()
+    assert "nsga2" in registries(example).samplers.names()
 
 
 @pytest.mark.filterwarnings(EXPERIMENTAL)
@@ -198,7 +198,7 @@ class TestDocumentedSampler(SamplerConformance):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     def sampler(self, settings):
-        return self.module.gaussian_process(settings)
+        return self.module.nsga2(settings)
 
 
 def test_hook_rankadaptor_lm_eval_task_paths(example, tmp_path):
@@ -255,7 +255,7 @@ def test_the_documented_project_names_the_documented_module():
     project, chosen = map(tomllib.loads, re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL))
     assert project["project"]["entry-points"] == {GROUP: {"ends": "rankadaptor_ends"}}
     assert project["tool"]["setuptools"]["py-modules"] == ["rankadaptor_ends"]
-    assert chosen == {"search": {"sampler": "ends"}}
+    assert chosen == {"search": {"method": "ends"}}
     assert 'register("ends"' in blocks("## Write one")[0]
 
 

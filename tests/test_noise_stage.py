@@ -18,7 +18,7 @@ QUICK = {
     "prune": {"importance": "magnitude"},
     "recovery": {"steps": 2},
     "oracle": {"name": "counting", "tasks": ["tiny_boolq"], "search_documents": 8},
-    "search": {"sampler": "random", "max_trials": 4},
+    "search": {"method": "random", "max_trials": 4},
     "noise": {"seeds": 2, "allocations": 3},
 }
 FINE_TUNES = 6  # of the noise floor

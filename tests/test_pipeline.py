@@ -210,7 +210,7 @@ def test_a_free_budget_is_compared_with_uniform_lora_of_as_many_parameters(
         tmp_path / "r.toml",
         rank_space={"budget": "free", "candidates": [2, 4]},
         oracle={"objective": "accuracy"},
-        search={"initial_trials": 2, "max_trials": 3, "sampler": "tpe"},
+        search={"initial_trials": 2, "max_trials": 3, "method": "tpe"},
     )
     result = command("run", path)
     assert result.exit_code == 0, result.stderr

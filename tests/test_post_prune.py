@@ -108,7 +108,7 @@ def test_the_script_run_again_goes_on_without_a_new_fine_tune(folder, monkeypatc
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"search": {"sampler": "papper"}}, ConfigError, "Did you mean 'paper'"),
+        ({"search": {"method": "papper"}}, ConfigError, "Did you mean 'paper'"),
         ({"oracle": {"name": "lm_eval"}}, ConfigError, "Did you mean 'lm-eval'"),
         ({"recovery": {"step": 2}}, ConfigError, "Unknown key recovery.step"),
         ({"model": "no/such/folder"}, ConfigError, "does not exist"),

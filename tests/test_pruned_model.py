@@ -97,6 +97,23 @@ def test_what_was_cut_is_described(changes):
     assert found.parameters == found.model.num_parameters() < found.base_parameters
 
 
+@pytest.mark.parametrize(
+    "shares", [None, "0.5", [0.5], [0.5] * 5, [0.1, 0.2, 0.3, None], [0.0, 0.0, 0.0, 1.5]]
+)
+def test_importance_that_a_provenance_does_not_tell_is_unknown(shares):
+    found = pruned()
+    assert found.importance_lost is None
+    found.provenance["importance_lost"] = shares
+    assert found.importance_lost is None
+
+
+def test_the_importance_lost_is_kept_with_the_model(tmp_path):
+    found = pruned()
+    found.provenance["importance_lost"] = [0, 0.25, 1 / 3, 1]
+    found.save(tmp_path / "pruned")
+    assert load_pruned(tmp_path / "pruned").importance_lost == (0.0, 0.25, 1 / 3, 1.0)
+
+
 def test_conversion_keeps_the_logits_and_other_models_of_the_config():
     model = stock()
     twin = LlamaForCausalLM(model.config)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankadaptor_plugin.errors import RankSpaceError
-from rankadaptor_plugin.ranks import RankAllocation, RankSpace, allocation_of
+from rankadaptor_plugin.ranks import RankAllocation, RankSpace, Setting
 
 GOOD = {
     "candidates": (2, 4, 8),
@@ -55,7 +57,7 @@ def is_full(space: RankSpace, allocation: RankAllocation) -> bool:
 @given(space=spaces(), seed=st.integers(0, 99))
 def test_samples_lie_in_the_space(space, seed):
     for row in space.sample(7, np.random.default_rng(seed)):
-        allocation = space.check(allocation_of(row))  # fixed layers and budget included
+        allocation = space.check(space.allocation(row))  # fixed layers and budget included
         assert space.budget is None or is_full(space, allocation)
 
 
@@ -90,7 +92,7 @@ def test_within_budget_holds_and_uses_it(space, seed, data):
 
 @given(space=spaces(budget=False), seed=st.integers(0, 99))
 def test_within_budget_changes_nothing_without_a_budget(space, seed):
-    allocation = allocation_of(space.sample(1, np.random.default_rng(seed))[0])
+    allocation = space.allocation(space.sample(1, np.random.default_rng(seed))[0])
     assert space.within_budget(allocation, seed) is allocation
 
 
@@ -112,7 +114,8 @@ def test_evenly_never_exceeds_and_is_near_even(space, extra):
 
 def test_evenly_refuses_too_few_parameters():
     with pytest.raises(RankSpaceError, match="too few for rank 1"):
-        RankSpace(**GOOD).evenly(119)  # 20 * 4 for the fixed layer, 10 + 30 for the others
+        RankSpace(**GOOD).evenly(89)  # 20 * 4 for the fixed layer, 10 or 30 for the others
+    assert RankSpace(**GOOD).evenly(90).ranks == (1, 4, 0)
     assert RankSpace(**GOOD).evenly(120).ranks == (1, 4, 1)
 
 
@@ -128,8 +131,8 @@ def test_sizes_and_corners():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"candidates": ()}, "not all at least 1"),
-        ({"candidates": (0, 2)}, "not all at least 1"),
+        ({"candidates": ()}, "not all at least 0 with one above 0"),
+        ({"candidates": (0,)}, "not all at least 0 with one above 0"),
         ({"candidates": (4, 2)}, "not ascending and distinct"),
         ({"candidates": (2, 2)}, "not ascending and distinct"),
         ({"default_rank": 0}, "default rank 0 is below 1"),
@@ -138,6 +141,9 @@ def test_sizes_and_corners():
         ({"costs": (1, 2)}, "2 layer costs were given for 3 layers"),
         ({"costs": (0, 2, 3)}, "below 1 in a searchable layer"),
         ({"budget": 159}, "budget of 159 trainable parameters is below 160"),
+        ({"max_parameters": 159}, "max_parameters 159 is below 160"),
+        ({"max_rank_sum": 7}, "max_rank_sum 7 is below 8"),
+        ({"groups": ("attention", "mlp")}, "3 slots cannot be whole layers of 2 module groups"),
     ],
 )
 def test_bad_spaces(change, message):
@@ -159,7 +165,80 @@ def test_allocations_outside_the_space(ranks, message):
         RankSpace(**GOOD, budget=240).check(RankAllocation(ranks))
 
 
-@pytest.mark.parametrize("ranks", [(), (2, 0), (-1,)])
+@pytest.mark.parametrize("ranks", [(), (0, 0), (-1,)])
 def test_bad_allocations(ranks):
-    with pytest.raises(RankSpaceError, match="rank below 1"):
+    with pytest.raises(RankSpaceError, match="rank below 0, or none above 0"):
         RankAllocation(ranks)
+
+
+@st.composite
+def limited_spaces(draw):
+    """Spaces with rank 0, module groups, settings and limits that some allocation keeps to."""
+    groups = draw(st.sampled_from([("",), ("attention", "mlp")]))
+    slots = len(groups) * draw(st.integers(1, 3))
+    settings = (Setting("alpha_over_rank", (1.0, 2.0, 4.0), 2.0),)
+    space = RankSpace(
+        candidates=tuple(sorted(draw(st.sets(st.integers(0, 9), min_size=2, max_size=4)))),
+        searchable=(*draw(st.lists(st.booleans(), min_size=slots, max_size=slots))[:-1], True),
+        default_rank=draw(st.integers(1, 9)),
+        costs=tuple(draw(st.lists(st.integers(1, 9), min_size=slots, max_size=slots))),
+        groups=groups,
+        settings=draw(st.sampled_from([(), settings])),
+    )
+    least = space.lowest()
+    extra = st.none() | st.integers(0, 60)
+    parameters, ranks, budget = draw(extra), draw(extra), draw(extra)
+    # The fewest ranks in sum need not be the fewest parameters: both limits leave room for it.
+    return replace(
+        space,
+        max_parameters=None if parameters is None else space.parameters(least) + parameters,
+        max_rank_sum=None if ranks is None else sum(least.ranks) + ranks,
+        budget=None if budget is None else space.parameters(least) + budget,
+    )
+
+
+@given(space=limited_spaces(), seed=st.integers(0, 99))
+def test_whatever_is_drawn_listed_or_moved_keeps_to_every_limit(space, seed):
+    rng = np.random.default_rng(seed)
+    for row in [*space.sample(5, rng).tolist(), *space.every().tolist()]:
+        allocation = space.check(space.allocation(row))
+        assert space.row(allocation) == row
+        assert len(row) == space.columns
+        assert all(value in levels for value, levels in zip(row, space.levels(), strict=True))
+    free = replace(space, max_parameters=None, max_rank_sum=None, budget=None)
+    for row in free.sample(5, rng):
+        moved = space.within_budget(free.allocation(row), seed)
+        assert space.check(moved).settings == free.allocation(row).settings
+
+
+def test_every_combination_of_settings_is_listed():
+    settings = (Setting("learning_rate", (1e-4, 1e-3), 1e-4), Setting("x", (1.0, 2.0, 3.0), 1.9))
+    space = RankSpace(
+        candidates=(0, 2), searchable=(True, True), default_rank=2, costs=(1, 1), settings=settings
+    )
+    assert (space.size, space.columns) == (24, 4)
+    assert len(space.every()) == 18  # no adapter at all is no allocation
+    named = {space.allocation(row) for row in space.every()}
+    assert RankAllocation((0, 2), (("learning_rate", 1e-3), ("x", 2.0))) in named
+    assert space.row(space.uniform()) == [2, 2, 0, 1]  # nearest to the default by ratio
+    assert str(space.allocation([0, 2, 1, 2])) == "0-2, learning_rate 0.001, x 3"
+
+
+def test_limits_are_kept_to_and_not_filled():
+    four = {"searchable": (True,) * 4, "costs": (1, 2, 3, 4)}
+    space = RankSpace(candidates=(0, 2, 4), default_rank=4, max_rank_sum=8, **four)
+    sums = space.sample(500, np.random.default_rng(0)).sum(axis=1)
+    assert (sums.min(), sums.max()) == (2, 8)
+    filled = replace(space, budget=20)
+    spent = filled.sample(500, np.random.default_rng(0)) @ np.array([1, 2, 3, 4])
+    assert spent.max() <= 20
+    assert spent.min() > space.sample(500, np.random.default_rng(0)).min()
+
+
+def test_an_allocation_is_refused_for_what_it_exceeds():
+    settings = (Setting("alpha_over_rank", (1.0, 2.0), 2.0),)
+    space = RankSpace(**GOOD, max_rank_sum=9, settings=settings)
+    with pytest.raises(RankSpaceError, match="add up to 16; the limit is 9"):
+        space.check(RankAllocation((8, 4, 4)))
+    with pytest.raises(RankSpaceError, match="alpha_over_rank 3 is not among"):
+        space.check(RankAllocation((2, 4, 2), (("alpha_over_rank", 3.0),)))

@@ -158,7 +158,7 @@ def report_data(
         "config": {
             "model": "embedded",
             "seed": 0,
-            "search": {"sampler": "paper", "max_trials": 30},
+            "search": {"method": "paper", "max_trials": 30},
         },
         "device": "cuda:0 (NVIDIA H100)",
     }
@@ -307,7 +307,7 @@ def test_full_report(delivered: str) -> None:
     for value in ("1.3 +- 0.8", "0.5 to 2.1", "0.031 +- 0.012"):
         assert value in text
     assert "█" in text
-    for name in ("2.13.0", "101, 102", "sampler = ", "3.00 GiB", "51.9 s", "26 min 00 s"):
+    for name in ("2.13.0", "101, 102", "method = ", "3.00 GiB", "51.9 s", "26 min 00 s"):
         assert name in text
         assert name in html.replace("&quot;", '"')
     assert html.count("<svg") == 5

@@ -10,10 +10,11 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, IntDistribution
 
-from rankadaptor_plugin import samplers
+from rankadaptor_plugin import adaptive_sampler, optuna_samplers, samplers
 from rankadaptor_plugin.errors import RankSpaceError
+from rankadaptor_plugin.parameters import allocation_from, distributions, untried
 from rankadaptor_plugin.performance_model import Prediction
-from rankadaptor_plugin.ranks import RankSpace, allocation_of
+from rankadaptor_plugin.ranks import RankSpace
 from rankadaptor_plugin.testing import SPACE, UNEVEN_SPACE, SamplerConformance, additive_value
 
 
@@ -32,12 +33,48 @@ class TestPaper(SamplerConformance):
 
 class TestRandom(SamplerConformance):
     def sampler(self, settings):
-        return samplers.random(settings)
+        return optuna_samplers.random(settings)
 
 
 class TestTPE(SamplerConformance):
     def sampler(self, settings):
-        return samplers.tpe(settings)
+        return optuna_samplers.tpe(settings)
+
+
+class TestGP(SamplerConformance):
+    def sampler(self, settings):
+        return optuna_samplers.gp(settings)
+
+
+class Even(SamplerConformance):
+    """For samplers that take evenly spaced candidates only."""
+
+    spaces = (SPACE,)
+
+
+class TestCMAES(Even):
+    def sampler(self, settings):
+        return optuna_samplers.cmaes(settings)
+
+
+class TestQMC(Even):
+    def sampler(self, settings):
+        return optuna_samplers.qmc(settings)
+
+
+class TestLinear(SamplerConformance):
+    def sampler(self, settings):
+        return adaptive_sampler.linear(settings)
+
+
+class TestEnsemble(SamplerConformance):
+    def sampler(self, settings):
+        return adaptive_sampler.ensemble(settings)
+
+
+class TestAuto(SamplerConformance):
+    def sampler(self, settings):
+        return adaptive_sampler.auto(settings)
 
 
 class Recorder:
@@ -54,7 +91,8 @@ class Recorder:
         self.calls.append(("fit", ranks, values))
 
     def predict(self, ranks):
-        return Prediction(mean=self.sign * additive_value(ranks))
+        mean = self.sign * additive_value(ranks)
+        return Prediction(mean=mean, stddev=np.zeros(len(ranks)))
 
 
 def run(space, model, trials, *, direction="maximize", initial=3, tasks=("b", "a"), fail=()):
@@ -63,7 +101,7 @@ def run(space, model, trials, *, direction="maximize", initial=3, tasks=("b", "a
     )
 
     def objective(trial):
-        for name, distribution in samplers.distributions(space).items():
+        for name, distribution in distributions(space).items():
             trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step)
         if trial.number in fail:
             raise ArithmeticError
@@ -76,7 +114,7 @@ def run(space, model, trials, *, direction="maximize", initial=3, tasks=("b", "a
 
 
 def ranks_of(space, study):
-    return [samplers.allocation_from(space, trial.params).ranks for trial in study.trials]
+    return [allocation_from(space, trial.params).ranks for trial in study.trials]
 
 
 def test_docstring_example_runs():
@@ -87,14 +125,14 @@ def test_docstring_example_runs():
 
 
 def test_parameters_are_the_searchable_layers():
-    assert samplers.distributions(SPACE) == {
+    assert distributions(SPACE) == {
         f"layer_0{i}": IntDistribution(2, 8, step=2) for i in range(1, 6)
     }
-    assert samplers.distributions(UNEVEN_SPACE) == {
+    assert distributions(UNEVEN_SPACE) == {
         f"layer_0{i}": CategoricalDistribution((1, 2, 8)) for i in (0, 1, 3)
     }
     single = replace(SPACE, candidates=(6,))
-    assert samplers.distributions(single)["layer_01"] == IntDistribution(6, 6)
+    assert distributions(single)["layer_01"] == IntDistribution(6, 6)
 
 
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
@@ -155,7 +193,7 @@ def test_several_objectives_are_refused():
     sampler = samplers.PerformanceModelSampler(SPACE, Recorder, seed=0)
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
     with pytest.raises(RuntimeError, match="single direction"):
-        study.ask(samplers.distributions(SPACE))
+        study.ask(distributions(SPACE))
 
 
 def test_untried_draws_from_large_spaces_within_the_budget():
@@ -167,20 +205,18 @@ def test_untried_draws_from_large_spaces_within_the_budget():
         budget=150,
     )
     rng = np.random.default_rng(0)
-    rows = samplers.untried(space, set(), 50, rng)
+    rows = untried(space, set(), 50, rng)
     assert rows.shape == (50, 10)
     tried = {tuple(row) for row in rows.tolist()}
-    again = samplers.untried(space, tried, 50, np.random.default_rng(0))
+    again = untried(space, tried, 50, np.random.default_rng(0))
     assert len(again)
     for row in again:
-        assert space.check(allocation_of(row)).ranks not in tried
+        assert space.check(space.allocation(row)).ranks not in tried
 
 
 def test_untried_finds_the_last_allocation_of_a_small_space():
     rows = SPACE.every()
     tried = {tuple(row) for row in rows[:-1].tolist()}
-    left = samplers.untried(SPACE, tried, 10, np.random.default_rng(0))
+    left = untried(SPACE, tried, 10, np.random.default_rng(0))
     np.testing.assert_array_equal(left, rows[-1:])
-    assert not len(
-        samplers.untried(SPACE, {*tried, tuple(rows[-1].tolist())}, 10, np.random.default_rng(0))
-    )
+    assert not len(untried(SPACE, {*tried, tuple(rows[-1].tolist())}, 10, np.random.default_rng(0)))

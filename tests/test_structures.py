@@ -8,10 +8,12 @@ import torch_pruning as tp
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rankadaptor_plugin.errors import UnsupportedModelError
+from rankadaptor_plugin.families import BUILT_IN, GPT2, LLAMA
 from rankadaptor_plugin.modeling_rankadaptor import LayerWidths
 from rankadaptor_plugin.pruning import remove, traceable
 from rankadaptor_plugin.structures import (
     decoder_layers,
+    group_matrices,
     hidden_units,
     layer_units,
     layer_widths,
@@ -267,6 +269,25 @@ def test_matrices_that_do_not_fit_are_named(cut, message):
     cut(model.model.layers[1])
     with pytest.raises(UnsupportedModelError, match=rf"Layer 1: .*({message})"):
         layer_widths(model)
+
+
+@pytest.mark.parametrize("structure", BUILT_IN, ids=lambda structure: structure.model_type)
+def test_every_matrix_is_in_one_group_of_each_kind(structure):
+    kinds = group_matrices(structure)
+    assert list(kinds) == ["layer", "group", "projection"]
+    for groups in kinds.values():
+        assert tuple(name for names in groups.values() for name in names) == structure.matrices
+    assert list(kinds["layer"]) == [""]
+    assert list(kinds["group"]) == ["attention", "mlp"]
+
+
+def test_projections_are_named_by_the_last_part_where_it_is_unique():
+    assert list(group_matrices(LLAMA)["projection"]) == [
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    ]
+    assert list(group_matrices(GPT2)["projection"]) == [
+        *("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj")
+    ]
 
 
 def test_a_hidden_size_unlike_that_of_the_config_is_an_error():

@@ -16,8 +16,8 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState as OptunaState
 
-from rankadaptor_plugin import samplers
 from rankadaptor_plugin.errors import ArtifactError
+from rankadaptor_plugin.parameters import allocation_from
 from rankadaptor_plugin.ranks import RankAllocation
 from rankadaptor_plugin.scores import Score, TaskScore
 from rankadaptor_plugin.study import TrialStore
@@ -49,6 +49,8 @@ trials = st.builds(
     train_loss=st.none() | numbers,
     seconds=st.dictionaries(names, numbers, max_size=3),
     reason=st.none() | st.text(),
+    rungs=st.dictionaries(st.sampled_from([0.25, 0.5]), numbers, max_size=2),
+    parameters=st.none() | st.integers(1, 10**12),
 )
 
 COMPLETE = Trial(
@@ -97,7 +99,7 @@ def test_optuna_users_can_read_the_study(tmp_path):
         (trial,) = other.trials
         assert trial.state == OptunaState.COMPLETE
         assert trial.value == COMPLETE.objective
-        assert samplers.allocation_from(SPACE, trial.params) == pending.allocation
+        assert allocation_from(SPACE, trial.params) == pending.allocation
         assert Trial.from_json(trial.user_attrs["rankadaptor_trial"]) == COMPLETE
 
 
@@ -212,10 +214,10 @@ def test_is_quiet_and_leaves_the_verbosity_alone(tmp_path, capfd, talkative):
 
 SEARCH = """
 import pathlib, sys, time
-from rankadaptor_plugin import samplers
 from rankadaptor_plugin.config import PerformanceModelConfig, SearchConfig
 from rankadaptor_plugin.context import SamplerSettings
-from rankadaptor_plugin.performance_model import mlp
+from rankadaptor_plugin.mlp import mlp
+from rankadaptor_plugin import samplers
 from rankadaptor_plugin.search import search
 from rankadaptor_plugin.study import TrialStore
 from rankadaptor_plugin.testing import SPACE, planted_outcome
@@ -231,12 +233,13 @@ def run(folder, hang_at=None):
     config = PerformanceModelConfig(meta_epochs=20, epochs=20)
     def sampler_for(seed):
         return samplers.paper(SamplerSettings(
-            space=SPACE, seed=seed, initial_trials=3, candidates=100,
-            performance_model=lambda: mlp(SPACE, config, 0),
+            space=SPACE, seed=seed, search_seed=5, initial_trials=3, candidates=100,
+            performance_model=lambda: mlp(SPACE, config, 0), model_config=config,
         ))
     with TrialStore.open(f"sqlite:///{folder}/trials.db", "study") as store:
         return search(
-            SPACE, evaluate, store, sampler_for, SearchConfig(initial_trials=3, max_trials=7),
+            SPACE, evaluate, store, sampler_for,
+            SearchConfig(method="paper", initial_trials=3, max_trials=7),
             lambda score: score.mean("clp"), 5,
         )
 """

@@ -75,6 +75,7 @@ def test_the_least_important_units_go(changes, importance, tmp_path):
     config = table(importance=importance)
     units = layer_units(masked)[1:4]
     scores = unit_scores(masked, [kind for layer in units for kind in layer], SAMPLES, config)
+    shares = [0.0]
     groups = model.config.num_key_value_heads
     for number, layer in enumerate(units):
         attention, mlp = scores[2 * number : 2 * number + 2]
@@ -84,7 +85,12 @@ def test_the_least_important_units_go(changes, importance, tmp_path):
         ):
             lost = kind[-1].indices[score.argsort()[:count]].flatten()
             kind[-1].module.weight.data[:, lost] = 0
+        own = torch.cat([attention, mlp]).sum()
+        kept = sum(score.sort().values[len(score) // 2 :].sum() for score in (attention, mlp))
+        shares.append(1 - float(kept / own))
     pruned = prune(model, importance=importance)
+    assert pruned.importance_lost == pytest.approx((*shares, 0.0))
+    assert all(0 < share < 0.5 for share in shares[1:])
     assert pruned.pruned_layers == (False, True, True, True, False)
     assert pruned.widths[2] == LayerWidths(2, groups // 2, 12)
     assert (logits(pruned.model) - logits(masked)).abs().max() < 1e-5
@@ -93,7 +99,9 @@ def test_the_least_important_units_go(changes, importance, tmp_path):
     frozen = [name for name, p in pruned.model.named_parameters() if not p.requires_grad]
     assert frozen == ["model.layers.1.mlp.up_proj.weight"]
     pruned.save(tmp_path / "pruned")
-    assert torch.equal(logits(load_pruned(tmp_path / "pruned").model), logits(pruned.model))
+    loaded = load_pruned(tmp_path / "pruned")
+    assert torch.equal(logits(loaded.model), logits(pruned.model))
+    assert loaded.importance_lost == pruned.importance_lost
 
 
 @pytest.mark.parametrize(
@@ -308,7 +316,9 @@ def test_random_units_follow_torchs_seed():
         torch.manual_seed(seed)
         model = tiny()
         torch.manual_seed(seed)
-        found.append(logits(prune(model, importance="random").model))
+        pruned = prune(model, importance="random")
+        assert pruned.importance_lost is None
+        found.append(logits(pruned.model))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
 
@@ -338,6 +348,8 @@ def test_the_least_important_hidden_channels_go(tied, tmp_path):
     before = model.state_dict()["model.embed_tokens.weight"].clone()
     config = PruneConfig(method="channel", ratio=0.25)
     pruned = prune_channel(model, TOKENIZER, SAMPLES, config)
+    assert len(pruned.importance_lost) == 5
+    assert all(0 < share < 0.01 for share in pruned.importance_lost)
     kept = [i for i in range(32) if i % 4]
     assert torch.equal(pruned.model.model.embed_tokens.weight, before[:, kept])
     assert (pruned.shape.hidden, pruned.base_shape.hidden) == (24, 32)

@@ -1,0 +1,240 @@
+"""How fast the performance models score and propose rank allocations.
+
+    OMP_NUM_THREADS=1 python benchmarks/search/candidate_speed.py
+    OMP_NUM_THREADS=1 python benchmarks/search/candidate_speed.py --billion
+
+First the limit: what one core multiplies of large float32 matrices, in allocations per second at
+the 5,824 operations that the paper's network of 26 layers takes for one. Beside it the scan for the
+best of many random allocations, generation included, with 1 and 2 threads and several batch sizes,
+and other ways to do the same. All are measured in turn, several times, so that other work on the
+machine disturbs all of them alike; rates are given by CPU time of the process, summed over its
+threads, and by wall time, of which the first holds whatever else runs. Then 10^8 allocations for
+good, with ``--billion`` 10^9. Last the time per proposal, fit included, at 80 observations of 32
+layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import time
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import optuna
+import torch
+from scoring_ways import LAYERS, OPERATIONS, Rate, alternatives, limits
+
+from rankadaptor_plugin.adaptive_sampler import auto
+from rankadaptor_plugin.candidate_scan import best_of_random
+from rankadaptor_plugin.config import PerformanceModelConfig
+from rankadaptor_plugin.context import SamplerSettings
+from rankadaptor_plugin.ensemble import MLPEnsemble
+from rankadaptor_plugin.linear_model import BayesianRegression
+from rankadaptor_plugin.mlp import MLPPerformanceModel, mlp
+from rankadaptor_plugin.parameters import distributions, parameters_of
+from rankadaptor_plugin.ranks import RankAllocation, RankSpace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rankadaptor_plugin.performance_model import ProposingModel, Values
+    from rankadaptor_plugin.ranks import Allocations
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "search"
+CONFIG = PerformanceModelConfig()
+OBSERVATIONS = 80
+RANDOM_STATE = 0
+
+
+def space(layers: int, *, budget: bool = False) -> RankSpace:
+    """Returns a space of six candidates, as the paper's."""
+    costs = tuple(range(100, 100 + layers))
+    return RankSpace(
+        candidates=(2, 4, 6, 8, 10, 12),
+        searchable=(True,) * layers,
+        default_rank=8,
+        costs=costs,
+        budget=8 * sum(costs) if budget else None,
+    )
+
+
+def scans(free: RankSpace, model: MLPPerformanceModel, count: int) -> list[Rate]:
+    """Ours, at 1 and 2 threads and several batch sizes."""
+
+    def scan(threads: int, batch: int) -> None:
+        rng = np.random.default_rng(RANDOM_STATE)
+        best_of_random(free, model, count, rng, threads=threads, batch=batch)
+
+    return [
+        Rate(
+            f"scan, {threads} thread{'s' * (threads > 1)}, batch {batch}",
+            count,
+            partial(scan, threads, batch),
+        )
+        for threads, batch in itertools.product((1, 2), (1024, 4096, 16384))
+    ]
+
+
+def asker(rank_space: RankSpace, rows: Allocations, values: Values) -> Callable[[], object]:
+    """Asks a study of these observations, with a fresh sampler each time, as the search does."""
+    parameters = distributions(rank_space)
+    study = optuna.create_study(direction="maximize")
+    for row, value in zip(rows.tolist(), values.tolist(), strict=True):
+        params = parameters_of(rank_space, RankAllocation(tuple(row)))
+        study.add_trial(
+            optuna.trial.create_trial(params=params, distributions=parameters, value=value)
+        )
+    settings = SamplerSettings(
+        space=rank_space,
+        seed=RANDOM_STATE,
+        search_seed=RANDOM_STATE,
+        initial_trials=0,
+        candidates=1,
+        performance_model=partial(mlp, rank_space, CONFIG, RANDOM_STATE),
+        model_config=CONFIG,
+    )
+
+    def ask() -> None:
+        study.sampler = auto(settings)
+        study.ask(parameters)
+
+    return ask
+
+
+def proposals(repeat: int) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds per proposal, fit included: CPU and wall time of each repetition."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for kind in ("free", "budget"):
+        rank_space = space(32, budget=kind == "budget")
+        rng = np.random.default_rng(RANDOM_STATE)
+        rows = rank_space.sample(OBSERVATIONS, rng)
+        values = np.log(rows) @ rng.normal(size=32) + rng.normal(size=OBSERVATIONS)
+        tried = {tuple(row) for row in rows.tolist()}
+
+        def propose(build: Callable[[], ProposingModel]) -> None:
+            model = build()
+            model.fit(rows, values)  # noqa: B023 - called within this turn of the loop
+            model.propose(np.random.default_rng(RANDOM_STATE), tried=tried)  # noqa: B023
+
+        ways: dict[str, Callable[[], object]] = {
+            "ensemble": partial(propose, partial(MLPEnsemble, rank_space, CONFIG, RANDOM_STATE)),
+            "linear": partial(propose, partial(BayesianRegression, rank_space)),
+            "sampler auto": asker(rank_space, rows, values),
+        }
+        for way, call in ways.items():
+            call()
+            times = found[f"{way}, {kind}"] = {"cpu": [], "wall": []}
+            for _ in range(repeat):
+                cpu, wall = time.process_time(), time.perf_counter()
+                call()
+                times["cpu"].append(1e3 * (time.process_time() - cpu))
+                times["wall"].append(1e3 * (time.perf_counter() - wall))
+    return found
+
+
+def show(rates: list[Rate]) -> float:
+    """Prints rates as shares of the limit, and returns the limit, in allocations per second."""
+    limit = max(statistics.median(rate.cpu) for rate in rates if rate.name.startswith("limit"))
+    print("| way | per CPU second | per second | share of the limit | 10^9 take, CPU min |")
+    print("| --- | --: | --: | --: | --: |")
+    for rate in rates:
+        cpu, wall = statistics.median(rate.cpu), statistics.median(rate.wall)
+        print(
+            f"| {rate.name} | {cpu / 1e6:.3g} M | {wall / 1e6:.3g} M | {cpu / limit:.1%} "
+            f"| {1e9 / cpu / 60:.3g} |"
+        )
+    return limit
+
+
+def show_proposals(times: dict[str, dict[str, list[float]]]) -> None:
+    """Prints milliseconds per proposal."""
+
+    def cell(values: list[float]) -> str:
+        return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+    print(f"\n| fit and propose, {OBSERVATIONS} observations, 32 layers | CPU ms | ms |")
+    print("| --- | --: | --: |")
+    for way, found in times.items():
+        print(f"| {way} | {cell(found['cpu'])} | {cell(found['wall'])} |")
+
+
+def whole(free: RankSpace, model: MLPPerformanceModel, count: int) -> dict[str, Any]:
+    """Really scans so many, with two threads."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    _, mean = best_of_random(free, model, count, np.random.default_rng(RANDOM_STATE), threads=2)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    print(
+        f"\n10^{len(str(count)) - 1} allocations, 2 threads: {wall:.1f} s, {cpu:.1f} s of CPU "
+        f"time; best predicted {mean:.3f}"
+    )
+    return {"count": count, "wall": wall, "cpu": cpu, "mean": mean}
+
+
+def processor() -> str:
+    """Returns the name of the processor, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
+
+
+def main() -> None:
+    """Measures, prints tables and writes all values."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=2**21, help="allocations per measurement")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--billion", action="store_true", help="scan 10^9 allocations as well")
+    options = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    torch.set_num_threads(1)
+    free = space(LAYERS)
+    rng = np.random.default_rng(RANDOM_STATE)
+    rows = free.sample(OBSERVATIONS, rng)
+    model = MLPPerformanceModel(free, CONFIG, RANDOM_STATE)
+    model.fit(rows, np.log(rows) @ rng.normal(size=LAYERS))
+    rates = [
+        *limits(),
+        *scans(free, model, options.count),
+        *alternatives(free, model, options.count),
+    ]
+    for number in range(options.repeat):
+        order = rates[number % len(rates) :] + rates[: number % len(rates)]
+        for rate in order:
+            rate.measure()
+    machine = f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    print(f"{machine}; {options.repeat} repetitions, load {os.getloadavg()[0]:.1f}\n")
+    limit = show(rates)
+    scanned = [
+        whole(free, model, count) for count in (10**8, *((10**9,) if options.billion else ()))
+    ]
+    times = proposals(4 * options.repeat)
+    show_proposals(times)
+    result = {
+        "date": date.today().isoformat(),
+        "machine": machine,
+        "load": os.getloadavg()[0],
+        "versions": {package: version(package) for package in ("numpy", "torch", "optuna")},
+        "operations": OPERATIONS,
+        "count": options.count,
+        "limit": limit,
+        "rates": {rate.name: {"cpu": rate.cpu, "wall": rate.wall} for rate in rates},
+        "whole": scanned,
+        "proposals": times,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"candidate_speed-{date.today().isoformat()}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

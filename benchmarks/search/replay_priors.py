@@ -1,0 +1,62 @@
+"""Priors for replayed searches: from the proxy of the same model, or from another table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rankadaptor_plugin.meta_knowledge import MetaKnowledge
+from rankadaptor_plugin.source_studies import OBJECTIVE, SourceStudy
+from rankadaptor_plugin.space_record import LayerFeatures
+from rankadaptor_plugin.transfer import prior_effects, proxy_effects
+
+if TYPE_CHECKING:
+    from replay_table import Kind
+
+    from rankadaptor_plugin.performance_model import PriorEffects
+    from rankadaptor_plugin.ranks import RankSpace
+
+EARLIER = 60
+"""Trials of the earlier study that the meta prior is learned from."""
+
+
+def priors(
+    name: str, kind: Kind, others: list[Kind], metric: str, seed: int, repetition: int
+) -> tuple[PriorEffects, ...]:
+    """Returns what a search knows beforehand.
+
+    Args:
+        name: ``proxy``: the adapter of the greatest rank, of the seed that is seen, cut to every
+            allocation of the kind. ``meta``: a random search on another table, of which one seed
+            and the relative depth of the layers are known. Empty: nothing.
+        kind: The allocations to search.
+        others: The same kind of the other table.
+        metric: The score seen.
+        seed: Whose scores are seen, a column of the table.
+        repetition: Makes the random choices.
+    """
+    if name == "proxy":
+        scores = kind.values[f"proxy_{metric}"][:, seed]
+        return (proxy_effects(kind.space, kind.rows, scores, name),)
+    if name != "meta":
+        return ()
+    sources = []
+    for other in others:
+        drawn = np.random.default_rng([repetition, 3]).permutation(len(other.rows))[:EARLIER]
+        scores = other.values[f"search_{metric}"][drawn, repetition % other.seeds]
+        sources.append(
+            SourceStudy(
+                name=name,
+                space=other.space,
+                features=_depths(other.space),
+                rows=other.rows[drawn],
+                values=scores[:, None],
+                columns=(OBJECTIVE,),
+            )
+        )
+    return (prior_effects(MetaKnowledge(tuple(sources)), kind.space, _depths(kind.space)),)
+
+
+def _depths(space: RankSpace) -> LayerFeatures:
+    return LayerFeatures(("relative_depth",), np.linspace(0, 1, space.slots)[:, None])

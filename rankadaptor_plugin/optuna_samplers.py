@@ -1,0 +1,137 @@
+"""Optuna's samplers in our harness, by name.
+
+They know nothing of budgets; what they propose is moved within them by `RankSpace.within_budget`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from typing import TYPE_CHECKING
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+
+from rankadaptor_plugin.errors import ConfigError
+from rankadaptor_plugin.parameters import Observations, distributions, proposed, value_of
+from rankadaptor_plugin.rank_sampler import RankSampler, in_memory_study
+from rankadaptor_plugin.samplers import INITIAL_TRIALS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+    from optuna.trial import FrozenTrial
+
+    from rankadaptor_plugin.context import SamplerSettings
+    from rankadaptor_plugin.ranks import RankSpace
+
+
+class ReplayedSampler(RankSampler):
+    """A sampler of Optuna whose state is more than its trials, rebuilt by playing them again.
+
+    CMA-ES would keep its state as a pickle in the study, and Sobol's sequence its place outside
+    of the trials. Both follow from the seed and from the values told, so neither is stored.
+
+    Args:
+        space: The rank space S.
+        make: Makes the sampler, with one and the same seed for the whole search.
+        seed: Seed of the trial.
+    """
+
+    def __init__(
+        self,
+        space: RankSpace,
+        make: Callable[[], optuna.samplers.BaseSampler],
+        *,
+        seed: int,
+    ) -> None:
+        super().__init__(space, seed=seed)
+        self._make = make
+
+    def propose(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        observed: Observations,
+        rng: np.random.Generator,
+    ) -> Sequence[int]:
+        """Proposes what the sampler says after all trials before this one."""
+        parameters = distributions(self.space)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            again = in_memory_study(study.study_name, study.direction, self._make())
+        for other in study.get_trials(deepcopy=False):
+            if other.number == trial.number:
+                continue
+            asked = again.ask(parameters)
+            value = value_of(other)
+            if value is not None:
+                again.tell(asked, value)
+            elif other.state.is_finished():
+                again.tell(asked, state=optuna.trial.TrialState.FAIL)
+        return self.space.row(proposed(self.space, again.ask(parameters).params))
+
+
+def random(settings: SamplerSettings) -> optuna.samplers.BaseSampler:
+    """Random search: every layer draws its rank from the candidates, all equally likely."""
+    return optuna.samplers.RandomSampler(seed=settings.seed)
+
+
+def tpe(settings: SamplerSettings) -> optuna.samplers.BaseSampler:
+    """Optuna's tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011)."""
+    return optuna.samplers.TPESampler(
+        seed=settings.seed, n_startup_trials=settings.initial_trials or INITIAL_TRIALS
+    )
+
+
+def gp(settings: SamplerSettings) -> optuna.samplers.BaseSampler:
+    """Optuna's Gaussian process with expected improvement."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return optuna.samplers.GPSampler(
+            seed=settings.seed, n_startup_trials=settings.initial_trials or INITIAL_TRIALS
+        )
+
+
+def cmaes(settings: SamplerSettings) -> optuna.samplers.BaseSampler:
+    """Optuna's CMA-ES (Hansen and Ostermeier, 2001), with margin for whole numbers.
+
+    Raises:
+        ConfigError: If the candidates are not evenly spaced.
+    """
+    _check_even(settings.space, "cmaes")
+
+    def make() -> optuna.samplers.BaseSampler:
+        return optuna.samplers.CmaEsSampler(
+            seed=settings.search_seed,
+            n_startup_trials=settings.initial_trials or 1,
+            with_margin=True,
+            warn_independent_sampling=False,
+        )
+
+    return ReplayedSampler(settings.space, make, seed=settings.seed)
+
+
+def qmc(settings: SamplerSettings) -> optuna.samplers.BaseSampler:
+    """Optuna's quasi-Monte Carlo: a scrambled Sobol sequence.
+
+    Raises:
+        ConfigError: If the candidates are not evenly spaced.
+    """
+    _check_even(settings.space, "qmc")
+
+    def make() -> optuna.samplers.BaseSampler:
+        return optuna.samplers.QMCSampler(
+            seed=settings.search_seed, scramble=True, warn_independent_sampling=False
+        )
+
+    return ReplayedSampler(settings.space, make, seed=settings.seed)
+
+
+def _check_even(space: RankSpace, method: str) -> None:
+    if len({high - low for low, high in itertools.pairwise(space.candidates)}) > 1:
+        raise ConfigError(
+            f"Method {method} takes evenly spaced rank candidates, not {list(space.candidates)}. "
+            "Change [rank_space] candidates or [search] method."
+        )
