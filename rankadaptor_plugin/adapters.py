@@ -96,7 +96,7 @@ def rank_space(
         max_rank_sum=config.max_rank_sum or None,
         groups=groups,
         settings=tuple(
-            Setting(name, getattr(config, name), getattr(recovery, name))
+            _setting(name, getattr(config, name), getattr(recovery, name))
             for name in ("alpha_over_rank", "learning_rate")
             if getattr(config, name)
         ),
@@ -108,6 +108,11 @@ def rank_space(
             'budget = "free".'
         )
     return space
+
+
+def _setting(name: str, values: tuple[float, ...], default: float) -> Setting:
+    # Uniform LoRA has the default, and is measured in the same study.
+    return Setting(name, tuple(sorted({*values, default})), default)
 
 
 def module_ranks(model: PreTrainedModel, allocation: RankAllocation) -> dict[str, int]:

@@ -15,8 +15,10 @@ import numpy as np
 from rankadaptor_plugin.config import PerformanceModelConfig
 from rankadaptor_plugin.context import SamplerFactory, SamplerSettings
 from rankadaptor_plugin.ensemble import MLPEnsemble
+from rankadaptor_plugin.errors import RankSpaceError
 from rankadaptor_plugin.linear_model import BayesianRegression
 from rankadaptor_plugin.parameters import Observations, require_untried, untried
+from rankadaptor_plugin.performance_model import Prediction
 from rankadaptor_plugin.rank_sampler import RankSampler, distinct
 from rankadaptor_plugin.ranks import RankSpace
 from rankadaptor_plugin.registry import Registry
@@ -83,12 +85,12 @@ class AdaptiveSampler(RankSampler):
         if observed.position < self.initial_trials:
             return self.random_row(observed, rng)
         require_untried(untried(self.space, observed.tried, 1, rng), observed.tried)
-        models = self._fitted(observed)
-        row = models[self._better(observed)].propose(
-            rng,
-            tried=observed.tried,
-            most_parameters=self._random_limit(rng) if self._pareto else None,
-        )
+        models, better = self._fitted(observed), self._better(observed)
+        limit = self._random_limit(rng) if self._pareto else None
+        try:
+            row = models[better].propose(rng, tried=observed.tried, most_parameters=limit)
+        except RankSpaceError:  # every row within the limit that it looked at was tried
+            return self.random_row(observed, rng)
         if not len(observed.values):
             return row
         forecast: dict[str, Any] = {"row": [int(value) for value in row]}
@@ -98,7 +100,7 @@ class AdaptiveSampler(RankSampler):
             forecast[name] = [observed.sign * float(expected.mean[0]), stddev]
         # Optuna's own samplers keep their notes on a running trial the same way.
         study._storage.set_trial_system_attr(trial._trial_id, FORECAST, forecast)
-        self._predicted[trial.number] = forecast[self._better(observed)][0]
+        self._predicted[trial.number] = forecast[better][0]
         return row
 
     def recommend(self, study: optuna.Study, count: int) -> list[Sequence[int]]:
@@ -116,6 +118,7 @@ class AdaptiveSampler(RankSampler):
         model = self._fitted(observed)[self._better(observed)]
         rng = np.random.default_rng([self.seed, observed.position])
         rows = distinct([model.best(rng), *observed.rows.tolist()])
+        rows = [row for row in rows if tuple(row) not in observed.failed]
         mean = model.predict(np.array(rows, dtype=np.int64)).mean
         order = np.argsort(-mean, kind="stable")
         return [[int(value) for value in rows[i]] for i in order[:count]]
@@ -155,8 +158,8 @@ def _mean_log_density(observed: Observations, names: Sequence[str]) -> dict[str,
             continue
         if all(name in forecast for name in names):
             mean, stddev = np.array([forecast[name] for name in names]).T
-            error = (observed.sign * value - mean) / stddev
-            found.append(-0.5 * error**2 - np.log(stddev) - 0.5 * np.log(2 * np.pi))
+            density = Prediction(mean, stddev).log_density(observed.sign * value)
+            found.append(density)
     if len(found) < _LEAST_FORECASTS:
         return {}
     return dict(zip(names, np.mean(found, axis=0).tolist(), strict=True))
@@ -223,10 +226,16 @@ def rank_sampler(
         RankSpaceError: If there is no such space.
         UnknownNameError: If there is no such method.
     """
+    ranks = tuple(candidates)
+    if layers < 1 or seed < 0 or not ranks or tuple(sorted(set(ranks))) != ranks or ranks[0] < 0:
+        raise RankSpaceError(
+            f"layers is {layers}, candidates {list(ranks)} and seed {seed}. Give at least one "
+            "layer, ascending distinct ranks of 0 or more, and a seed of 0 or more."
+        )
     space = RankSpace(
-        candidates=tuple(candidates),
+        candidates=ranks,
         searchable=(True,) * layers,
-        default_rank=max(1, candidates[0]),
+        default_rank=max(1, ranks[0]),
         costs=(1,) * layers,
         max_rank_sum=max_rank_sum,
     )

@@ -16,8 +16,8 @@ from rankadaptor_plugin.errors import ConfigError, RankSpaceError
 EMBEDDED = "embedded"
 """Stands for the model and the corpus that ship with the package."""
 
-FIXED = "fixed"
-"""The search method that searches nothing: the run file names the allocation."""
+AUTO, FIXED = "auto", "fixed"
+"""The default method, and the one that searches nothing: the run file names the allocation."""
 
 
 def _f(default: Any, help_: str, **rule: Any) -> Any:
@@ -325,13 +325,13 @@ class SearchConfig:
     """Which allocations are fine-tuned, and when the search ends."""
 
     method: str = _f(
-        "auto",
+        AUTO,
         "auto (linear and ensemble, whichever predicts better), linear, ensemble, paper, fixed, "
         "random, or Optuna's tpe, gp, cmaes, qmc",
     )
     allocation: str = _f(
         "",
-        'method fixed: ranks such as "4-6-8-8", or a list of the paper\'s Table 7 such as '
+        'in place of a search: ranks such as "4-6-8-8", or a list of the paper\'s Table 7 such as '
         '"paper:llama-7b:20:boolq"',
     )
     initial_trials: int = _f(
@@ -387,11 +387,21 @@ class SearchConfig:
                 f"[search] initial_trials {self.initial_trials} is more than max_trials "
                 f"{self.max_trials}. Raise max_trials or lower initial_trials."
             )
-        if bool(self.allocation) != (self.method == FIXED):
+        if self.method == FIXED and not self.allocation:
             raise ConfigError(
-                f'[search] allocation is "{self.allocation}" and method "{self.method}". An '
-                'allocation goes with method = "fixed", and the other way round.'
+                f'[search] method is "{FIXED}", but there is no allocation. Set allocation to '
+                'ranks such as "4-6-8-8".'
             )
+        if self.allocation and self.method not in (FIXED, AUTO):
+            raise ConfigError(
+                f'[search] allocation is "{self.allocation}", which leaves nothing to search, but '
+                f'method is "{self.method}". Leave one of them out.'
+            )
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether nothing is searched, since the run file names the allocation."""
+        return bool(self.allocation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,6 +430,12 @@ class ConfirmConfig:
                 f"confirm.least_seeds {self.least_seeds} is more than seeds {self.seeds}. Lower "
                 "least_seeds or raise seeds."
             )
+
+
+_OURS = {"auto", "linear", "ensemble"}
+_METHODS = _OURS | {"paper", "random", "tpe", "gp", "cmaes", "qmc"}
+_USED_BY = {"pareto": _OURS, "proxy": _OURS | {"paper"}, "meta": _OURS | {"paper"}}
+"""Keys of ``[search]`` that not every built-in method uses; those of plugins may."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -467,6 +483,18 @@ class RunConfig:
                 "[oracle] tasks is empty. Name at least one lm-eval task, for example "
                 'tasks = ["tiny_boolq"].'
             )
+        for key, methods in _USED_BY.items():
+            given, method = getattr(self.search, key), self.search.method
+            if given and method in _METHODS - methods:
+                raise ConfigError(
+                    f'[search] {key} is of no use with method "{method}". Use one of '
+                    f"{', '.join(sorted(methods))}, or leave {key} out."
+                )
+        if self.confirm.best_random and self.search.is_fixed:
+            raise ConfigError(
+                "confirm.best_random is as many random allocations as the search made trials, but "
+                "[search] allocation leaves no search. Leave one of them out."
+            )
         if self.search.pareto and self.rank_space.budget != "free":
             raise ConfigError(
                 f"[search] pareto searches over parameters, but [rank_space] budget is "
@@ -478,13 +506,12 @@ class RunConfig:
         """Whether all finalists have the parameters of one uniform LoRA."""
         space = self.rank_space
         limited = bool(space.max_parameters or space.max_rank_sum)
-        return space.budget == "uniform" and not limited and self.search.method != FIXED
+        return space.budget == "uniform" and not limited and not self.search.is_fixed
 
     @property
     def competitors(self) -> int:
         """The most that enter the race against uniform LoRA."""
-        finalists = 1 if self.search.method == FIXED else self.confirm.finalists
-        return finalists + self.confirm.best_random
+        return 1 if self.search.is_fixed else self.confirm.finalists + self.confirm.best_random
 
     @property
     def race_fine_tunes(self) -> int:

@@ -132,7 +132,9 @@ class FineTuner:
         began = time.perf_counter()
         whole = adapters.whole_adapter(self._resident)
         values = []
-        for allocation in allocations:
+        hook, total = self._context.hook, len(allocations)
+        for done, allocation in enumerate(allocations):
+            hook.rankadaptor_on_progress(stage="proxy", done=done, total=total)
             adapters.cut(self._resident, whole, allocation)
             score = self._context.oracle.score(self._resident, "search")
             values.append(self._objective(score))

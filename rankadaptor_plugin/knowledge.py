@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from rankadaptor_plugin.errors import ArtifactError
+from rankadaptor_plugin.errors import OracleError
 from rankadaptor_plugin.linear_model import BayesianRegression
 from rankadaptor_plugin.meta_knowledge import MetaKnowledge
 from rankadaptor_plugin.transfer import prior_effects, proxy_effects
@@ -85,6 +85,7 @@ def knowledge(
     space: RankSpace,
     features: LayerFeatures,
     config: SearchConfig,
+    metric: str,
     folder: RunFolder,
     seed: int,
     proxies: Callable[[Sequence[RankAllocation], int], tuple[list[float], dict[str, float]]],
@@ -95,30 +96,32 @@ def knowledge(
         space: The rank space.
         features: Its slots.
         config: The ``[search]`` table.
+        metric: What the search maximizes; earlier studies are asked for the same.
         folder: The run folder, which keeps the proxy's scores.
         seed: Seed of the search, and of the proxy's fine-tune.
         proxies: Scores allocations on one adapter, trained with a seed; tells the seconds too.
 
     Raises:
         ArtifactError: If the file of meta-knowledge cannot be used.
+        OracleError: If a score of the proxy is not a finite number.
     """
     priors, seconds = [], dict[str, float]()
     if config.meta:
         path = Path(config.meta)
-        priors.append(prior_effects(MetaKnowledge.load(path), space, features))
+        priors.append(prior_effects(MetaKnowledge.load(path), space, features, metric=metric))
     if config.proxy:
         rows = space.sample(config.proxy, np.random.default_rng([seed, config.proxy]))
         kept = folder.read_json(_PROXY)
         if kept is None or kept.get("rows") != rows.tolist():
             values, took = proxies([space.allocation(row) for row in rows], seed)
+            if not np.isfinite(values).all():
+                raise OracleError(
+                    "A score of the proxy is no finite number. Lower [recovery] learning_rate, or "
+                    "set [search] proxy = 0."
+                )
             kept = {"rows": rows.tolist(), "values": values, "seconds": took}
             folder.write_json(_PROXY, kept)
         seconds = kept["seconds"]
         scores = np.array(kept["values"], dtype=np.float64)
-        if not np.isfinite(scores).all():
-            raise ArtifactError(
-                f"{folder.path / _PROXY} holds scores that are no finite numbers. Lower "
-                "[recovery] learning_rate, or set [search] proxy = 0."
-            )
         priors.append(proxy_effects(space, rows, scores, "proxy"))
     return Knowledge(space=space, priors=tuple(priors), seconds=seconds)

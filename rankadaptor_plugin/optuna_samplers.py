@@ -13,7 +13,15 @@ import optuna
 from optuna.exceptions import ExperimentalWarning
 
 from rankadaptor_plugin.errors import ConfigError
-from rankadaptor_plugin.parameters import Observations, distributions, proposed, value_of
+from rankadaptor_plugin.parameters import (
+    PROPOSED,
+    UNASKED,
+    Observations,
+    allocation_in,
+    distributions,
+    proposed,
+    value_of,
+)
 from rankadaptor_plugin.rank_sampler import RankSampler, in_memory_study
 from rankadaptor_plugin.samplers import INITIAL_TRIALS
 
@@ -29,6 +37,8 @@ if TYPE_CHECKING:
 
 class ReplayedSampler(RankSampler):
     """A sampler of Optuna whose state is more than its trials, rebuilt by playing them again.
+
+    In a study that is not of `rankadaptor_plugin.study`, all of whose trials it takes for its own.
 
     CMA-ES would keep its state as a pickle in the study, and Sobol's sequence its place outside
     of the trials. Both follow from the seed and from the values told, so neither is stored.
@@ -61,12 +71,17 @@ class ReplayedSampler(RankSampler):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             again = in_memory_study(study.study_name, study.direction, self._make())
+        limited = self.space.limit is not None or self.space.max_rank_sum is not None
         for other in study.get_trials(deepcopy=False):
-            if other.number == trial.number:
+            if other.number == trial.number or UNASKED in other.system_attrs:
                 continue
             asked = again.ask(parameters)
             value = value_of(other)
-            if value is not None:
+            # A proposal that was moved within the limits gets the value of where it was moved; one
+            # that was replaced, since it was a repetition, gets none.
+            row = _row(self.space, other)
+            kept = limited or row == other.system_attrs.get(PROPOSED, row)
+            if value is not None and kept:
                 again.tell(asked, value)
             elif other.state.is_finished():
                 again.tell(asked, state=optuna.trial.TrialState.FAIL)
@@ -127,6 +142,11 @@ def qmc(settings: SamplerSettings) -> optuna.samplers.BaseSampler:
         )
 
     return ReplayedSampler(settings.space, make, seed=settings.seed)
+
+
+def _row(space: RankSpace, trial: FrozenTrial) -> list[int] | None:
+    allocation = allocation_in(space, trial)
+    return None if allocation is None else space.row(allocation)
 
 
 def _check_even(space: RankSpace, method: str) -> None:

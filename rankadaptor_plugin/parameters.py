@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 
     from rankadaptor_plugin.ranks import Allocations, RankSpace
 
+PROPOSED = "rankadaptor_proposed"
+"""System attribute of a trial: the row that a sampler proposed, which may have been moved."""
+
+UNASKED = "rankadaptor_unasked"
+"""System attribute of a trial that no sampler proposed, as those of the noise floor."""
+
 _LISTED = 20_000  # Spaces up to this size are listed in full.
 _DRAWN = 1000  # If so many draws from a larger space were all tried, it counts as exhausted.
 _LEAST_PAIRS = 3  # complete trials with a value at the rung, to tell what the rung is worth
@@ -118,9 +124,11 @@ def allocation_in(space: RankSpace, trial: FrozenTrial) -> RankAllocation | None
     if RECORD in trial.user_attrs:
         record = trial.user_attrs[RECORD]
         return RankAllocation(tuple(record["ranks"]), tuple(record.get("settings", {}).items()))
-    known = distributions(space).keys() <= trial.params.keys()
-    if not known or not any(trial.params[n] for n in distributions(space)):
+    if not distributions(space).keys() <= trial.params.keys():
         return None
+    searched = zip(slot_names(space), space.searchable, strict=True)
+    if all(space.searchable) and not any(trial.params[name] for name, _ in searched):
+        return None  # no adapter at all is no allocation
     return allocation_from(space, trial.params)
 
 
@@ -134,6 +142,7 @@ class Observations:
         values: Their values, shape (n,); for a trial that ended at a rung, what its value there
             lets expect at the end.
         tried: Rows of all other trials, running and failed ones included.
+        failed: Rows of failed trials.
         position: Trials before the one that is asked for.
         sign: 1 if the study maximizes, -1 if it minimizes.
     """
@@ -142,6 +151,7 @@ class Observations:
     rows: Allocations
     values: NDArray[np.float64]
     tried: frozenset[tuple[int, ...]]
+    failed: frozenset[tuple[int, ...]]
     position: int
     sign: int
 
@@ -166,6 +176,7 @@ class Observations:
             ),
             values=np.array([value for _, _, value in measured], dtype=np.float64),
             tried=frozenset(tuple(row) for _, row in placed),
+            failed=frozenset(tuple(row) for t, row in placed if t.state is TrialState.FAIL),
             position=sum(number is None or t.number < number for t in others),
             sign=sign,
         )

@@ -6,7 +6,6 @@ import importlib.metadata
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from rankadaptor_plugin.config import FIXED
 from rankadaptor_plugin.context import Registries
 from rankadaptor_plugin.errors import PluginError
 
@@ -41,7 +40,7 @@ def check_names(found: Registries, config: RunConfig) -> None:
     found.pruners.get(config.prune.method)
     for oracle in filter(None, (config.oracle.name, config.oracle.search_name)):
         found.oracles.get(oracle)
-    if config.search.method != FIXED:
+    if not config.search.is_fixed:
         found.samplers.get(config.search.method)
     found.performance_models.get(config.performance_model.name)
 

@@ -74,10 +74,8 @@ class Setting:
 
     @property
     def default_index(self) -> int:
-        """Index of the value next to the default, by ratio."""
-        return min(
-            range(len(self.values)), key=lambda i: abs(math.log(self.values[i] / self.default))
-        )
+        """Index of the value next to the default."""
+        return min(range(len(self.values)), key=lambda i: abs(self.values[i] - self.default))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +225,20 @@ class RankSpace:
         """Returns standard LoRA: the default rank in every slot."""
         return RankAllocation((self.default_rank,) * self.slots)
 
+    def within_limits(self, allocation: RankAllocation) -> bool:
+        """Tells whether an allocation keeps the limits, whatever its ranks are."""
+        parameters, ranks = self.parameters(allocation), sum(allocation.ranks)
+        return (self.limit is None or parameters <= self.limit) and (
+            self.max_rank_sum is None or ranks <= self.max_rank_sum
+        )
+
+    def limited_uniform(self) -> RankAllocation:
+        """Returns standard LoRA, or, if it exceeds the limits, the most even allocation within."""
+        uniform = self.uniform()
+        if self.within_limits(uniform):
+            return uniform
+        return self.evenly(self.parameters(uniform) if self.limit is None else self.limit)
+
     def lowest(self) -> RankAllocation:
         """Returns the allocation with the fewest parameters."""
         return RankAllocation(self._least())
@@ -321,29 +333,38 @@ class RankSpace:
             return allocation
         return RankAllocation(tuple(self._ranks(moved)[0].tolist()), allocation.settings)
 
-    def evenly(self, parameters: int) -> RankAllocation:
+    def evenly(self, parameters: int, *, everywhere: bool = False) -> RankAllocation:
         """Returns the most even allocation that uses no more than a number of parameters.
 
-        This is uniform LoRA at an equal parameter budget. Its ranks need not be candidates; slots
-        that are not searched keep the default rank.
+        This is uniform LoRA at an equal parameter budget. Its ranks need not be candidates, but
+        keep the limit on their sum.
+
+        Args:
+            parameters: Most trainable parameters.
+            everywhere: Whether slots that are not searched are evened out too, in place of keeping
+                the default rank.
 
         Raises:
-            RankSpaceError: If not even rank 1 in one searched slot fits.
+            RankSpaceError: If no adapter at all fits.
         """
-        searched = [slot for slot, s in enumerate(self.searchable) if s]
+        searched = [slot for slot, s in enumerate(self.searchable) if s or everywhere]
         unit = sum(self.costs[slot] for slot in searched)
         fixed = self.default_rank * (sum(self.costs) - unit)
         base = max(0, (parameters - fixed) // unit)
-        ranks = [base if s else self.default_rank for s in self.searchable]
-        left = parameters - fixed - base * unit
+        spare = float("inf")
+        if self.max_rank_sum is not None:
+            spare = self.max_rank_sum - self.default_rank * (self.slots - len(searched))
+            base = min(base, int(max(0, spare)) // len(searched))
+        ranks = [base if slot in searched else self.default_rank for slot in range(self.slots)]
+        left, spare = parameters - fixed - base * unit, spare - base * len(searched)
         # Spread what is left over depth: every slot is visited once, in steps of the golden ratio.
         order = sorted(range(len(searched)), key=lambda i: (i * 0.6180339887) % 1.0)
         for i in order:
             slot = searched[i]
-            if self.costs[slot] <= left:
+            if self.costs[slot] <= left and spare >= 1:
                 ranks[slot] += 1
-                left -= self.costs[slot]
-        if left < 0 or not any(ranks[slot] for slot in searched):
+                left, spare = left - self.costs[slot], spare - 1
+        if left < 0 or not any(ranks):
             raise RankSpaceError(
                 f"{parameters} trainable parameters are too few for rank 1 in a single layer. "
                 "Raise the budget."

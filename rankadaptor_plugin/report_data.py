@@ -182,6 +182,7 @@ class ReportData(TypedDict):
         config: The run file's values, tables as dictionaries.
         device: Name of the device, such as ``cpu`` or ``cuda:0 (NVIDIA H100)``.
         weights: Weight per task in the mean; equal if absent.
+        settings: Searched settings by allocation; those of the run file where absent.
         slots: What each rank of an allocation belongs to; the layers in order if absent.
     """
 
@@ -214,3 +215,4 @@ class ReportData(TypedDict):
     device: str
     weights: NotRequired[dict[str, float]]
     slots: NotRequired[list[str]]
+    settings: NotRequired[dict[str, dict[str, float]]]

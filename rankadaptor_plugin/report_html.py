@@ -127,11 +127,15 @@ def _pictures(data: ReportData) -> str:
         values = (trial.get("objective"), trial.get("predicted"))
         measured, predicted = (None if v is None else scale * v for v in values)
         initial = trial["phase"] == "initialization"
-        points.append(svg.Point(trial["position"] + 1, initial, measured, predicted))
+        position, state = trial["position"] + 1, trial["state"]
+        points.append(svg.Point(position, initial, measured, predicted, state))
     steps = svg.best_so_far(points, unit, digits)
     scatter = svg.scatter(points, unit, digits)
     legend = _legend({"phase": "initialization phase"})
-    first = _figure(steps, f"Best so far (line) and every trial (dots; cross: failed). {legend}")
+    first = _figure(
+        steps,
+        f"Best so far (line) and every trial (dots; cross: failed, or ended at its rung). {legend}",
+    )
     second = _figure(scatter, "Predicted against measured. Dashed: predicted equals measured.")
     return (
         f'<div class="pair">{first or "<p>No trial is complete.</p>"}'

@@ -12,13 +12,16 @@ if TYPE_CHECKING:
 
 
 def layers(data: ReportData) -> Table:
-    """Tabulates widths and ranks per layer."""
+    """Tabulates widths and ranks per layer; several ranks of a layer stand in one cell."""
     named = allocations(data)
+    count = len(data["widths"])
+    per = max(1, len(data.get("slots", [])) // count) if count else 1
     rows = []
-    for layer in range(max(len(data["widths"]), *(len(ranks) for ranks in named.values()))):
-        widths = data["widths"][layer] if layer < len(data["widths"]) else [UNKNOWN] * 3
-        ranks = [r[layer] if layer < len(r) else UNKNOWN for r in named.values()]
-        number_before = data["kept_layers"][layer] if layer < len(data["widths"]) else UNKNOWN
+    for layer in range(max(count, *(-(-len(ranks) // per) for ranks in named.values()))):
+        widths = data["widths"][layer] if layer < count else [UNKNOWN] * 3
+        found = [r[per * layer : per * (layer + 1)] for r in named.values()]
+        ranks = ["-".join(map(str, own)) or UNKNOWN for own in found]
+        number_before = data["kept_layers"][layer] if layer < count else UNKNOWN
         rows.append(tuple(str(cell) for cell in (layer, number_before, *widths, *ranks)))
     header = (
         "layer",

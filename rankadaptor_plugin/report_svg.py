@@ -47,12 +47,16 @@ class Frame:
 
 @dataclass(frozen=True)
 class Point:
-    """A trial in a picture: its place in the search and its values, None where there is none."""
+    """A trial in a picture: its place in the search and its values, None where there is none.
+
+    `state` names how a trial without a measured value ended.
+    """
 
     position: int
     initial: bool
     measured: float | None
     predicted: float | None
+    state: str = "failed"
 
 
 def ranks(uniform: Sequence[int], searched: Sequence[int], slots: Sequence[str] = ()) -> str:
@@ -131,7 +135,7 @@ def best_so_far(points: Sequence[Point], unit: str, digits: int) -> str:
             x, y = frame.x(p.position), frame.height - frame.bottom - 8
             marks.append(
                 f'<path class="failed" d="M{x - 4} {y - 4}l8 8m0 -8l-8 8">'
-                f"<title>trial {p.position}: failed</title></path>"
+                f"<title>trial {p.position}: {p.state}</title></path>"
             )
             continue
         if p.measured > best:

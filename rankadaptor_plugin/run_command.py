@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from rankadaptor_plugin import run_file
-from rankadaptor_plugin.config import FIXED, NoiseConfig
+from rankadaptor_plugin.config import NoiseConfig
 from rankadaptor_plugin.embedded_default import EMBEDDED_RUN_FILE
 from rankadaptor_plugin.errors import ConfigError
 from rankadaptor_plugin.hooks.progress import Progress
@@ -67,9 +67,10 @@ def run_file_or_embedded(
         from rankadaptor_plugin import pipeline
 
         return pipeline.run(config, manager, began=began).verdict
+    searches = not config.search.is_fixed
     plan = {
-        "noise": config.noise.seeds * config.noise.allocations,
-        "search": 0 if config.search.method == FIXED else config.search.max_trials,
+        "noise": config.noise.seeds * config.noise.allocations if searches else 0,
+        "search": config.search.max_trials if searches else 0,
         "random": config.search.max_trials if config.confirm.best_random else 0,
         "confirm": config.race_fine_tunes,
     }

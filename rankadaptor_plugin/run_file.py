@@ -55,6 +55,7 @@ def load(path: Path) -> RunConfig:
             data_dir=_seen_from(folder, config.oracle.data_dir),
             text=_seen_from(folder, config.oracle.text),
         ),
+        search=dataclasses.replace(config.search, meta=_seen_from(folder, config.search.meta)),
     )
 
 

@@ -7,12 +7,15 @@ was broken off goes on exactly as if it had not been.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import numpy as np
+from optuna.trial import TrialState
 
 from rankadaptor_plugin.candidate_scan import best_of_random
-from rankadaptor_plugin.parameters import Observations, require_untried, untried
+from rankadaptor_plugin.errors import RankSpaceError
+from rankadaptor_plugin.parameters import Observations
 from rankadaptor_plugin.performance_model import MetaLearner
 from rankadaptor_plugin.rank_sampler import RankSampler, best_measured, distinct
 from rankadaptor_plugin.trials import RECORD
@@ -112,8 +115,11 @@ class PerformanceModelSampler(RankSampler):
         if observed.position < self.initial_trials or len(observed.values) < 2:  # noqa: PLR2004
             return self.random_row(observed, rng)
         model = self._trained(study, observed)
-        require_untried(untried(self.space, observed.tried, 1, rng), observed.tried)
-        row, mean = best_of_random(self.space, model, self._candidates, rng, observed.tried)
+        spare = self.random_row(observed, rng)
+        try:
+            row, mean = best_of_random(self.space, model, self._candidates, rng, observed.tried)
+        except RankSpaceError:  # all that were drawn were tried
+            row, mean = list(spare), float(model.predict(np.array([spare])).mean[0])
         self._predicted[trial.number] = observed.sign * mean
         return row
 
@@ -129,21 +135,27 @@ class PerformanceModelSampler(RankSampler):
         if self._final_candidates and len(observed.values) > 1:
             rng = np.random.default_rng([self.seed, observed.position])
             model = self._trained(study, observed)
-            rows.append(best_of_random(self.space, model, self._final_candidates, rng)[0])
+            with contextlib.suppress(RankSpaceError):  # all that were drawn have failed
+                drawn = self._final_candidates, rng, observed.failed
+                rows.append(best_of_random(self.space, model, *drawn)[0])
         return distinct([*rows, *best_measured(observed)])[:count]
 
     def _trained(self, study: optuna.Study, observed: Observations) -> PerformanceModel:
         """Trains a fresh model on all observations, the initial ones first task by task."""
         others = study.get_trials(deepcopy=False)
         first = {other.number for other in others[: self.initial_trials]}
-        initial = np.array([trial.number in first for trial in observed.trials])
+        # The scores of a trial that ended at its rung are those of another length.
+        initial = np.array(
+            [t.number in first and t.state is TrialState.COMPLETE for t in observed.trials]
+        )
         tasks = [self._task_values(t) for t, i in zip(observed.trials, initial, strict=True) if i]
         names = sorted(set.intersection(*(set(task) for task in tasks))) if tasks else []
         model = self._performance_model()
         if isinstance(model, MetaLearner):
-            for prior in self._priors:
+            if self._priors:
                 rows = self.space.sample(_PRIOR_ROWS, np.random.default_rng(self.seed))
-                model.pretrain(rows, prior(self.space, rows)[:, None])
+                expected = [prior(self.space, rows) for prior in self._priors]
+                model.pretrain(rows, np.array(expected).T)
             if names:
                 values = np.array([[task[name] for name in names] for task in tasks], dtype=float)
                 model.pretrain(observed.rows[initial], observed.sign * values)

@@ -99,6 +99,11 @@ class SearchResult:
     forecasts: Mapping[str, float] = field(default_factory=dict)
 
     @property
+    def is_searched(self) -> bool:
+        """Whether allocations were searched at all."""
+        return self.stop not in (StopReason.NOISE, StopReason.FIXED)
+
+    @property
     def best(self) -> Trial:
         """The complete trial with the highest objective, the earliest if there are several."""
         return _ranked(self.trials)[0]
@@ -205,7 +210,8 @@ def search(
 
 def _goes_on(trials: Sequence[Trial], share: float, value: float) -> bool:
     """Tells whether a trial is not below the median of those before it at the rung."""
-    before = [trial.rungs[share] for trial in trials if share in trial.rungs]
+    looks = (trial.rungs[share] for trial in trials if share in trial.rungs)
+    before = [look for look in looks if math.isfinite(look)]
     return len(before) < _LEAST_LOOKS or value >= float(np.median(before))
 
 
@@ -216,6 +222,7 @@ def _run(
     goes_on: Callable[[float], bool] | None,
 ) -> Trial:
     """Evaluates a trial; returns it complete, stopped at its rung, or failed with its reason."""
+    began = time.perf_counter()
     try:
         extra = () if goes_on is None else (goes_on,)
         outcome = evaluate(trial.allocation, trial.fidelity, trial.seed, *extra)
@@ -227,7 +234,8 @@ def _run(
             )
     except RankAdaptorError as error:
         logger.warning("Trial %d (%s) failed: %s", trial.position + 1, trial.allocation, error)
-        return replace(trial, reason=str(error))
+        took = {"recovery": time.perf_counter() - began}  # limits on time count it
+        return replace(trial, reason=str(error), seconds=trial.seconds | took)
     stopped = outcome.fidelity < trial.fidelity
     logger.info("Trial %d (%s): %.4f", trial.position + 1, trial.allocation, value)
     return replace(
@@ -287,10 +295,13 @@ def _check_enough(trials: Sequence[Trial], stop: StopReason) -> None:
     if complete >= _LEAST_COMPLETE:
         return
     reasons = [trial.reason for trial in trials if trial.reason]
-    limits = (StopReason.MAX_HOURS, StopReason.MAX_GPU_HOURS, StopReason.MAX_TRIALS)
+    limits = (StopReason.MAX_HOURS, StopReason.MAX_GPU_HOURS)
     key = stop.value if stop in limits else StopReason.MAX_TRIALS.value
+    remedy = f"raise [search] {key}"
+    if stop is StopReason.EXHAUSTED:
+        remedy = "add [rank_space] candidates"
     raise RecoveryError(
         f"Only {complete} of {len(trials)} trials are complete; {_LEAST_COMPLETE} are needed. "
         f"{f'The last failure: {reasons[-1]} ' if reasons else ''}"
-        f"Remove the cause and raise [search] {key}."
+        f"Remove the cause and {remedy}."
     )

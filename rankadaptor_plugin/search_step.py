@@ -5,9 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from rankadaptor_plugin.context import SamplerSettings
-from rankadaptor_plugin.knowledge import Knowledge
+from rankadaptor_plugin.context import RunContext, SamplerSettings
+from rankadaptor_plugin.device import device_count
+from rankadaptor_plugin.errors import RankSpaceError
+from rankadaptor_plugin.knowledge import Knowledge, knowledge
+from rankadaptor_plugin.layer_features import layer_features
+from rankadaptor_plugin.paper_allocations import named_allocation
 from rankadaptor_plugin.search import SearchResult, StopReason, search
+from rankadaptor_plugin.space_record import LayerFeatures
+from rankadaptor_plugin.study import TrialStore
 from rankadaptor_plugin.trials import TrialState
 
 if TYPE_CHECKING:
@@ -17,14 +23,18 @@ if TYPE_CHECKING:
 
     from rankadaptor_plugin.config import RunConfig
     from rankadaptor_plugin.context import Registries
+    from rankadaptor_plugin.fine_tuning import FineTuner
+    from rankadaptor_plugin.noise import Noise
     from rankadaptor_plugin.objective import Objective
-    from rankadaptor_plugin.ranks import RankSpace
-    from rankadaptor_plugin.search import Evaluate
-    from rankadaptor_plugin.study import TrialStore
+    from rankadaptor_plugin.pruned_model import PrunedModel
+    from rankadaptor_plugin.ranks import RankAllocation, RankSpace
+    from rankadaptor_plugin.run_folder import RunFolder
     from rankadaptor_plugin.trials import Trial
 
 _SECONDS = 3600.0
-RANDOM = "random"
+_RANDOM = "random"  # the method, and the study of its trials
+_LEAST = 2  # trials that a search must complete
+_UNITS = {"layer": "layers", "group": "module groups", "projection": "projections"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +47,7 @@ class Limits:
         devices: Devices that a fine-tune occupies.
         spent: Seconds of fine-tunes and evaluations before the search.
         reserve: Fine-tunes that are to follow for sure.
+        scoring: What scoring one of these takes, as a multiple of scoring a trial.
         twice: Whether as many trials again follow the search.
     """
 
@@ -45,19 +56,23 @@ class Limits:
     devices: int
     spent: float
     reserve: int
+    scoring: float
     twice: bool
 
     def reached(self, trials: Sequence[Trial]) -> StopReason | None:
         """Tells whether one more trial, as long as the longest so far, may exceed a limit."""
         wall = [sum(trial.seconds.values()) for trial in trials]
         device = [sum(v for k, v in t.seconds.items() if k != "search") for t in trials]
+        scoring = max((t.seconds.get("oracle", 0.0) for t in trials), default=0.0)
+        more = (self.scoring - 1) * scoring
         for limit, seconds, stop in (
             (self.hours, wall, StopReason.MAX_HOURS),
             (self.gpu_hours / self.devices, device, StopReason.MAX_GPU_HOURS),
         ):
             longest = max(seconds, default=0.0)
             made = (sum(seconds) + longest) * (2 if self.twice else 1)
-            if limit and self.spent + made + self.reserve * longest > limit * _SECONDS:
+            follow = self.reserve * (longest + more)
+            if limit and self.spent + made + follow > limit * _SECONDS:
                 return stop
         return None
 
@@ -94,27 +109,192 @@ def sampler_for(
     return make
 
 
-def random_search(
-    space: RankSpace,
-    evaluate: Evaluate,
-    store: TrialStore,
-    config: RunConfig,
-    registries: Registries,
-    objective: Objective,
-    trials: int,
-    on_trial: Callable[[Trial], None],
-) -> SearchResult:
-    """Makes as many trials of random allocations: what a search without any model finds.
+class SearchStep:
+    """Searches as the run file says, in the studies of the run folder.
 
-    The seed of the fine-tunes is that of the search; that of the allocations is another one.
+    Args:
+        pruned: The pruned model.
+        context: The run.
+        folder: Its folder.
+        space: The rank space.
+        objective: What the search maximizes.
+        tuner: Fine-tunes and scores.
+
+    Attributes:
+        known: What was believed before the search; nothing until `run` has asked for it.
     """
-    table = replace(
-        config.search, method=RANDOM, max_trials=max(2, trials), rung=0.0, initial_trials=0
-    )
-    nothing = Knowledge(space=space, priors=())
-    make = sampler_for(space, replace(config, search=table), registries, nothing, objective)
-    return search(
-        space, evaluate, store, lambda seed: make(seed ^ 1), table, objective, config.seed, on_trial
+
+    def __init__(
+        self,
+        pruned: PrunedModel,
+        context: RunContext,
+        folder: RunFolder,
+        space: RankSpace,
+        objective: Objective,
+        tuner: FineTuner,
+    ) -> None:
+        self._pruned, self._context, self._folder = pruned, context, folder
+        self._space, self._objective, self._tuner = space, objective, tuner
+        self._config, self._hook = context.config, context.hook
+        self.known = Knowledge(space=space, priors=())
+
+    def run(self, noise: Noise | None) -> SearchResult:
+        """Searches, unless there is nothing to search for.
+
+        Args:
+            noise: The noise floor, whose fine-tunes begin the search; None if not measured.
+        """
+        with (
+            self._folder.timed("search") as add_seconds,
+            TrialStore.open(self._folder.study_url, "search") as store,
+        ):
+            features = self._features(store)
+            store.claim(self._space, features.to_json())
+            if self._config.search.is_fixed:
+                return _unsearched(store, StopReason.FIXED, self._given())
+            self._go_on(store, noise)
+            # A search that was begun already is brought to its end.
+            drowned = (
+                noise is not None
+                and noise.is_drowned
+                and all(trial.allocation in noise.runs for trial in store.trials())
+            )
+            if drowned and self._config.noise.if_drowned == "uniform":
+                return _unsearched(store, StopReason.NOISE, self._space.limited_uniform())
+            self.known = knowledge(
+                self._space,
+                features,
+                self._config.search,
+                self._objective.metric,
+                self._folder,
+                self._config.seed,
+                self._tuner.proxies,
+            )
+            return self._search(store, noise, add_seconds)
+
+    def random_trials(self, count: int) -> SearchResult:
+        """Makes as many trials of random allocations: what a search without any model finds.
+
+        The seed of the fine-tunes is that of the search; that of the allocations is another one.
+        """
+        total = max(_LEAST, count)
+        table = replace(
+            self._config.search, method=_RANDOM, max_trials=total, rung=0.0, initial_trials=0
+        )
+        config = replace(self._config, search=table)
+        nothing = Knowledge(space=self._space, priors=())
+        make = sampler_for(self._space, config, self._context.registries, nothing, self._objective)
+        with (
+            self._folder.timed(_RANDOM) as add_seconds,
+            TrialStore.open(self._folder.study_url, _RANDOM) as store,
+        ):
+
+            def on_trial(trial: Trial) -> None:
+                add_seconds()
+                self._progress(_RANDOM, trial.position + 1, total)
+
+            self._progress(_RANDOM, len(store.trials()), total)
+            return search(
+                self._space,
+                self._tuner.evaluate,
+                store,
+                lambda seed: make(seed ^ 1),
+                table,
+                self._objective,
+                config.seed,
+                on_trial,
+            )
+
+    def _given(self) -> RankAllocation:
+        """Returns the allocation that the run file names.
+
+        Raises:
+            RankSpaceError: If it does not fit the model, or exceeds a limit.
+        """
+        allocation, space = named_allocation(self._config.search.allocation), self._space
+        if len(allocation.ranks) != space.slots:
+            raise RankSpaceError(
+                f"[search] allocation has {len(allocation.ranks)} ranks, but the model has "
+                f"{space.slots} {_UNITS[self._config.rank_space.per]}. Give one rank each, or "
+                "change [rank_space] per."
+            )
+        limited = replace(space, budget=None)  # the run file says how many parameters it has
+        if not limited.within_limits(allocation):
+            raise RankSpaceError(
+                f"[search] allocation has {space.parameters(allocation)} trainable parameters and "
+                f"ranks that add up to {sum(allocation.ranks)}; [rank_space] max_parameters is "
+                f"{space.max_parameters or 'no limit'} and max_rank_sum "
+                f"{space.max_rank_sum or 'no limit'}. Lower some ranks or raise the limit."
+            )
+        return allocation
+
+    def _features(self, store: TrialStore) -> LayerFeatures:
+        kept = store.layers()
+        if kept is None:
+            return layer_features(self._pruned, self._space)
+        return LayerFeatures.from_json(kept)
+
+    def _go_on(self, store: TrialStore, noise: Noise | None) -> None:
+        """Takes up earlier trials; a search begins with the fine-tunes of the noise floor."""
+        total = self._config.search.max_trials
+        earlier = store.trials()
+        self._progress("search", len(earlier), total)
+        if earlier:
+            self._hook.rankadaptor_on_resume(trials=earlier, context=self._context)
+        first = [] if noise is None else noise.trials(self._space)[:total]
+        known = [trial.allocation for trial in earlier]
+        if known == [trial.allocation for trial in first[: len(known)]]:
+            for trial in first[len(known) :]:
+                store.add(trial, self._space)
+                self._hook.rankadaptor_after_trial(trial=trial, context=self._context)
+            self._progress("search", len(store.trials()), total)
+
+    def _search(
+        self, store: TrialStore, noise: Noise | None, add_seconds: Callable[[], None]
+    ) -> SearchResult:
+        config = self._config
+        before = [self.known.seconds, *own_seconds(noise, store.trials())]
+        limits = Limits(
+            hours=config.search.max_hours,
+            gpu_hours=config.search.max_gpu_hours,
+            devices=device_count(self._pruned.model),
+            spent=sum(sum(seconds.values()) for seconds in before),
+            reserve=config.race_fine_tunes,
+            scoring=1 + self._report_share(),
+            twice=config.confirm.best_random,
+        )
+
+        def on_trial(trial: Trial) -> None:
+            add_seconds()
+            self._progress("search", trial.position + 1, config.search.max_trials)
+            self._hook.rankadaptor_after_trial(trial=trial, context=self._context)
+
+        return search(
+            self._space,
+            self._tuner.evaluate,
+            store,
+            sampler_for(self._space, config, self._context.registries, self.known, self._objective),
+            config.search,
+            self._objective,
+            config.seed,
+            on_trial,
+            limits.reached,
+            config.confirm.finalists,
+        )
+
+    def _report_share(self) -> float:
+        """Returns report documents per search document."""
+        documents = self._context.oracle.describe()["documents"]
+        search, report = (sum(map(len, documents[p].values())) for p in ("search", "report"))
+        return float(report / max(1, search))
+
+    def _progress(self, stage: str, done: int, total: int) -> None:
+        self._hook.rankadaptor_on_progress(stage=stage, done=done, total=total)
+
+
+def _unsearched(store: TrialStore, stop: StopReason, allocation: RankAllocation) -> SearchResult:
+    return SearchResult(
+        trials=tuple(store.trials()), stop=stop, interrupted=0, recommended=(allocation,)
     )
 
 
@@ -130,3 +310,14 @@ def front(trials: Sequence[Trial], space: RankSpace) -> list[Trial]:
         if not found or (trial.objective or 0.0) > (found[-1].objective or 0.0):
             found.append(trial)
     return found
+
+
+def own_seconds(noise: Noise | None, trials: Sequence[Trial]) -> list[dict[str, float]]:
+    """Returns the seconds of the noise floor's runs that are not among the trials of the search.
+
+    Those with the search's own seed are, where their allocations lie in its space.
+    """
+    tried = {trial.allocation for trial in trials}
+    runs = {} if noise is None else noise.runs
+    own = [several[1:] if allocation in tried else several for allocation, several in runs.items()]
+    return [run.seconds for several in own for run in several]

@@ -9,21 +9,14 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin import adapters
-from rankadaptor_plugin.config import FIXED
 from rankadaptor_plugin.confirmation import Confirmation, fresh_seeds
 from rankadaptor_plugin.context import Recovered, RunContext
-from rankadaptor_plugin.device import device_count
 from rankadaptor_plugin.fine_tuning import FineTuner
-from rankadaptor_plugin.knowledge import Knowledge, knowledge
-from rankadaptor_plugin.layer_features import layer_features
 from rankadaptor_plugin.noise import Noise, measure
 from rankadaptor_plugin.objective import Objective, objective_metric, reported_target, spreads
-from rankadaptor_plugin.paper_allocations import named_allocation
 from rankadaptor_plugin.run_folder import RunFolder
 from rankadaptor_plugin.scores import Score
-from rankadaptor_plugin.search import SearchResult, StopReason, search
-from rankadaptor_plugin.search_step import Limits, random_search, sampler_for
-from rankadaptor_plugin.space_record import LayerFeatures
+from rankadaptor_plugin.search_step import SearchStep, own_seconds
 from rankadaptor_plugin.study import TrialStore
 from rankadaptor_plugin.summary import stage_summary
 
@@ -33,7 +26,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.pruned_model import PrunedModel
     from rankadaptor_plugin.race_result import Confirmed
     from rankadaptor_plugin.ranks import RankAllocation
-    from rankadaptor_plugin.trials import Trial
+    from rankadaptor_plugin.search import SearchResult
 
 
 def measure_noise(pruned: PrunedModel, context: RunContext) -> dict[str, Any] | None:
@@ -75,27 +68,23 @@ class _Stage:
         self.verdict_metric = context.oracle.metrics("report")[0]
         self.objective = self._objective()
         self.tuner = FineTuner(pruned, context, self.folder, self.objective, self.seeds[0])
-        self.known = Knowledge(space=self.space, priors=())
+        self.step = SearchStep(pruned, context, self.folder, self.space, self.objective, self.tuner)
 
     def run(self) -> Recovered:
         with self.tuner.cleared():
-            searches = self.config.search.method != FIXED
+            searches = not self.config.search.is_fixed
             noise = self.noise() if searches and self.config.noise.seeds else None
-            with (
-                self.folder.timed("search") as add_seconds,
-                TrialStore.open(self.folder.study_url, "search") as store,
-            ):
-                found, finalists = self._found(store, noise, add_seconds)
-            wanted = self.config.confirm.best_random and found.stop is not StopReason.NOISE
-            others = self._random_trials(found) if wanted else None
+            found = self.step.run(noise)
+            others = None
+            if found.is_searched and self.config.confirm.best_random:
+                others = self.step.random_trials(len(found.trials))
             with (
                 self.folder.timed("confirm") as add_seconds,
                 TrialStore.open(self.folder.study_url, "confirm") as store,
             ):
-                best = others.best.allocation if others else None
-                confirmed = self._confirm(finalists, best, store, add_seconds)
+                confirmed = self._confirm(found, others, store, add_seconds)
             with self.folder.timed("deliver"):
-                extra = [self.known.seconds, *_own_seconds(noise, found.trials)]
+                extra = [self.step.known.seconds, *own_seconds(noise, found.trials)]
                 extra += [trial.seconds for trial in others.trials] if others else []
                 return self._deliver(found, confirmed, noise, extra)
 
@@ -139,120 +128,10 @@ class _Stage:
             metric=metric, target=config.target, weights=oracle.weights("search"), scales=scales
         )
 
-    def _go_on(self, store: TrialStore, noise: Noise | None) -> None:
-        """Takes up earlier trials; a search begins with the fine-tunes of the noise floor."""
-        hook, total = self.context.hook, self.config.search.max_trials
-        earlier = store.trials()
-        hook.rankadaptor_on_progress(stage="search", done=len(earlier), total=total)
-        if earlier:
-            hook.rankadaptor_on_resume(trials=earlier, context=self.context)
-        first = [] if noise is None else noise.trials(self.space)[:total]
-        known = [trial.allocation for trial in earlier]
-        if known == [trial.allocation for trial in first[: len(known)]]:
-            for trial in first[len(known) :]:
-                store.add(trial, self.space)
-                hook.rankadaptor_after_trial(trial=trial, context=self.context)
-            done = len(store.trials())
-            hook.rankadaptor_on_progress(stage="search", done=done, total=total)
-
-    def _found(
-        self, store: TrialStore, noise: Noise | None, add_seconds: Callable[[], None]
-    ) -> tuple[SearchResult, list[RankAllocation]]:
-        """Searches, unless there is nothing to search for; returns the finalists too."""
-        config = self.config
-        features = self._features(store)
-        store.claim(self.space, features.to_json())
-        if config.search.method == FIXED:
-            allocation = named_allocation(config.search.allocation)
-            adapters.module_ranks(self.pruned.model, allocation)  # says whether it fits
-            found = SearchResult(trials=tuple(store.trials()), stop=StopReason.FIXED, interrupted=0)
-            return found, [allocation]
-        self._go_on(store, noise)
-        # A search that was begun already is brought to its end.
-        drowned = (
-            noise is not None
-            and noise.is_drowned
-            and all(trial.allocation in noise.runs for trial in store.trials())
-        )
-        if drowned and config.noise.if_drowned == "uniform":
-            found = SearchResult(trials=tuple(store.trials()), stop=StopReason.NOISE, interrupted=0)
-            return found, [self.space.uniform()]
-        self.known = knowledge(
-            self.space, features, config.search, self.folder, config.seed, self.tuner.proxies
-        )
-        found = self._search(store, noise, add_seconds)
-        return found, found.finalists(config.confirm.finalists)
-
-    def _features(self, store: TrialStore) -> LayerFeatures:
-        kept = store.layers()
-        return (
-            layer_features(self.pruned, self.space)
-            if kept is None
-            else LayerFeatures.from_json(kept)
-        )
-
-    def _search(
-        self, store: TrialStore, noise: Noise | None, add_seconds: Callable[[], None]
-    ) -> SearchResult:
-        config, hook = self.config, self.context.hook
-        limits = Limits(
-            hours=config.search.max_hours,
-            gpu_hours=config.search.max_gpu_hours,
-            devices=device_count(self.pruned.model),
-            spent=sum(self.known.seconds.values())
-            + sum(sum(seconds.values()) for seconds in _own_seconds(noise, store.trials())),
-            reserve=config.race_fine_tunes,
-            twice=config.confirm.best_random,
-        )
-
-        def on_trial(trial: Trial) -> None:
-            add_seconds()
-            hook.rankadaptor_on_progress(
-                stage="search", done=trial.position + 1, total=config.search.max_trials
-            )
-            hook.rankadaptor_after_trial(trial=trial, context=self.context)
-
-        return search(
-            self.space,
-            self.tuner.evaluate,
-            store,
-            sampler_for(self.space, config, self.context.registries, self.known, self.objective),
-            config.search,
-            self.objective,
-            config.seed,
-            on_trial,
-            limits.reached,
-            config.confirm.finalists,
-        )
-
-    def _random_trials(self, found: SearchResult) -> SearchResult:
-        """Makes as many trials of random allocations as the search made."""
-        hook, total = self.context.hook, max(2, len(found.trials))
-        with (
-            self.folder.timed("random") as add_seconds,
-            TrialStore.open(self.folder.study_url, "random") as store,
-        ):
-
-            def on_trial(trial: Trial) -> None:
-                add_seconds()
-                hook.rankadaptor_on_progress(stage="random", done=trial.position + 1, total=total)
-
-            hook.rankadaptor_on_progress(stage="random", done=len(store.trials()), total=total)
-            return random_search(
-                self.space,
-                self.tuner.evaluate,
-                store,
-                self.config,
-                self.context.registries,
-                self.objective,
-                total,
-                on_trial,
-            )
-
     def _confirm(
         self,
-        finalists: Sequence[RankAllocation],
-        best_random: RankAllocation | None,
+        found: SearchResult,
+        others: SearchResult | None,
         store: TrialStore,
         add_seconds: Callable[[], None],
     ) -> Confirmed:
@@ -266,7 +145,9 @@ class _Stage:
             uniform = self.space.uniform()
             if config.common_baseline or allocation == uniform:
                 return uniform
-            return self.space.evenly(self.space.parameters(allocation))
+            return self.space.evenly(
+                self.space.parameters(allocation), everywhere=config.search.is_fixed
+            )
 
         progress(0, config.race_fine_tunes)
         return Confirmation(
@@ -280,7 +161,11 @@ class _Stage:
             weights=self._verdict_weights(),
             on_run=progress,
             is_whole=self.tuner.is_whole,
-        ).confirm(finalists, baseline_for, best_random)
+        ).confirm(
+            found.finalists(confirm.finalists if found.is_searched else 1),
+            baseline_for,
+            others.best.allocation if others else None,
+        )
 
     def _verdict_weights(self) -> dict[str, float]:
         if target := reported_target(self.config.oracle, self.context.oracle):
@@ -307,7 +192,7 @@ class _Stage:
             self.context.oracle,
             self.objective,
             noise,
-            self.known.worth(found.trials),
+            self.step.known.worth(found.trials),
             extra,
         )
         named = {"uniform": confirmed.baseline, "searched": confirmed.searched}
@@ -317,13 +202,3 @@ class _Stage:
             if allocation is not None
         }
         return Recovered(adapter=adapter, allocation=delivered, summary=summary)
-
-
-def _own_seconds(noise: Noise | None, trials: Sequence[Trial]) -> list[dict[str, float]]:
-    """Returns the seconds of the noise floor's runs that are not among the trials of the search.
-
-    Those with the search's own seed are, where their allocations lie in its space.
-    """
-    tried = {trial.allocation for trial in trials}
-    runs = {} if noise is None else noise.runs
-    return [run.seconds for a, several in runs.items() for run in several[a in tried :]]

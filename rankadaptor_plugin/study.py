@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from rankadaptor_plugin.errors import ArtifactError, RankSpaceError
-from rankadaptor_plugin.parameters import distributions, parameters_of, proposed
+from rankadaptor_plugin.parameters import PROPOSED, UNASKED, distributions, parameters_of, proposed
 from rankadaptor_plugin.rank_sampler import in_memory_study
 from rankadaptor_plugin.space_record import (
     LAYERS,
@@ -257,7 +257,9 @@ class TrialStore:
         study itself, it would store each layer's rank in a transaction of its own.
         """
         known = self._known()
-        together = len(known) - len(known) % batch
+        # Trials that nobody proposed belong to no batch.
+        asked_for = sum(UNASKED not in trial.system_attrs for trial in known)
+        together = len(known) - asked_for % batch
         copy = self._copy(sampler, [*known[:together], *map(_running, known[together:])])
         asked = copy.ask(distributions(space))
         proposal = proposed(space, asked.params)
@@ -268,7 +270,10 @@ class TrialStore:
                 params=parameters_of(space, allocation),
                 distributions=asked.distributions,
                 # Some samplers keep their state here.
-                system_attrs=copy.get_trials(deepcopy=False)[-1].system_attrs,
+                system_attrs={
+                    **copy.get_trials(deepcopy=False)[-1].system_attrs,
+                    PROPOSED: space.row(proposal),
+                },
             )
         )
         predicted = None
@@ -318,6 +323,7 @@ class TrialStore:
                 params=None if space is None else parameters_of(space, trial.allocation),
                 distributions=None if space is None else distributions(space),
                 user_attrs={RECORD: trial.to_json()},
+                system_attrs={UNASKED: True},
             )
         )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from safetensors import safe_open
 
 from rankadaptor_plugin import run_file
+from rankadaptor_plugin.config import FIXED
 from rankadaptor_plugin.confirmation import run_name
 from rankadaptor_plugin.objective import objective_metric, reported_target
 from rankadaptor_plugin.parameters import slot_names
@@ -106,6 +107,7 @@ def stage_summary(
         },
         "noise": noise and noise.to_json(),
         "allocations": {name: list(a.ranks) for name, a in named.items()},
+        "settings": {name: dict(a.settings) for name, a in named.items() if a.settings},
         "slots": [] if space.groups == WHOLE_LAYER else slot_names(space),
         "trainable": {name: space.parameters(a) for name, a in named.items()},
         "trials": [trial.to_json() for trial in found.trials],
@@ -121,7 +123,7 @@ def stage_summary(
             "failed": sum(t.state is TrialState.FAILED for t in found.trials),
             "stopped": sum(t.state is TrialState.STOPPED for t in found.trials),
             "interrupted": found.interrupted,
-            "method": config.search.method,
+            "method": FIXED if config.search.is_fixed else config.search.method,
             "forecasts": dict(found.forecasts),
         },
         "front": [t.to_json() for t in front(found.trials, space)] if config.search.pareto else [],
@@ -280,6 +282,7 @@ def report_data(
         "config": run_file.to_dict(config),
         "device": device,
         "slots": summary.get("slots", []),
+        "settings": summary.get("settings", {}),
     }
 
 

@@ -38,6 +38,7 @@ SMALLER = {
     "max_trials": "2",
     "finalists": "1",
     "seeds": "2",
+    "least_seeds": "2",
     "calibration_samples": "8",
     "max_new_tokens": "4",
     "tasks": '["tiny_boolq"]',

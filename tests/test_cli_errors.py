@@ -98,7 +98,7 @@ BAD = {
         *(2, 'importance "ppl" is unknown', "Use one of"),
     ),
     "negative seed": ({"seed": -1}, 2, "seed is -1", "Raise it"),
-    "rank 0": ({"rank_space": {"candidates": [0, 2]}}, 2, "at least 1", "Raise it"),
+    "rank below 0": ({"rank_space": {"candidates": [-1, 2]}}, 2, "at least 0", "Raise it"),
     "default rank 0": ({"rank_space": {"default_rank": 0}}, 2, "default_rank is 0", "Raise it"),
     "unsorted ranks": ({"rank_space": {"candidates": [4, 2]}}, 2, "not ascending", "Sort"),
     "a rank twice": ({"rank_space": {"candidates": [2, 2]}}, 2, "distinct", "remove rep"),

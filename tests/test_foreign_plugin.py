@@ -91,7 +91,7 @@ def test_the_report_of_a_foreign_recovery_stage_is_right(foreign_run):
         assert all(math.isfinite(cell["mean"]) for row in column.values() for cell in row.values())
     layers = len(report["widths"])
     assert report["allocations"] == {"recovered": [1] * layers}
-    assert report["trials"] == report["confirm"]["finalists"] == []
+    assert report["trials"] == report["confirm"]["competitors"] == []
     assert report["parameters"]["pruned"] < report["parameters"]["base"]
     assert report["documents"]["report"] == {"tiny_boolq": 6, "tiny_piqa": 6}
     assert report["verdict"]["delivered"] == "foreign"

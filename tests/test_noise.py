@@ -44,7 +44,7 @@ def config():
             "oracle": {"tasks": ["toy"]},
             "noise": {"seeds": 3, "allocations": 5, "gains": [0.1]},
             "search": {"initial_trials": 4, "max_trials": 10},
-            "confirm": {"finalists": 2, "choosing_seeds": 2, "seeds": 3},
+            "confirm": {"finalists": 2, "seeds": 4},
         }
     )
 
@@ -62,7 +62,7 @@ def test_a_strong_effect_is_told_from_noise(tmp_path, config):
     assert found.scores["objective"].icc == pytest.approx(found.scores["clp"].icc)
     assert not found.floor.drowned
     assert found.seconds == 3.0
-    assert found.left == (10 - 5) + 2 * 2 + 2 * 3
+    assert found.left == (10 - 5) + 4 * (2 + 1)
 
 
 def test_no_effect_drowns(tmp_path, config):
@@ -163,7 +163,7 @@ def test_it_is_plain_data_and_reads_well(tmp_path, config):
     assert text.startswith("A search of 10 trials is expected to gain")
     for line in ("objective", "accuracy", "clp", "10.00 points", "A fine-tune with its evaluation"):
         assert line in text
-    assert plain["fine_tunes_left"] == 15
+    assert plain["fine_tunes_left"] == 17
 
 
 def scored(values):

@@ -122,6 +122,7 @@ def test_the_report_is_complete_and_agrees_with_itself(finished):
     assert [trial["position"] for trial in report["trials"]] == list(range(5))
     assert report["trials"] == [trial.to_json() for trial in finished.trials]
     search = {"complete": 5, "failed": 0, "interrupted": 0, "initial_trials": 3}
+    search |= {"stopped": 0, "method": "auto", "forecasts": {}}
     assert report["search"] == {**search, "stop_reason": "max_trials"}
 
 

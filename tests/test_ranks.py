@@ -114,7 +114,7 @@ def test_evenly_never_exceeds_and_is_near_even(space, extra):
 
 def test_evenly_refuses_too_few_parameters():
     with pytest.raises(RankSpaceError, match="too few for rank 1"):
-        RankSpace(**GOOD).evenly(89)  # 20 * 4 for the fixed layer, 10 or 30 for the others
+        RankSpace(**GOOD).evenly(79)  # 20 * 4 for the fixed layer
     assert RankSpace(**GOOD).evenly(90).ranks == (1, 4, 0)
     assert RankSpace(**GOOD).evenly(120).ranks == (1, 4, 1)
 
@@ -222,6 +222,31 @@ def test_every_combination_of_settings_is_listed():
     assert RankAllocation((0, 2), (("learning_rate", 1e-3), ("x", 2.0))) in named
     assert space.row(space.uniform()) == [2, 2, 0, 1]  # nearest to the default by ratio
     assert str(space.allocation([0, 2, 1, 2])) == "0-2, learning_rate 0.001, x 3"
+
+
+def test_the_most_even_allocation_keeps_the_limit_on_the_sum_of_ranks():
+    four = {"searchable": (True,) * 4, "costs": (10, 10, 2, 2)}
+    space = RankSpace(candidates=(0, 2, 4, 8), default_rank=8, max_rank_sum=16, **four)
+    even = space.evenly(space.parameters(RankAllocation((8, 8, 0, 0))))
+    assert even.ranks == (4, 4, 4, 4)
+    assert space.limited_uniform() == even
+    assert replace(space, max_rank_sum=99).limited_uniform() == space.uniform()
+
+
+def test_the_baseline_of_a_searched_part_without_adapter_is_that_allocation():
+    space = RankSpace(
+        candidates=(0, 4), searchable=(False, True, True), default_rank=8, costs=(10,) * 3
+    )
+    assert space.evenly(space.parameters(space.lowest())) == space.lowest()
+
+
+def test_an_allocation_that_is_given_is_compared_with_one_that_is_even_everywhere():
+    space = RankSpace(
+        candidates=(2, 4), searchable=(False, True, True), default_rank=8, costs=(10,) * 3
+    )
+    even = RankAllocation((6, 6, 6))
+    assert space.evenly(space.parameters(even), everywhere=True) == even
+    assert space.evenly(space.parameters(even)).ranks == (8, 5, 5)
 
 
 def test_limits_are_kept_to_and_not_filled():

@@ -126,19 +126,48 @@ def report_data(
             "initial_trials": 10,
             "complete": trials - len(fail),
             "failed": len(fail),
+            "stopped": 0,
             "interrupted": 1,
+            "method": "paper",
+            "forecasts": {},
         },
+        "front": [],
+        "knowledge": [],
         "confirm": {
-            "choosing_seeds": [101, 102, 103, 104, 105],
-            "seeds": [201, 202],
+            "error_rate": 0.05,
             "confidence": 0.95,
-            "finalists": [
+            "metric": "accuracy",
+            "seeds": [101, 102, 103],
+            "most_seeds": 3,
+            "least_seeds": 2,
+            "fine_tunes": 8,
+            "competitors": [
                 {
+                    "label": "finalist",
                     "ranks": searched,
+                    "settings": {},
+                    "baseline": uniform,
+                    "chosen": True,
                     "search_objective": -0.71,
-                    "per_seed": [-0.7, -0.71, -0.72, -0.7, -0.72],
+                    "per_seed": [0.01, 0.02, 0.015],
+                    "eliminated_after": None,
+                    "reason": None,
+                    "detail": "",
+                    "comparison": None,
                 },
-                {"ranks": uniform, "search_objective": -0.74, "per_seed": [-0.74] * 5},
+                {
+                    "label": "best random",
+                    "ranks": uniform,
+                    "settings": {"alpha_over_rank": 4.0},
+                    "baseline": uniform,
+                    "chosen": False,
+                    "search_objective": -0.74,
+                    "per_seed": [-0.02, -0.03],
+                    "eliminated_after": 2,
+                    "reason": "worse than the leader",
+                    "detail": "",
+                    "comparison": None,
+                },
             ],
         },
         "cost": {
@@ -356,7 +385,7 @@ def test_all_trials_failed() -> None:
     del data["parameters"]["trainable"]["searched"]
     data["verdict"]["comparisons"] = {}
     data["verdict"]["sentence"] = verdict_sentence(None, [8])
-    data["confirm"]["finalists"] = []
+    data["confirm"]["competitors"] = []
     data["cost"]["per_trial"] = data["cost"]["peak_memory_bytes"] = None
     text, html = check(data)
     assert "No trial is complete." in html

@@ -43,7 +43,7 @@ REFUSED = [
     ("[prune]\nratio = 0", "prune.ratio is 0.0; it must be more than 0. Raise it."),
     ("[recovery]\nlearning_rate = inf", "recovery.learning_rate is inf; it must be a finite"),
     ("[rank_space]\ncandidates = 8", "rank_space.candidates is 8; it must be a list, as in [1, 2]"),
-    ("[rank_space]\ncandidates = [2, 0]", "rank_space.candidates is 0; it must be at least 1."),
+    ("[rank_space]\ncandidates = [2, -1]", "rank_space.candidates is -1; it must be at least 0."),
     (
         "[rank_space]\ncandidates = [2, true]",
         "rank_space.candidates[1] is True; it must be a whole",
@@ -153,7 +153,15 @@ def configs(cls):
         fields["device"] = st.just("auto")  # the only one beside a device map
     if "output" in fields:
         fields["output"] = fields["model"] = st.text(min_size=1)
+    if "least_seeds" in fields:
+        fields["least_seeds"] = st.just(2)
+    if "method" in fields and "allocation" in fields:
+        fields["method"], fields["allocation"] = st.sampled_from(["auto", "paper"]), st.just("")
+        fields["pareto"] = st.just(False)  # needs another budget
     if "candidates" in fields and "default_rank" in fields:
+        for key in ("alpha_over_rank", "learning_rate"):
+            several = st.sets(st.floats(1e-6, 1e6), max_size=3)
+            fields[key] = several.map(lambda values: tuple(sorted(values)))
         distinct = st.sets(st.integers(1, 64), min_size=1, max_size=4)
         fields["candidates"] = distinct.map(lambda ranks: (*sorted(ranks), 100))
         fields["default_rank"] = st.integers(64, 99)
@@ -170,12 +178,14 @@ def test_relative_paths_are_seen_from_the_run_file(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     monkeypatch.chdir(tmp_path)
     text = 'model = "m"\noutput = "../out"\n[corpus]\npath = "/c.txt"\n'
+    text += '[search]\nmeta = "m.safetensors"\n'
     (tmp_path / "a" / "run.toml").write_text(text + TASKS + 'task_path = "t"\n')
     config = run_file.load(tmp_path / "a" / "run.toml")
     assert config == run_file.load((tmp_path / "a" / "run.toml").relative_to(tmp_path))
     assert config.model == str(tmp_path / "a" / "m")
     assert config.output == str(tmp_path / "a" / ".." / "out")
     assert config.corpus.path == "/c.txt"
+    assert config.search.meta == str(tmp_path / "a" / "m.safetensors")
     assert config.oracle.task_path == str(tmp_path / "a" / "t")
 
 
