@@ -138,6 +138,7 @@ class FineTuner:
             adapters.cut(self._resident, whole, allocation)
             score = self._context.oracle.score(self._resident, "search")
             values.append(self._objective(score))
+        hook.rankadaptor_on_progress(stage="proxy", done=total, total=total)
         oracle = outcome.seconds["oracle"] + time.perf_counter() - began
         return values, {**outcome.seconds, "oracle": oracle}
 

@@ -112,7 +112,7 @@ def knowledge(
     if config.proxy:
         rows = space.sample(config.proxy, np.random.default_rng([seed, config.proxy]))
         kept = folder.read_json(_PROXY)
-        if kept is None or kept.get("rows") != rows.tolist():
+        if kept is None or not _fits(kept, rows.tolist()):
             values, took = proxies([space.allocation(row) for row in rows], seed)
             if not np.isfinite(values).all():
                 raise OracleError(
@@ -125,3 +125,16 @@ def knowledge(
         scores = np.array(kept["values"], dtype=np.float64)
         priors.append(proxy_effects(space, rows, scores, "proxy"))
     return Knowledge(space=space, priors=tuple(priors), seconds=seconds)
+
+
+def _fits(kept: dict[str, Any], rows: list[list[int]]) -> bool:
+    """Tells whether kept scores are whole, and of these rows."""
+    values, seconds = kept.get("values"), kept.get("seconds")
+    return (
+        kept.get("rows") == rows
+        and isinstance(values, list)
+        and len(values) == len(rows)
+        and all(isinstance(value, float) for value in values)
+        and isinstance(seconds, dict)
+        and all(isinstance(value, float) for value in seconds.values())
+    )

@@ -15,9 +15,9 @@ from optuna.exceptions import ExperimentalWarning
 from rankadaptor_plugin.errors import ConfigError
 from rankadaptor_plugin.parameters import (
     PROPOSED,
+    REPLACED,
     UNASKED,
     Observations,
-    allocation_in,
     distributions,
     proposed,
     value_of,
@@ -71,17 +71,17 @@ class ReplayedSampler(RankSampler):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             again = in_memory_study(study.study_name, study.direction, self._make())
-        limited = self.space.limit is not None or self.space.max_rank_sum is not None
         for other in study.get_trials(deepcopy=False):
             if other.number == trial.number or UNASKED in other.system_attrs:
                 continue
             asked = again.ask(parameters)
             value = value_of(other)
-            # A proposal that was moved within the limits gets the value of where it was moved; one
-            # that was replaced, since it was a repetition, gets none.
-            row = _row(self.space, other)
-            kept = limited or row == other.system_attrs.get(PROPOSED, row)
-            if value is not None and kept:
+            # A proposal that was moved within the limits gets the value of where it was moved. In
+            # a batch, proposals came without the values of those before: what is asked now may
+            # be another one, of which no value is known.
+            same = self.space.row(proposed(self.space, asked.params))
+            meant = not other.system_attrs.get(REPLACED, False)
+            if value is not None and meant and other.system_attrs.get(PROPOSED, same) == same:
                 again.tell(asked, value)
             elif other.state.is_finished():
                 again.tell(asked, state=optuna.trial.TrialState.FAIL)
@@ -142,11 +142,6 @@ def qmc(settings: SamplerSettings) -> optuna.samplers.BaseSampler:
         )
 
     return ReplayedSampler(settings.space, make, seed=settings.seed)
-
-
-def _row(space: RankSpace, trial: FrozenTrial) -> list[int] | None:
-    allocation = allocation_in(space, trial)
-    return None if allocation is None else space.row(allocation)
 
 
 def _check_even(space: RankSpace, method: str) -> None:

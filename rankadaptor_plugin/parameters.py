@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 PROPOSED = "rankadaptor_proposed"
 """System attribute of a trial: the row that a sampler proposed, which may have been moved."""
 
+REPLACED = "rankadaptor_replaced"
+"""System attribute of a trial: whether another row took the place of a repeated proposal."""
+
 UNASKED = "rankadaptor_unasked"
 """System attribute of a trial that no sampler proposed, as those of the noise floor."""
 
@@ -194,15 +197,16 @@ def _expected(trial: FrozenTrial, others: list[FrozenTrial]) -> float | None:
     if not trial.intermediate_values:
         return None
     step = max(trial.intermediate_values)
+    here = trial.intermediate_values[step]
     pairs = [
-        (o.intermediate_values[step], value)
+        (look, value)
         for o in others
-        if step in o.intermediate_values and (value := value_of(o)) is not None
+        if (value := value_of(o)) is not None
+        and math.isfinite(look := o.intermediate_values.get(step, math.nan))
     ]
-    if len(pairs) < _LEAST_PAIRS:
+    if len(pairs) < _LEAST_PAIRS or not math.isfinite(here):
         return None
     rung, end = np.array(pairs).T
     spread = float(((rung - rung.mean()) ** 2).sum())
     slope = float(((rung - rung.mean()) * (end - end.mean())).sum()) / spread if spread else 0.0
-    here = trial.intermediate_values[step]
     return float(end.mean() + max(0.0, slope) * (here - rung.mean()))

@@ -215,6 +215,7 @@ class Confirmed:
             "ranks": list(competitor.allocation.ranks),
             "settings": dict(competitor.allocation.settings),
             "baseline": list(competitor.baseline.ranks),
+            "baseline_settings": dict(competitor.baseline.settings),
             "chosen": competitor is self.chosen,
             "search_objective": sum(r.objective for r in runs) / len(runs) if runs else None,
             "per_seed": differences,

@@ -222,8 +222,14 @@ class RankSpace:
         return [*ranks, *(tuple(range(len(s.values))) for s in self.settings)]
 
     def uniform(self) -> RankAllocation:
-        """Returns standard LoRA: the default rank in every slot."""
-        return RankAllocation((self.default_rank,) * self.slots)
+        """Returns standard LoRA: the default rank in every slot, the default settings."""
+        return self.with_defaults(RankAllocation((self.default_rank,) * self.slots))
+
+    def with_defaults(self, allocation: RankAllocation) -> RankAllocation:
+        """Returns an allocation with the searched settings that it leaves to their default."""
+        chosen = dict(allocation.settings)
+        settings = ((s.name, chosen.get(s.name, s.values[s.default_index])) for s in self.settings)
+        return RankAllocation(allocation.ranks, tuple(settings))
 
     def within_limits(self, allocation: RankAllocation) -> bool:
         """Tells whether an allocation keeps the limits, whatever its ranks are."""
@@ -241,7 +247,7 @@ class RankSpace:
 
     def lowest(self) -> RankAllocation:
         """Returns the allocation with the fewest parameters."""
-        return RankAllocation(self._least())
+        return self.with_defaults(RankAllocation(self._least()))
 
     def parameters(self, allocation: RankAllocation) -> int:
         """Returns the number of trainable parameters of an allocation."""
@@ -369,7 +375,7 @@ class RankSpace:
                 f"{parameters} trainable parameters are too few for rank 1 in a single layer. "
                 "Raise the budget."
             )
-        return RankAllocation(tuple(ranks))
+        return self.with_defaults(RankAllocation(tuple(ranks)))
 
     def _ranks(self, index: Allocations) -> Allocations:
         """Returns the ranks of candidate indices (n, slots)."""

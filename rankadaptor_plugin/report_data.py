@@ -99,9 +99,10 @@ class Confirm(TypedDict):
         most_seeds: Seeds of a whole race.
         least_seeds: Seeds before anyone may be eliminated.
         fine_tunes: Fine-tunes that were scored.
-        competitors: One entry each: ``label``, ``ranks``, ``settings``, ``baseline`` (its ranks),
-            ``chosen``, ``per_seed`` differences, ``eliminated_after`` and ``reason`` (None if it
-            ran to the end), ``detail``, ``comparison``, and ``search_objective``.
+        competitors: One entry each: ``label``, ``ranks``, ``settings``, ``baseline`` (its ranks)
+            and ``baseline_settings``, ``chosen``, ``per_seed`` differences, ``eliminated_after``
+            and ``reason`` (None if it ran to the end), ``detail``, ``comparison``, and
+            ``search_objective``.
     """
 
     error_rate: float

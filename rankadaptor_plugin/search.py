@@ -163,8 +163,9 @@ def search(
         started = time.perf_counter()
         sampler_seed = _derived(seed, position)
         sampler = sampler_for(sampler_seed)
-        place = partial(_placed, space, tried, space.allocation(spare[0]), sampler_seed)
-        pending = store.begin(sampler, space, place, config.batch)
+        other = space.allocation(spare[0])
+        place = partial(_placed, space, tried, other, sampler_seed)
+        pending = store.begin(sampler, space, place, config.batch, other)
         seconds = time.perf_counter() - started
         initial = config.initial_trials or getattr(sampler, "initial_trials", INITIAL_TRIALS)
         trial = _run(

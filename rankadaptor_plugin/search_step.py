@@ -179,7 +179,14 @@ class SearchStep:
         """
         total = max(_LEAST, count)
         table = replace(
-            self._config.search, method=_RANDOM, max_trials=total, rung=0.0, initial_trials=0
+            self._config.search,
+            method=_RANDOM,
+            max_trials=total,
+            rung=0.0,
+            initial_trials=0,
+            pareto=False,
+            proxy=0,
+            meta="",
         )
         config = replace(self._config, search=table)
         nothing = Knowledge(space=self._space, priors=())
@@ -217,6 +224,12 @@ class SearchStep:
                 f"[search] allocation has {len(allocation.ranks)} ranks, but the model has "
                 f"{space.slots} {_UNITS[self._config.rank_space.per]}. Give one rank each, or "
                 "change [rank_space] per."
+            )
+        size = self._pruned.model.config.hidden_size
+        if max(allocation.ranks) > size:
+            raise RankSpaceError(
+                f"[search] allocation has rank {max(allocation.ranks)}, more than the model's "
+                f"hidden size {size}, where LoRA has full rank already. Lower it."
             )
         limited = replace(space, budget=None)  # the run file says how many parameters it has
         if not limited.within_limits(allocation):

@@ -20,7 +20,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from rankadaptor_plugin.errors import ArtifactError, RankSpaceError
-from rankadaptor_plugin.parameters import PROPOSED, UNASKED, distributions, parameters_of, proposed
+from rankadaptor_plugin.parameters import (
+    PROPOSED,
+    REPLACED,
+    UNASKED,
+    distributions,
+    parameters_of,
+    proposed,
+)
 from rankadaptor_plugin.rank_sampler import in_memory_study
 from rankadaptor_plugin.space_record import (
     LAYERS,
@@ -242,6 +249,7 @@ class TrialStore:
         space: RankSpace,
         place: Callable[[RankAllocation], RankAllocation] = lambda proposal: proposal,
         batch: int = 1,
+        spare: RankAllocation | None = None,
     ) -> PendingTrial:
         """Asks a sampler for the next allocation and stores that the trial is running.
 
@@ -252,6 +260,7 @@ class TrialStore:
                 parameters stored are those of the latter, so that samplers learn the right pairs.
             batch: Trials that are proposed together: the sampler does not see how those that
                 belong to the same batch ended.
+            spare: What `place` puts in place of a repetition.
 
         The sampler sees a copy of the study in memory, without interrupted trials. Asked in the
         study itself, it would store each layer's rank in a transaction of its own.
@@ -273,6 +282,7 @@ class TrialStore:
                 system_attrs={
                     **copy.get_trials(deepcopy=False)[-1].system_attrs,
                     PROPOSED: space.row(proposal),
+                    REPLACED: allocation == spare and allocation != proposal,
                 },
             )
         )

@@ -304,3 +304,68 @@ def test_the_papers_search_beats_random_search_on_a_planted_function():
         )
         gains.append(paper.best.objective - random.best.objective)
     assert np.mean(gains) > 0
+
+
+def test_one_candidate_per_step_does_not_end_the_papers_search():
+    space = replace(TINY, candidates=(2, 4, 6), searchable=(True,) * 3, costs=(1,) * 3)
+    config = replace(CONFIG, candidates=1, max_trials=27)
+    result = run(space, config=config)
+    assert len({trial.allocation for trial in result.trials}) == 27
+
+
+@pytest.mark.parametrize("name", ["ensemble", "linear", "auto"])
+def test_a_front_is_searched_until_the_space_is_exhausted(name):
+    space = replace(TINY, candidates=(2, 4, 8), searchable=(True,) * 3, costs=(1, 2, 3))
+
+    def sampler_for(seed):
+        settings = SamplerSettings(
+            space=space,
+            seed=seed,
+            search_seed=0,
+            initial_trials=2,
+            candidates=1,
+            performance_model=Nearest,
+            model_config=PerformanceModelConfig(epochs=5),
+            pareto=True,
+        )
+        return METHODS[name](settings)
+
+    def evaluate(allocation, fidelity, seed):
+        return planted_outcome(allocation.ranks)
+
+    config = replace(CONFIG, method=name, max_trials=30)
+    result = search(space, evaluate, new_store(), sampler_for, config, objective, 0)
+    assert (result.stop, len(result.trials)) == (StopReason.EXHAUSTED, 27)
+
+
+@pytest.mark.parametrize("name", ["paper", "linear", "ensemble"])
+def test_what_failed_is_no_finalist(name):
+    """The highest ranks diverge, which a model can only guess to be good."""
+
+    def evaluate(allocation, fidelity, seed):
+        if sum(allocation.ranks) > 36:
+            raise RecoveryError("The loss is nan.")
+        return planted_outcome(allocation.ranks)
+
+    config = replace(CONFIG, max_trials=14, max_failures=99)
+    result = run(evaluate=evaluate, name=name, config=config, finalists=3)
+    failed = {t.allocation for t in result.trials if t.state is TrialState.FAILED}
+    assert failed
+    assert failed.isdisjoint(result.finalists(3))
+
+
+def test_offline_learning_leaves_out_what_ended_at_its_rung():
+    taught = []
+
+    class Pupil(Nearest):
+        def pretrain(self, ranks, task_values):
+            taught.append(len(ranks))
+
+    ends = iter([1.0, 1.0, 0.5, *[1.0] * 9])
+
+    def evaluate(allocation, fidelity, seed, goes_on):
+        outcome = planted_outcome(allocation.ranks)
+        return replace(outcome, fidelity=next(ends), rungs={0.5: objective(outcome.score)})
+
+    run(evaluate=evaluate, config=replace(CONFIG, rung=0.5, initial_trials=4), model=Pupil)
+    assert set(taught) == {3}
