@@ -8,6 +8,7 @@ and writing is the business of `rankadaptor_plugin.run_file`.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -432,6 +433,7 @@ class ConfirmConfig:
             )
 
 
+_EVEN = {"cmaes", "qmc"}
 _OURS = {"auto", "linear", "ensemble"}
 _METHODS = _OURS | {"paper", "random", "tpe", "gp", "cmaes", "qmc"}
 _USED_BY = {"pareto": _OURS, "proxy": _OURS | {"paper"}, "meta": _OURS | {"paper"}}
@@ -482,6 +484,12 @@ class RunConfig:
             raise ConfigError(
                 "[oracle] tasks is empty. Name at least one lm-eval task, for example "
                 'tasks = ["tiny_boolq"].'
+            )
+        steps = {high - low for low, high in itertools.pairwise(self.rank_space.candidates)}
+        if self.search.method in _EVEN and len(steps) > 1:
+            raise ConfigError(
+                f'[search] method "{self.search.method}" takes evenly spaced rank candidates, not '
+                f"{list(self.rank_space.candidates)}. Change [rank_space] candidates or the method."
             )
         for key, methods in _USED_BY.items():
             given, method = getattr(self.search, key), self.search.method

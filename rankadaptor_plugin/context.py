@@ -170,7 +170,7 @@ class Registries:
     performance_models: Registry[PerformanceModelFactory] = field(
         default_factory=lambda: Registry("performance model")
     )
-    samplers: Registry[SamplerFactory] = field(default_factory=lambda: Registry("sampler"))
+    samplers: Registry[SamplerFactory] = field(default_factory=lambda: Registry("search method"))
 
 
 @dataclass(frozen=True, kw_only=True)

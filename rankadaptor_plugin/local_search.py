@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _LISTED = 2000  # Spaces up to this size are listed in full.
 _PARTNERS = 12  # Exchanges pair the best so many raises with the best so many cuts.
+_KEPT = 16  # Rows that are remembered, and how many of them are filled up to a budget:
+_FILLED = 6
 _STEPS = 200  # Far more than an ascent takes; ends one that goes round in circles by rounding.
 
 
@@ -71,15 +73,17 @@ def highest(
             order = np.argsort(-ascent.look_at(rows), kind="stable")
             chosen.append(rows[order[:count]])
         ascent.climb(np.vstack(chosen))
+        ascent.fall_back_on(random)
     return ascent.result()
 
 
 class _Ascent:
-    """Remembers the best row that was looked at and not tried."""
+    """Remembers the best rows that were looked at and not tried."""
 
     def __init__(self, space: RankSpace, score: Score, tried: Collection[tuple[int, ...]]) -> None:
         self._space, self._score, self._tried = space, score, tried
-        self._best: tuple[float, list[int]] = (-np.inf, [])
+        self._best: dict[tuple[int, ...], float] = {}
+        self._spare: list[list[int]] = []
         levels = space.levels()
         moves = [(c, v) for c, values in enumerate(levels) if len(values) > 1 for v in values]
         self._columns, self._values = np.array(moves, dtype=np.int64).reshape(-1, 2).T  # (m,)
@@ -112,41 +116,53 @@ class _Ascent:
             rows, scores = rows[higher], found[higher]
 
     def result(self) -> list[int]:
-        """Returns the best row; where there is a budget, raised until no step fits.
+        """Returns the best row; where there is a budget, the best of those that use it.
 
         Raises:
             RankSpaceError: If all rows that were looked at were tried.
         """
-        row = self._best[1]
-        if not row:
+        rows = [list(row) for row in sorted(self._best, key=lambda row: -self._best[row])]
+        if self._space.budget is not None:
+            filled = [self._filled(row) for row in rows[:_FILLED]]
+            rows = [row for row in filled if tuple(row) not in self._tried] or self._spare
+            scores = self._score(np.array(rows)) if rows else np.empty(0)
+            rows = [rows[i] for i in np.argsort(-scores, kind="stable")]
+        if not rows:
             raise RankSpaceError(
                 f"All allocations of the rank space that were looked at were tried, "
                 f"{len(self._tried)} in number. Stop here or add candidates."
             )
-        if self._space.budget is None:
-            return row
-        candidates = np.asarray(self._space.candidates)
+        return rows[0]
+
+    def fall_back_on(self, rows: Allocations) -> None:
+        """Sets the rows for when all that use the budget near the best ones were tried."""
+        self._spare = [row for row in rows.tolist() if tuple(row) not in self._tried]
+
+    def _filled(self, row: list[int]) -> list[int]:
+        """Raises a row, each time by what scores best, until no further step fits."""
+        candidates, slots = np.asarray(self._space.candidates), self._space.slots
         filled = np.array(row)
         while True:
-            at = np.searchsorted(candidates, filled[: self._space.slots])
+            at = np.searchsorted(candidates, filled[:slots])
             open_ = np.flatnonzero(self._space.searchable & (at < len(candidates) - 1))
             raised = np.repeat(filled[None], len(open_), axis=0)
             raised[np.arange(len(open_)), open_] = candidates[at[open_] + 1]
             raised = raised[self.within(raised)]
             if not len(raised):
-                break
+                return [int(value) for value in filled]
             filled = raised[self._score(raised).argmax()]
-        whole = filled.tolist()
-        return row if tuple(whole) in self._tried else whole
 
     def _remember(self, rows: Allocations, scores: Values) -> None:
-        left = scores.copy()
-        while left.max(initial=-np.inf) > self._best[0]:
-            found = int(left.argmax())
-            row = rows[found].tolist()
-            if tuple(row) not in self._tried:
-                self._best = (float(left[found]), row)
-            left[found] = -np.inf
+        """Keeps the best few untried rows of all that were looked at."""
+        least = min(self._best.values()) if len(self._best) == _KEPT else -np.inf
+        for found in np.argsort(-scores, kind="stable"):
+            if not scores[found] > least or len(self._best) > 2 * _KEPT:
+                break
+            row = tuple(rows[found].tolist())
+            if row not in self._tried:
+                self._best[row] = float(scores[found])
+        kept = sorted(self._best, key=lambda row: -self._best[row])[:_KEPT]
+        self._best = {row: self._best[row] for row in kept}
 
     def _steps(self, rows: Allocations) -> tuple[Allocations, Values]:
         """Returns the best neighbour of each of s rows and its score, -inf where there is none."""

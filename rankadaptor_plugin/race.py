@@ -18,7 +18,8 @@ Student's t, ``h^2 = t_seeds^2 v_seeds + t_documents^2 v_documents``, after W. G
 (1974), 789. Few seeds that differ much make the Welch-Satterthwaite interval of
 `rankadaptor_plugin.statistics` too narrow, the more so the higher the confidence; this one kept the
 stated rate in all simulated cases (``benchmarks/race_errors.py``). The chance of a single pair of
-seed and document is contained in both variances and taken out of the second.
+seed and document is contained in both variances and taken out of the second; where few seeds agree
+by luck, the interval is still no narrower than that chance makes it.
 """
 
 from __future__ import annotations
@@ -139,17 +140,19 @@ class Advantage:
             half_width = stderr = math.inf
         else:
             by_seed = float(per_seed.var(ddof=1)) / seeds
-            parts = [
-                (w * w * _documents_variance(v), v.shape[1] - 1)
-                for w, v in zip(self.shares, self.values, strict=True)
-            ]
+            found = [(w * w, *_variances(v)) for w, v in zip(self.shares, self.values, strict=True)]
+            parts = [(w * part, size - 1) for (w, part, _), size in zip(found, sizes, strict=True)]
             by_document = sum(part for part, _ in parts)
+            by_chance = sum(w * chance for w, _, chance in found)
             # Each part is divided by the total first: squares of tiny variances underflow to zero.
             spread = sum((p / by_document) ** 2 / df for p, df in parts) if by_document > 0 else 0.0
             level = (1 + confidence) / 2
             square = float(stdtrit(seeds - 1, level)) ** 2 * by_seed
             if spread > 0:
                 square += float(stdtrit(1 / spread, level)) ** 2 * by_document
+            pairs = (seeds - 1) * sum(size - 1 for size in sizes)
+            least = float(stdtrit(pairs, level)) ** 2 * (by_document + by_chance)
+            square = max(square, least)
             half_width, stderr = math.sqrt(square), math.sqrt(by_seed + by_document)
         low, high = estimate - half_width, estimate + half_width
         return Comparison(estimate, half_width, low, high, stderr, confidence, seeds, documents)
@@ -178,11 +181,16 @@ def _table(scores: Sequence[Score], task: str, metric: str) -> Values:
     return np.asarray([score.tasks[task].per_document[metric] for score in scores], dtype=float)
 
 
-def _documents_variance(values: Values) -> float:
-    """Returns what the choice of documents adds to the variance of the mean of values (S, J)."""
+def _variances(values: Values) -> tuple[float, float]:
+    """Returns what two things add to the variance of the mean of values (S, J).
+
+    Returns:
+        The choice of documents, and the chance of single pairs of seed and document.
+    """
     seeds, documents = len(values), values.shape[1]
     by_document = values.mean(axis=0)
     rest = values - by_document - values.mean(axis=1, keepdims=True) + values.mean()
     chance = float(np.square(rest).sum()) / ((seeds - 1) * (documents - 1))
-    variance: float = (float(by_document.var(ddof=1)) - chance / seeds) / documents
-    return max(0.0, variance)
+    by_chance = chance / seeds / documents
+    variance = float(by_document.var(ddof=1)) / documents - by_chance
+    return max(0.0, variance), by_chance

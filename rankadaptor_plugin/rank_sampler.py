@@ -1,9 +1,10 @@
-"""What our samplers have in common: all ranks of a trial are proposed together."""
+"""What samplers may say beyond their proposals, and what our own have in common."""
 
 from __future__ import annotations
 
+import logging
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import optuna
@@ -15,6 +16,7 @@ from rankadaptor_plugin.parameters import (
     require_untried,
     untried,
 )
+from rankadaptor_plugin.trials import RECORD
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +25,36 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from rankadaptor_plugin.ranks import RankSpace
+
+
+logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class PredictingSampler(Protocol):
+    """A sampler that can say which value it expects of what it proposed."""
+
+    def predicted(self, number: int) -> float | None:
+        """Returns the value expected of trial `number`, None if nothing was predicted."""
+        ...
+
+
+@runtime_checkable
+class RecommendingSampler(Protocol):
+    """A sampler with an opinion on what is best, which need not be what scored best."""
+
+    def recommend(self, study: optuna.Study, count: int) -> list[Sequence[int]]:
+        """Returns up to `count` rows of the rank space, best first."""
+        ...
+
+
+@runtime_checkable
+class ForecastingSampler(Protocol):
+    """A sampler that keeps score of how well its models forecast."""
+
+    def scores(self, study: optuna.Study) -> dict[str, float]:
+        """Returns by model the mean log density of its forecasts, in nats per trial."""
+        ...
 
 
 class RankSampler(optuna.samplers.BaseSampler):
@@ -37,6 +69,7 @@ class RankSampler(optuna.samplers.BaseSampler):
         self.space = space
         self.seed = seed
         self._predicted: dict[int, float] = {}
+        self._warned = False
 
     def predicted(self, number: int) -> float | None:
         """Returns Q of the paper for trial `number` of the study; None for random proposals."""
@@ -57,9 +90,31 @@ class RankSampler(optuna.samplers.BaseSampler):
             RankSpaceError: If every allocation of the space was tried.
         """
         observed = Observations.of(study, self.space, trial.number)
+        self._check_names(study)
         rng = np.random.default_rng([self.seed, observed.position])
         row = self.propose(study, trial, observed, rng)
         return parameters_of(self.space, self.space.allocation(row))
+
+    def _check_names(self, study: optuna.Study) -> None:
+        """Warns, once, of a study whose trials have other parameters than those proposed."""
+        complete = optuna.trial.TrialState.COMPLETE
+        done = study.get_trials(deepcopy=False, states=(complete,))
+        names = distributions(self.space).keys()
+        if (
+            self._warned
+            or not done
+            or names <= done[-1].params.keys()
+            or RECORD in done[-1].user_attrs
+        ):
+            return
+        self._warned = True
+        logger.warning(
+            "Trial %d has the parameters %s, but the sampler proposes %s: what it has under other "
+            "names is drawn at random, without limits, and teaches nothing.",
+            done[-1].number,
+            ", ".join(sorted(done[-1].params)) or "none",
+            ", ".join(names),
+        )
 
     def propose(
         self,

@@ -23,8 +23,8 @@ from rankadaptor_plugin.errors import (
     RecoveryError,
 )
 from rankadaptor_plugin.parameters import untried
+from rankadaptor_plugin.rank_sampler import ForecastingSampler, RecommendingSampler
 from rankadaptor_plugin.samplers import INITIAL_TRIALS
-from rankadaptor_plugin.study import ForecastingSampler, RecommendingSampler
 from rankadaptor_plugin.trials import Outcome, Phase, Trial, TrialState
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ class SearchResult:
         stop: Why the search ended.
         interrupted: Trials that a killed process left behind; they are not among `trials`.
         recommended: What the sampler believes in, best first; empty if it has no opinion.
+        initial_trials: Random allocations that the method takes first, those of the noise floor
+            included.
         forecasts: By model of the sampler the mean log density of what was measured, one step
             ahead, in nats per trial; empty if it keeps no score, or too few were forecast.
     """
@@ -96,6 +98,7 @@ class SearchResult:
     stop: StopReason
     interrupted: int
     recommended: tuple[RankAllocation, ...] = ()
+    initial_trials: int = 0
     forecasts: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -167,7 +170,7 @@ def search(
         place = partial(_placed, space, tried, other, sampler_seed)
         pending = store.begin(sampler, space, place, config.batch, other)
         seconds = time.perf_counter() - started
-        initial = config.initial_trials or getattr(sampler, "initial_trials", INITIAL_TRIALS)
+        initial = _initial_trials(config, sampler)
         trial = _run(
             Trial(
                 position=position,
@@ -205,8 +208,13 @@ def search(
         stop=stop,
         interrupted=store.interrupted(),
         recommended=tuple(space.allocation(row) for row in rows),
+        initial_trials=_initial_trials(config, sampler),
         forecasts=sampler.scores(study) if isinstance(sampler, ForecastingSampler) else {},
     )
+
+
+def _initial_trials(config: SearchConfig, sampler: BaseSampler) -> int:
+    return config.initial_trials or int(getattr(sampler, "initial_trials", INITIAL_TRIALS))
 
 
 def _goes_on(trials: Sequence[Trial], share: float, value: float) -> bool:

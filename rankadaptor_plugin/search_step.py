@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.ranks import RankAllocation, RankSpace
     from rankadaptor_plugin.run_folder import RunFolder
     from rankadaptor_plugin.trials import Trial
+
+logger = logging.getLogger(__name__)
 
 _SECONDS = 3600.0
 _RANDOM = "random"  # the method, and the study of its trials
@@ -276,6 +279,16 @@ class SearchStep:
             scoring=1 + self._report_share(),
             twice=config.confirm.best_random,
         )
+
+        begun = store.trials()
+        if limits.reached(begun) and all(
+            t.allocation in (noise.runs if noise else ()) for t in begun
+        ):
+            logger.warning(
+                "[search] max_hours or max_gpu_hours leave no time to search: the noise floor and "
+                "the race, which are made in any case, take as long. Raise the limit, or lower "
+                "noise.seeds, confirm.seeds or confirm.finalists."
+            )
 
         def on_trial(trial: Trial) -> None:
             add_seconds()

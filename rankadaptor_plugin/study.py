@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.exceptions import StorageInternalError
@@ -28,7 +28,7 @@ from rankadaptor_plugin.parameters import (
     parameters_of,
     proposed,
 )
-from rankadaptor_plugin.rank_sampler import in_memory_study
+from rankadaptor_plugin.rank_sampler import PredictingSampler, in_memory_study
 from rankadaptor_plugin.space_record import (
     LAYERS,
     SPACE,
@@ -39,7 +39,7 @@ from rankadaptor_plugin.space_record import (
 from rankadaptor_plugin.trials import RECORD, Trial, TrialState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from optuna.samplers import BaseSampler
@@ -56,33 +56,6 @@ REASON = "reason"
 INTERRUPTED = "interrupted"
 
 _STEPS = 100  # Optuna counts steps in whole numbers: a rung's share in percent.
-
-
-@runtime_checkable
-class PredictingSampler(Protocol):
-    """A sampler that can say which value it expects of what it proposed."""
-
-    def predicted(self, number: int) -> float | None:
-        """Returns the value expected of trial `number`, None if nothing was predicted."""
-        ...
-
-
-@runtime_checkable
-class RecommendingSampler(Protocol):
-    """A sampler with an opinion on what is best, which need not be what scored best."""
-
-    def recommend(self, study: optuna.Study, count: int) -> list[Sequence[int]]:
-        """Returns up to `count` rows of the rank space, best first."""
-        ...
-
-
-@runtime_checkable
-class ForecastingSampler(Protocol):
-    """A sampler that keeps score of how well its models forecast."""
-
-    def scores(self, study: optuna.Study) -> dict[str, float]:
-        """Returns by model the mean log density of its forecasts, in nats per trial."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,7 +118,7 @@ def stage_summary(
         },
         "search": {
             "stop_reason": found.stop.value,
-            "initial_trials": config.search.initial_trials,
+            "initial_trials": found.initial_trials,
             "complete": len(complete),
             "failed": sum(t.state is TrialState.FAILED for t in found.trials),
             "stopped": sum(t.state is TrialState.STOPPED for t in found.trials),

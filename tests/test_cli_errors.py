@@ -120,7 +120,7 @@ BAD = {
     "no layer left": ({"prune": {"keep_first": 5, "keep_last": 3}}, 2, "none of the 8", "Lower"),
     "too few trials": ({"search": {"initial_trials": 9}}, 2, "more than max_trials", "Raise"),
     "no task": ({"oracle": {"tasks": []}}, 2, "tasks is empty", "Name at least one"),
-    "unknown sampler": ({"search": {"method": "papre"}}, 2, "'papre'", "'paper'", "random"),
+    "unknown method": ({"search": {"method": "papre"}}, 2, "'papre'", "'paper'", "random"),
     "unknown pruner": ({"prune": {"method": "widht"}}, 2, "'widht'", "Did you mean 'width'?"),
     "unknown oracle": ({"oracle": {"name": "lm_eval"}}, 2, "'lm_eval'", "mean 'lm-eval'?"),
     "unknown model": ({"performance_model": {"name": "mpl"}}, 2, "'mpl'", "mean 'mlp'?"),

@@ -194,3 +194,23 @@ def test_known_rows_outside_the_limits_are_no_starts():
         space, lambda rows: rows.sum(axis=1) * 1.0, np.random.default_rng(0), known=known
     )
     assert sum(found) == 40
+
+
+def test_every_proposal_spends_the_budget_however_much_was_tried():
+    space = RankSpace(
+        candidates=(2, 4, 6, 8, 10, 12),
+        searchable=(True,) * 8,
+        default_rank=8,
+        costs=(1,) * 8,
+        budget=64,
+    )
+    rng = np.random.default_rng(0)
+    rows = space.sample(20, rng)
+    model = MLPEnsemble(space, PerformanceModelConfig(epochs=30), 0)
+    model.fit(rows, np.log(rows) @ np.arange(1.0, 9.0))
+    tried = {tuple(row) for row in rows.tolist()}
+    for _ in range(20):
+        row = model.propose(rng, tried=tried)
+        assert sum(row) == 64
+        assert tuple(row) not in tried
+        tried.add(tuple(row))

@@ -225,3 +225,12 @@ def test_rules_by_hand() -> None:
     assert rules.confidence_after(6) == pytest.approx(0.975)
     assert rules.confidence_after(3) == pytest.approx(1 - 2 * 0.05 * (3 / 6) / 2)
     assert rules.confidence_after(5) == pytest.approx(1 - 2 * 0.05 * (1 / 6) / 2)
+
+
+def test_seeds_that_agree_by_luck_are_no_certainty():
+    """Both seeds gain one document of 48, each another one."""
+    values = np.zeros((2, 48))
+    values[0, 3] = values[1, 7] = 1.0
+    found = Advantage((values,), (1.0,)).interval(0.95)
+    assert found.estimate > 0
+    assert not found.is_gain
