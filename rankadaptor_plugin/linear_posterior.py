@@ -228,4 +228,6 @@ class Posterior:
 
 def _solve(root: Floats, values: Floats) -> Floats:
     """Returns the inverse covariance times values, shape (n,) or (n, m)."""
+    if not len(values):  # SciPy before 1.14 cannot
+        return values
     return np.asarray(scipy.linalg.cho_solve((root, True), values, check_finite=False))

@@ -187,11 +187,15 @@ def main() -> None:
     embedded = options.run_file == "embedded"
     RESULTS.mkdir(parents=True, exist_ok=True)
     rows_file = RESULTS / f"fine_tunes-{options.name}.jsonl"
+    written = rows_file.with_suffix(".parquet")
+    if written.exists() and not rows_file.exists():  # more seeds, or allocations, for a table
+        lines = (json.dumps(row) + "\n" for row in pq.read_table(written).to_pylist())
+        rows_file.write_text("".join(lines), encoding="utf-8")
     loaded = run_file.load(EMBEDDED_RUN_FILE if embedded else Path(options.run_file))
     measure(shortened(loaded, options), rows_file, options.allocations, options.seeds)
     rows = [json.loads(line) for line in rows_file.read_text("utf-8").splitlines()]
     table = pa.Table.from_pylist(sorted(rows, key=lambda r: (r["number"], r["seed"])))
-    pq.write_table(table, rows_file.with_suffix(".parquet"), compression="zstd")
+    pq.write_table(table, written, compression="zstd")
     rows_file.unlink()
 
 
