@@ -120,7 +120,7 @@ def main() -> None:
     report["seconds"] = time.perf_counter() - began
     print_searches(report)
     path = options.out / f"replay-{options.name}-{date.today().isoformat()}.json"
-    path.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    path.write_text(json.dumps(report, separators=(",", ":")) + "\n", "utf-8")
     print(f"\nWritten to {path}, {report['seconds']:.0f} s.")
     if not plot(report, path.with_suffix(".svg")):
         print("No plot: matplotlib is not installed.")
