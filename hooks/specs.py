@@ -73,7 +73,7 @@ def rankadaptor_register_performance_models(register: Registry[PerformanceModelF
 
 @hookspec
 def rankadaptor_register_samplers(register: Registry[SamplerFactory]) -> None:
-    """Registers samplers for ``[search] sampler``.
+    """Registers samplers for ``[search] method``.
 
     Called once at the start. A factory is ``(SamplerSettings) -> optuna.samplers.BaseSampler``; it
     is called before every trial with that trial's own seed, so a resumed search proposes what an
@@ -125,7 +125,7 @@ def rankadaptor_on_resume(trials: Sequence[Trial], context: RunContext) -> None:
 
 @hookspec
 def rankadaptor_after_trial(trial: Trial, context: RunContext) -> None:
-    """Observes a finished trial of the search, complete or failed, after it is stored.
+    """Observes a finished trial of the search, however it ended, after it is stored.
 
     Called once per trial; loggers and dashboards hang here. Return values are ignored.
     """
