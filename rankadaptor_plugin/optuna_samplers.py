@@ -22,7 +22,7 @@ from rankadaptor_plugin.parameters import (
     proposed,
     value_of,
 )
-from rankadaptor_plugin.rank_sampler import RankSampler, in_memory_study
+from rankadaptor_plugin.rank_sampler import RankSampler, quiet_study
 from rankadaptor_plugin.samplers import INITIAL_TRIALS
 
 if TYPE_CHECKING:
@@ -38,10 +38,9 @@ if TYPE_CHECKING:
 class ReplayedSampler(RankSampler):
     """A sampler of Optuna whose state is more than its trials, rebuilt by playing them again.
 
-    In a study that is not of `rankadaptor_plugin.study`, all of whose trials it takes for its own.
-
     CMA-ES would keep its state as a pickle in the study, and Sobol's sequence its place outside
-    of the trials. Both follow from the seed and from the values told, so neither is stored.
+    of the trials. Both follow from the seed and from the values told, so neither is stored. Trials
+    that are not marked as `UNASKED` count as proposed by this sampler.
 
     Args:
         space: The rank space S.
@@ -70,7 +69,7 @@ class ReplayedSampler(RankSampler):
         parameters = distributions(self.space)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            again = in_memory_study(study.study_name, study.direction, self._make())
+            again = quiet_study(study.study_name, study.direction, sampler=self._make())
         for other in study.get_trials(deepcopy=False):
             if other.number == trial.number or UNASKED in other.system_attrs:
                 continue

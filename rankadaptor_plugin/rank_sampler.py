@@ -158,14 +158,24 @@ def distinct(rows: Sequence[Sequence[int]]) -> list[Sequence[int]]:
     return list({tuple(row): row for row in reversed(rows)}.values())[::-1]
 
 
-def in_memory_study(
-    name: str, direction: optuna.study.StudyDirection, sampler: optuna.samplers.BaseSampler
+def quiet_study(
+    name: str,
+    direction: optuna.study.StudyDirection,
+    *,
+    sampler: optuna.samplers.BaseSampler | None = None,
+    storage: optuna.storages.BaseStorage | None = None,
 ) -> optuna.Study:
-    """Returns an empty study that nobody is told of."""
+    """Returns a study without a word on stderr: that of the storage, or a new one in memory."""
     # Optuna announces every study on stderr; there is no switch but the global one.
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        return optuna.create_study(study_name=name, direction=direction, sampler=sampler)
+        return optuna.create_study(
+            study_name=name,
+            direction=direction,
+            sampler=sampler,
+            storage=storage,
+            load_if_exists=True,
+        )
     finally:
         optuna.logging.set_verbosity(verbosity)

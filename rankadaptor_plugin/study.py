@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
 from optuna.trial import TrialState as OptunaState
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
@@ -28,7 +29,7 @@ from rankadaptor_plugin.parameters import (
     parameters_of,
     proposed,
 )
-from rankadaptor_plugin.rank_sampler import PredictingSampler, in_memory_study
+from rankadaptor_plugin.rank_sampler import PredictingSampler, quiet_study
 from rankadaptor_plugin.space_record import (
     LAYERS,
     SPACE,
@@ -89,8 +90,8 @@ class TrialStore:
 
     def __init__(self, storage: BaseStorage, name: str) -> None:
         self._storage = storage
-        self._study = _study(storage, name)
-        if self._study.directions != [optuna.study.StudyDirection.MAXIMIZE]:
+        self._study = quiet_study(name, StudyDirection.MAXIMIZE, storage=storage)
+        if self._study.directions != [StudyDirection.MAXIMIZE]:
             raise ArtifactError(
                 f"The study {name!r} was not made by this plugin: its directions are "
                 f"{[d.name.lower() for d in self._study.directions]}, not maximize. Remove it or "
@@ -276,7 +277,7 @@ class TrialStore:
         return [t for t in self._study.get_trials(deepcopy=False) if _is_ours(t)]
 
     def _copy(self, sampler: BaseSampler, trials: list[FrozenTrial]) -> optuna.Study:
-        copy = in_memory_study(self._study.study_name, self._study.direction, sampler)
+        copy = quiet_study(self._study.study_name, self._study.direction, sampler=sampler)
         copy.add_trials(trials)
         return copy
 
@@ -319,18 +320,6 @@ class TrialStore:
             return self._study.tell(number, trial.objective)
         stopped = trial.state is TrialState.STOPPED
         return self._study.tell(number, state=OptunaState.PRUNED if stopped else OptunaState.FAIL)
-
-
-def _study(storage: BaseStorage, name: str) -> optuna.Study:
-    # Optuna announces every study on stderr; there is no switch but the global one.
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        return optuna.create_study(
-            storage=storage, study_name=name, direction="maximize", load_if_exists=True
-        )
-    finally:
-        optuna.logging.set_verbosity(verbosity)
 
 
 def _running(trial: FrozenTrial) -> FrozenTrial:

@@ -20,7 +20,7 @@ from rankadaptor_plugin.context import SamplerSettings
 from rankadaptor_plugin.errors import ConfigError
 from rankadaptor_plugin.optuna_samplers import ReplayedSampler
 from rankadaptor_plugin.parameters import allocation_from, distributions
-from rankadaptor_plugin.rank_sampler import in_memory_study
+from rankadaptor_plugin.rank_sampler import quiet_study
 from rankadaptor_plugin.ranks import RankSpace, Setting
 from rankadaptor_plugin.search import search
 from rankadaptor_plugin.study import TrialStore
@@ -61,7 +61,7 @@ def value_of(space, params):
 
 
 def proposals(sampler_for, space, trials, direction=MAXIMIZE, failed=()):
-    study = in_memory_study("s", direction, sampler_for(0))
+    study = quiet_study("s", direction, sampler=sampler_for(0))
     found = []
     for number in range(trials):
         study.sampler = sampler_for(number)
@@ -222,7 +222,7 @@ def test_values_of_trials_that_somebody_else_chose_are_not_told_of_other_ranks()
 
 
 def test_records_of_other_trials_are_no_parameters():
-    study = in_memory_study("s", MAXIMIZE, optuna_samplers.qmc(settings(SPACE)))
+    study = quiet_study("s", MAXIMIZE, sampler=optuna_samplers.qmc(settings(SPACE)))
     study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs={RECORD: {"ranks": [8] * 6}}))
     trial = study.ask(distributions(SPACE))
     SPACE.check(allocation_from(SPACE, trial.params))

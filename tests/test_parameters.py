@@ -25,7 +25,7 @@ from rankadaptor_plugin.parameters import (
     slot_names,
     untried,
 )
-from rankadaptor_plugin.rank_sampler import in_memory_study
+from rankadaptor_plugin.rank_sampler import quiet_study
 from rankadaptor_plugin.ranks import RankAllocation, RankSpace, Setting
 from rankadaptor_plugin.testing import SPACE, UNEVEN_SPACE
 from rankadaptor_plugin.trials import RECORD
@@ -46,7 +46,9 @@ TWO = RankSpace(candidates=(0, 2, 4), searchable=(True, True), default_rank=2, c
 
 
 def study_of(*trials, direction="maximize"):
-    study = in_memory_study("s", StudyDirection[direction.upper()], optuna.samplers.RandomSampler())
+    study = quiet_study(
+        "s", StudyDirection[direction.upper()], sampler=optuna.samplers.RandomSampler()
+    )
     study.add_trials(trials)
     return study
 

@@ -10,7 +10,8 @@ deliver after 10, 20, 40 and 80 evaluations: ``model`` is the performance model'
 measured. All methods meet the same problems with the same noise. See `simulators`.
 
 ``linear``, ``ensemble`` and ``auto`` take a prior from the six source tasks, and the network of
-``paper`` is trained on them offline; methods in ``-nometa`` know nothing of the sources.
+``paper`` is trained on them offline; methods in ``-nometa`` know nothing of the sources, and
+``-q4`` proposes four allocations before the first of them is measured.
 
 Every search adds a line to ``results/search/regret.jsonl``, and what has a line there is not
 searched again: delete the file after a change of the code. Tables and pictures are made of all
@@ -81,10 +82,11 @@ SEARCH = SearchConfig()
 
 @dataclass(frozen=True)
 class Method:
-    """A registered sampler, and whether it learns from the sources."""
+    """A registered sampler, whether it learns from the sources, and its proposals at once."""
 
     sampler: str
     meta: bool = False
+    batch: int = 1
 
 
 OWN = ("linear", "ensemble", "auto")
@@ -93,6 +95,7 @@ METHODS = {
     "paper-nometa": Method("paper"),
     **{name: Method(name, meta=True) for name in OWN},
     **{f"{name}-nometa": Method(name) for name in OWN},
+    "auto-q4": Method("auto", meta=True, batch=4),
     **{name: Method(name) for name in ("tpe", "gp", "cmaes", "qmc", "random")},
 }
 
@@ -134,7 +137,7 @@ def search(method: Method, problem: simulators.Problem, seed: int) -> dict[str, 
             # As the search does: samplers such as TPE repeat themselves.
             return SPACE.allocation(spare) if proposal.ranks in tried else proposal
 
-        pending = store.begin(sampler, SPACE, place)
+        pending = store.begin(sampler, SPACE, place, method.batch)
         tried.add(pending.allocation.ranks)
         value = problem.measure(np.array(pending.allocation.ranks), position)
         store.finish(pending, _trial(position, pending.allocation, value))
