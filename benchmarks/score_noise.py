@@ -198,7 +198,7 @@ def measure(allocations: int, seeds: int, seed: int) -> dict[str, Any]:
     for allocation in drawn:
         found.append([])
         for number in numbers:
-            model = recover(model, allocation, corpus, config.recovery, seed=number).model
+            model = recover(model, None, allocation, corpus, config.recovery, seed=number).model
             search, report = (oracle.score(model, purpose) for purpose in ("search", "report"))
             values = {metric: search.mean(metric, weights) for metric in METRICS}
             values[SCALED] = scaled(search)

@@ -63,7 +63,9 @@ def _type(hint: Any) -> str:
     items = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         return "list of " + {int: "whole numbers", float: "numbers", str: "texts"}[items[0]]
-    return "table of numbers" if typing.get_origin(hint) is dict else TYPES[hint]
+    if typing.get_origin(hint) is dict:
+        return "table of numbers" if items[1] is float else "table"
+    return TYPES[hint]
 
 
 def _allowed(rule: Any) -> str:

@@ -8,135 +8,47 @@ allocations that agree on a layer start from the same weights there, whatever th
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-import warnings
 import zlib
 from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from rankadaptor_plugin.config import RecoveryConfig
-from rankadaptor_plugin.errors import ArtifactError, RankSpaceError
-from rankadaptor_plugin.ranks import RankSpace, Setting
-from rankadaptor_plugin.structures import decoder_layers, group_matrices, structure_of
+from rankadaptor_plugin.adapter_files import load, merged, save_adapter, without_old_name
+from rankadaptor_plugin.adapter_slots import matrix_ranks, module_ranks, rank_costs, rank_space
+from rankadaptor_plugin.structures import decoder_layers, structure_of
 from rankadaptor_plugin.units import is_transposed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Collection, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
-    from rankadaptor_plugin.config import RankSpaceConfig
     from rankadaptor_plugin.ranks import RankAllocation
 
+__all__ = [
+    "ADAPTER",
+    "attach",
+    "cut",
+    "initialize",
+    "load",
+    "lora_config",
+    "merged",
+    "module_ranks",
+    "nested_rows",
+    "rank_costs",
+    "rank_space",
+    "save_adapter",
+    "trainable_parameters",
+    "whole_adapter",
+]
+
 ADAPTER = "default"
-_LISTED = 1000  # rank spaces up to this size are listed to see whether there is a choice
 _BLOCK = 32  # rows drawn at a time; fixed, or a higher rank would change the rows before it
-
-
-def rank_costs(model: PreTrainedModel, per: str = "layer") -> tuple[int, ...]:
-    """Returns the trainable parameters that one unit of rank adds, one number per slot.
-
-    All matrices of a layer are adapted: in Llama the seven projections that LLM-Pruner and the
-    paper name. A LoRA pair on a matrix of shape (out, in) has r * (in + out) parameters, so the
-    costs of an unevenly pruned model differ from layer to layer.
-
-    Args:
-        model: The pruned model.
-        per: What has a rank of its own: ``layer``, ``group`` or ``projection``.
-    """
-    groups = group_matrices(structure_of(model))[per].values()
-    return tuple(
-        sum(sum(layer.get_parameter(f"{name}.weight").shape) for name in names)
-        for layer in decoder_layers(model)
-        for names in groups
-    )
-
-
-def rank_space(
-    model: PreTrainedModel,
-    pruned_layers: Sequence[bool],
-    config: RankSpaceConfig,
-    recovery: RecoveryConfig | None = None,
-) -> RankSpace:
-    """Returns the rank space S of a pruned model as the run file describes it.
-
-    Args:
-        model: The pruned model.
-        pruned_layers: Whether a layer was pruned, one flag per layer.
-        config: The ``[rank_space]`` table.
-        recovery: The ``[recovery]`` table, with what uniform LoRA takes of searched settings.
-
-    Raises:
-        RankSpaceError: If a rank is larger than the model, or there is nothing to search.
-    """
-    groups = tuple(group_matrices(structure_of(model))[config.per])
-    costs = rank_costs(model, config.per)
-    everywhere = config.search == "all"
-    size = model.config.hidden_size
-    if config.candidates[-1] > size:
-        raise RankSpaceError(
-            f"Rank {config.candidates[-1]} is more than the model's hidden size {size}, where LoRA "
-            "has full rank already. Lower [rank_space] candidates."
-        )
-    recovery = recovery or RecoveryConfig()
-    space = RankSpace(
-        candidates=config.candidates,
-        searchable=tuple(everywhere or cut for cut in pruned_layers for _ in groups),
-        default_rank=config.default_rank,
-        costs=costs,
-        budget=config.default_rank * sum(costs) if config.budget == "uniform" else None,
-        max_parameters=config.max_parameters or None,
-        max_rank_sum=config.max_rank_sum or None,
-        groups=groups,
-        settings=tuple(
-            _setting(name, getattr(config, name), getattr(recovery, name))
-            for name in ("alpha_over_rank", "learning_rate")
-            if getattr(config, name)
-        ),
-    )
-    if space.size <= _LISTED and len(space.every()) == 1:
-        raise RankSpaceError(
-            f"The rank space holds a single allocation ({space.allocation(space.every()[0])}), so "
-            "there is nothing to search. Add [rank_space] candidates, search more layers, or set "
-            'budget = "free".'
-        )
-    return space
-
-
-def _setting(name: str, values: tuple[float, ...], default: float) -> Setting:
-    # Uniform LoRA has the default, and is measured in the same study.
-    return Setting(name, tuple(sorted({*values, default})), default)
-
-
-def module_ranks(model: PreTrainedModel, allocation: RankAllocation) -> dict[str, int]:
-    """Returns the rank of each module, those without adapter left out.
-
-    Which modules share a rank follows from the number of ranks.
-
-    Raises:
-        RankSpaceError: If that is not one per layer, per group, or per projection.
-    """
-    structure, layers = structure_of(model), len(decoder_layers(model))
-    for groups in group_matrices(structure).values():
-        if len(groups) * layers == len(allocation.ranks):
-            slots = ((f"{structure.layers}.{i}", g) for i in range(layers) for g in groups.values())
-            return {
-                f"{layer}.{name}": rank
-                for (layer, names), rank in zip(slots, allocation.ranks, strict=True)
-                for name in names
-                if rank
-            }
-    raise RankSpaceError(
-        f"The allocation {allocation} has {len(allocation.ranks)} ranks for {layers} layers. "
-        "Give one rank per decoder layer, or per group or projection of each."
-    )
 
 
 def lora_config(
@@ -145,32 +57,42 @@ def lora_config(
     *,
     alpha_over_rank: float,
     dropout: float = 0.0,
+    alpha: float = 0.0,
+    dora: bool = False,
+    rslora: bool = False,
+    targets: Collection[str] = (),
 ) -> LoraConfig:
     """Returns PEFT's description of an allocation on a model.
 
     PEFT matches a pattern against the whole module name, so each key spells out its layer up to
     the dot: ``layers.1`` would match nothing, ``layers.1.*`` the layers 10 to 19 as well.
 
+    See `attach` for the arguments.
+
     Raises:
         RankSpaceError: If the allocation does not fit the model.
+        ConfigError: If a target is no matrix of this model.
     """
     structure = structure_of(model)
     matrix = model.get_submodule(f"{structure.layers}.0.{structure.output}")
-    ranks = module_ranks(model, allocation)
+    ranks = module_ranks(model, allocation, targets)
     layers = len(decoder_layers(model))
     if len(allocation.ranks) == layers:  # one short pattern per layer
         named = enumerate(allocation.ranks)
         patterns = {rf"{re.escape(f'{structure.layers}.{i}')}\..*": r for i, r in named if r}
     else:
         patterns = {re.escape(name): rank for name, rank in ranks.items()}
+    alphas = {} if alpha else {pattern: alpha_over_rank * r for pattern, r in patterns.items()}
     return LoraConfig(
         r=max(ranks.values()),
-        lora_alpha=alpha_over_rank * max(ranks.values()),
+        lora_alpha=alpha or alpha_over_rank * max(ranks.values()),
         rank_pattern=patterns,
-        alpha_pattern={pattern: alpha_over_rank * r for pattern, r in patterns.items()},
+        alpha_pattern=alphas,
         target_modules=list(ranks),
         fan_in_fan_out=is_transposed(getattr(matrix, "base_layer", matrix)),
         lora_dropout=dropout,
+        use_dora=dora,
+        use_rslora=rslora,
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -183,29 +105,56 @@ def attach(
     seed: int,
     alpha_over_rank: float,
     dropout: float = 0.0,
+    alpha: float = 0.0,
+    dora: bool = False,
+    rslora: bool = False,
+    targets: Collection[str] = (),
 ) -> PeftModel:
     """Puts a fresh adapter on the base model, in the place of the one before.
 
     Args:
-        base: The pruned model, or what this function returned for it.
+        base: The pruned model, or what PEFT made of it, with any adapter.
         allocation: One rank per decoder layer, group or projection.
         seed: Seed of the initial weights.
-        alpha_over_rank: LoRA scaling alpha / r, the same in every layer.
+        alpha_over_rank: LoRA alpha / r, the same for every rank. What an adapter adds is scaled by
+            it, or, with `rslora`, by alpha_over_rank * sqrt(r).
         dropout: LoRA dropout.
+        alpha: LoRA alpha, the same for every rank, in place of `alpha_over_rank` * r; 0: none.
+            The scaling is then alpha / r, or, with `rslora`, alpha / sqrt(r).
+        dora: Whether a magnitude per output is trained too (DoRA, arXiv 2402.09353). It starts
+            from that of the base weights.
+        rslora: Whether alpha is divided by sqrt(r) instead of r (arXiv 2312.03732).
+        targets: The matrices of a layer that get an adapter, by name or its last part; empty: all.
+
+    Returns:
+        `base` itself if it has been a LoRA model, else a new one.
 
     Raises:
         RankSpaceError: If the allocation does not fit the model.
+        ConfigError: If a target is no matrix of this model.
     """
     bare = base.get_base_model() if isinstance(base, PeftModel) else base
-    config = lora_config(bare, allocation, alpha_over_rank=alpha_over_rank, dropout=dropout)
+    config = lora_config(
+        bare,
+        allocation,
+        alpha_over_rank=alpha_over_rank,
+        dropout=dropout,
+        alpha=alpha,
+        dora=dora,
+        rslora=rslora,
+        targets=targets,
+    )
     if isinstance(base, PeftModel):
-        base.delete_adapter(ADAPTER)
+        base.unload()  # deleting an adapter would leave its layers, now without use, and its DoRA
+    if isinstance(base, PeftModel) and base.peft_type == PeftType.LORA:
+        for name in list(base.peft_config):
+            base.delete_adapter(name)
         base.add_adapter(ADAPTER, config)
         base.set_adapter(ADAPTER)  # after delete and add nothing would be trainable otherwise
         model = base
     else:
-        with _without_old_name():
-            model = get_peft_model(base, config)
+        with without_old_name():
+            model = get_peft_model(bare, config)
     initialize(model, seed)
     return model
 
@@ -250,62 +199,22 @@ def whole_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
 def cut(model: PeftModel, whole: Mapping[str, torch.Tensor], allocation: RankAllocation) -> None:
     """Cuts an adapter to an allocation: each module keeps its first rows and columns.
 
-    What is cut off is zero rather than removed, which gives the same outputs, since alpha / r is
-    the same for every rank.
+    What is cut off is zero rather than removed. What is kept adds as much as before: the scaling
+    stays that of the whole, also where alpha is the same for every rank, and so do DoRA's
+    magnitudes.
 
     Args:
         model: A model with the adapter, of no smaller rank anywhere.
         whole: Its weights as `whole_adapter` returned them.
         allocation: The ranks to keep.
     """
-    ranks = module_ranks(model.get_base_model(), allocation)
+    ranks = {
+        f"{layer}.{name}": rank
+        for layer, name, rank in matrix_ranks(model.get_base_model(), allocation)
+    }
     for name, weight in whole.items():
         module, is_up = name.removeprefix("base_model.model."), ".lora_B." in name
         kept = weight.clone()
         if is_up:
             kept[:, ranks.get(module.partition(".lora_B.")[0], 0) :] = 0
         model.get_parameter(name).copy_(kept)
-
-
-def load(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Puts a saved adapter on its model."""
-    with _without_old_name():
-        return PeftModel.from_pretrained(model, folder)
-
-
-def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Adds a saved adapter to the weights of its model, in place; they keep their type.
-
-    Args:
-        model: The model that the adapter was trained on.
-        folder: The adapter, a PEFT folder with safetensors.
-
-    Returns:
-        The model, without adapter layers.
-
-    Raises:
-        ArtifactError: If the adapter is torn, pickled, or does not fit the model.
-    """
-    try:
-        with warnings.catch_warnings():
-            # Without its weights PEFT would merge a fresh adapter, that is none.
-            warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
-            if not (folder / "adapter_model.safetensors").is_file():
-                raise ValueError("adapter_model.safetensors is missing")
-            wrapped = load(model, folder)
-            whole: PreTrainedModel = wrapped.merge_and_unload(safe_merge=True)
-    except Exception as error:  # PEFT and the readers of a torn file raise all kinds
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ArtifactError(
-            f"The adapter in {folder} cannot be merged: {' '.join(lines[:2]).rstrip('.')}. Give "
-            "the adapter that was trained on this model."
-        ) from error
-    return whole
-
-
-@contextlib.contextmanager
-def _without_old_name() -> Iterator[None]:
-    """Hides that PEFT 0.21 asks for an attribute that transformers 5.23 has renamed."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        yield

@@ -9,6 +9,7 @@ and writing is the business of `rankadaptor_plugin.run_file`.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,12 @@ EMBEDDED = "embedded"
 
 AUTO, FIXED = "auto", "fixed"
 """The default method, and the one that searches nothing: the run file names the allocation."""
+
+SEARCHED_RANKS, UNIFORM_LORA = "rankadaptor", "lora"
+"""Recovery methods: the rank allocation that was searched or given, and the baseline."""
+
+PATTERN = "pattern:"
+"""How a recovery method begins that gives the ranks by layer."""
 
 
 def _f(default: Any, help_: str, **rule: Any) -> Any:
@@ -166,9 +173,13 @@ class RankSpaceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """The recovery corpus: JSON or JSONL in Alpaca form, JSONL with "text", or plain text."""
+    """The recovery corpus: Alpaca rows, conversations, rows with "text", or plain text."""
 
-    path: str = _f(EMBEDDED, 'file to fine-tune on; "embedded" is the one in the package')
+    path: str = _f(
+        EMBEDDED,
+        'JSON, JSONL or text file to fine-tune on, or a dataset on the hub such as "owner/name"; '
+        '"embedded" is the corpus in the package',
+    )
     template: str = _f(
         "alpaca",
         'prompt of instruction rows: alpaca ("Below is an instruction ...") or plain (as it is)',
@@ -176,13 +187,23 @@ class CorpusConfig:
     )
     max_tokens: int = _f(256, "longest training sequence, in tokens", low=2)
     limit: int = _f(0, "use the first rows only; 0 uses all", low=0)
+    validation: int = _f(
+        0, "rows held out from training, on which the loss is measured; 0: none", low=0
+    )
+    validation_seed: int = _f(42, "seed that draws the held-out rows (LLM-Pruner: 42)", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryConfig:
     """One fine-tune: LoRA on the pruned model, the same seeds and batches for every allocation."""
 
+    methods: tuple[str, ...] = _f(
+        ("rankadaptor",),
+        "what races uniform LoRA: rankadaptor (searched ranks), adalora, eva, lora-fa, dora, "
+        'rslora, pissa, none, lists such as "pattern:4-6-10-12"; only "lora": uniform LoRA alone',
+    )
     steps: int = _f(600, "optimizer steps", low=1)
+    epochs: float = _f(0.0, "passes over the corpus in place of steps; 0 takes steps", low=0.0)
     batch_size: int = _f(64, "sequences per optimizer step", low=1)
     micro_batch_size: int = _f(16, "sequences per forward pass (paper: 16)", low=1)
     learning_rate: float = _f(1e-4, "peak learning rate of AdamW", low=0.0)
@@ -195,7 +216,59 @@ class RecoveryConfig:
     alpha_over_rank: float = _f(
         2.0, "LoRA scaling alpha / r, the same in every layer (r 8, alpha 16 in the paper)", low=0.0
     )
+    alpha: float = _f(
+        0.0, "LoRA alpha, the same for all ranks, in place of alpha_over_rank; 0: none", low=0.0
+    )
     dropout: float = _f(0.0, "LoRA dropout", low=0.0, high=0.9)
+    targets: tuple[str, ...] = _f(
+        (), 'matrices with an adapter, such as ["q_proj", "v_proj"]; empty: all of a layer'
+    )
+    dora: bool = _f(False, "weight-decomposed LoRA in every fine-tune")
+    rslora: bool = _f(False, "scale by alpha / sqrt(r) in every fine-tune")
+    pissa: bool = _f(False, "start every fine-tune from the principal singular vectors")
+    validate_every: int = _f(
+        0, "steps between two looks at the held-out loss; 0: only after the last step", low=0
+    )
+    keep_best: bool = _f(False, "take the weights with the lowest held-out loss, not the last")
+    distill_weight: float = _f(
+        0.0,
+        "share of the loss that compares with the unpruned model's predictions; 0 does without",
+        low=0.0,
+        high=1.0,
+    )
+    distill_temperature: float = _f(2.0, "temperature of these predictions", above=0.0)
+    distill_top_k: int = _f(
+        64,
+        "most probable tokens that are kept of each prediction, computed once per corpus; 0: the "
+        "unpruned model stays in memory and predicts anew each time",
+        low=0,
+    )
+    gradient_checkpointing: bool = _f(False, "save memory, compute activations twice")
+    layout: str = _f(
+        "sorted",
+        "how an optimizer step's sequences are laid out in passes: padded, sorted by length, "
+        "packed (no padding, attention stays within a sequence), or auto, the fastest of them",
+        choices=("padded", "sorted", "packed", "auto"),
+    )
+    candidates_per_pass: int = _f(
+        0,
+        "fine-tunes trained in one pass where several are due; 1: one by one; 0: whatever a short "
+        "calibration finds fastest",
+        low=0,
+    )
+    engine: str = _f(
+        "own", "training loop: own, or trainer (transformers.Trainer)", choices=("own", "trainer")
+    )
+    trainer_arguments: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "further arguments of transformers.TrainingArguments, such as report_to"},
+    )
+
+    def steps_for(self, sequences: int) -> int:
+        """Returns the optimizer steps of a whole fine-tune on a corpus of so many sequences."""
+        if self.epochs:
+            return max(1, math.ceil(self.epochs * sequences / self.batch_size))
+        return self.steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -445,6 +518,11 @@ class RunConfig:
     """One run, as its run file describes it. Paths are relative to the run file."""
 
     model: str = _f(EMBEDDED, 'folder of a Hugging Face causal LM; "embedded" is the tiny Llama')
+    recipe: str = _f(
+        "",
+        "preset of [corpus] and [recovery]: llm-pruner, shortened or quick; keys given here win",
+        choices=("", "llm-pruner", "shortened", "quick"),
+    )
     output: str = _f("runs/embedded", "run folder; the same command continues a broken-off run")
     seed: int = _f(0, "seed of everything that is random", low=0, high=2**31 - 1)
     device: str = _f("auto", "auto, cpu, or cuda[:index]")
@@ -457,6 +535,12 @@ class RunConfig:
         "auto",
         "weights of the base model; auto: bfloat16 on a GPU, else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    quantize: str = _f(
+        "",
+        "8bit or 4bit: quantized weights of the pruned model while it is fine-tuned (CUDA only, "
+        "bitsandbytes); empty: as they are",
+        choices=("", "8bit", "4bit"),
     )
     threads: int = _f(0, "CPU threads of torch; 0 leaves its default", low=0)
     trust_remote_code: bool = _f(False, "run Python code that comes with the model folder")
@@ -485,6 +569,7 @@ class RunConfig:
                 "[oracle] tasks is empty. Name at least one lm-eval task, for example "
                 'tasks = ["tiny_boolq"].'
             )
+        self._check_methods()
         steps = {high - low for low, high in itertools.pairwise(self.rank_space.candidates)}
         if self.search.method in _EVEN and len(steps) > 1:
             raise ConfigError(
@@ -509,6 +594,43 @@ class RunConfig:
                 f'"{self.rank_space.budget}". Set budget = "free", with max_parameters if need be.'
             )
 
+    def _check_methods(self) -> None:
+        methods = self.recovery.methods
+        if not methods:
+            raise ConfigError(
+                '[recovery] methods is empty. Name at least one, such as "rankadaptor" or "lora".'
+            )
+        if len(set(methods)) < len(methods):
+            raise ConfigError(
+                f"[recovery] methods {list(methods)} names a method twice. Name each one once."
+            )
+        if self.races_ranks:
+            return
+        for key, given in (
+            ("[search] allocation", self.search.is_fixed),
+            ("[confirm] best_random", self.confirm.best_random),
+        ):
+            if given:
+                raise ConfigError(
+                    f"{key} is of no use without the method {SEARCHED_RANKS}: [recovery] methods "
+                    f'is {list(methods)}. Add "{SEARCHED_RANKS}" to it, or leave {key} out.'
+                )
+
+    @property
+    def races_ranks(self) -> bool:
+        """Whether a rank allocation, searched or given, is among the recovery methods."""
+        return SEARCHED_RANKS in self.recovery.methods
+
+    @property
+    def searches(self) -> bool:
+        """Whether there is a search."""
+        return self.races_ranks and not self.search.is_fixed
+
+    @property
+    def further_methods(self) -> tuple[str, ...]:
+        """The recovery methods that race beside rank allocations and uniform LoRA."""
+        return tuple(m for m in self.recovery.methods if m not in (SEARCHED_RANKS, UNIFORM_LORA))
+
     @property
     def common_baseline(self) -> bool:
         """Whether all finalists have the parameters of one uniform LoRA."""
@@ -518,11 +640,21 @@ class RunConfig:
 
     @property
     def competitors(self) -> int:
-        """The most that enter the race against uniform LoRA."""
+        """The most that enter the race against uniform LoRA; 1 where it runs alone."""
+        return max(1, self._allocations + len(self.further_methods))
+
+    @property
+    def _allocations(self) -> int:
+        if not self.races_ranks:
+            return 0
         return 1 if self.search.is_fixed else self.confirm.finalists + self.confirm.best_random
 
     @property
     def race_fine_tunes(self) -> int:
         """The most fine-tunes that the race takes."""
-        baselines = 1 if self.common_baseline else self.competitors
-        return self.confirm.seeds * (self.competitors + baselines)
+        methods, own = self.further_methods, 0 if self.common_baseline else self._allocations
+        patterns = sum(PATTERN in method for method in methods)
+        # Uniform LoRA of the default rank: for methods, for allocations, or alone.
+        uniform = patterns < len(methods) or self._allocations > own or not (methods or own)
+        entrants = self._allocations + len(methods)
+        return self.confirm.seeds * (entrants + own + patterns + uniform)

@@ -23,6 +23,7 @@ from rankadaptor_plugin.race_result import (
     FINALIST,
     Competitor,
     Confirmed,
+    Entrant,
     Exit,
     Standing,
 )
@@ -113,6 +114,7 @@ class Confirmation:
         weights: Weight per task of the verdict; None weighs all equally.
         on_run: Told the number of finished runs and of the most that there will be, after each.
         is_whole: Tells of a run whose scores are kept whether all else that it left is there too.
+        expect: Told the runs of each round beforehand, so that some may be made together.
     """
 
     def __init__(
@@ -128,11 +130,12 @@ class Confirmation:
         weights: Mapping[str, float] | None,
         on_run: Callable[[int, int], None],
         is_whole: Callable[[RankAllocation, int], bool] = lambda allocation, seed: True,
+        expect: Callable[[Sequence[tuple[RankAllocation, int]]], None] = lambda jobs: None,
     ) -> None:
         self._run, self._folder, self._store = run, folder, store
         self._seeds, self._least_seeds, self._confidence = seeds, least_seeds, confidence
         self._metric, self._weights = metric, weights
-        self._on_run, self._is_whole = on_run, is_whole
+        self._on_run, self._is_whole, self._expect = on_run, is_whole, expect
         self._recorded = {(trial.allocation, trial.seed): trial for trial in store.trials()}
 
     def confirm(
@@ -140,6 +143,7 @@ class Confirmation:
         finalists: Sequence[RankAllocation],
         baseline_for: Callable[[RankAllocation], RankAllocation],
         best_random: RankAllocation | None = None,
+        methods: Sequence[Entrant] = (),
     ) -> Confirmed:
         """Runs the race.
 
@@ -148,9 +152,11 @@ class Confirmation:
         the race ends.
 
         Args:
-            finalists: Best allocations of the search, best first, at least one.
+            finalists: Best allocations of the search, best first.
             baseline_for: Uniform LoRA at the parameters of an allocation.
             best_random: The best of the random allocations, if it is to enter too.
+            methods: Recovery methods that enter too. One whose allocation is among the former
+                enters once.
 
         Raises:
             RecoveryError: If a fine-tune of uniform LoRA diverges; there is no other to take.
@@ -160,15 +166,14 @@ class Confirmation:
         if best_random is not None:
             labels.setdefault(best_random, BEST_RANDOM)
         baselines = {allocation: baseline_for(allocation) for allocation in labels}
+        for entrant in methods:
+            labels.setdefault(entrant.allocation, entrant.label)
+            baselines.setdefault(entrant.allocation, entrant.baseline)
         standing = Standing(baselines)
-        rules = Rules(
-            competitors=max(1, len(standing.racing)),
-            seeds=len(self._seeds),
-            least_seeds=self._least_seeds,
-            confidence=self._confidence,
-        )
+        rules = self._rules(max(1, len(standing.racing)))
         for count, seed in enumerate(self._seeds, 1):
             last = rules.seeds if standing.racing else rules.least_seeds
+            self._expect([(allocation, seed) for allocation in standing.in_race])
             most = self._round(standing, seed, last - count)
             if rules.is_look(count):
                 self._eliminate(standing, count, rules.confidence_after(count))
@@ -200,6 +205,35 @@ class Confirmation:
             weights=self._weights,
         )
 
+    def alone(self, uniform: RankAllocation) -> Confirmed:
+        """Runs uniform LoRA alone with all seeds, to be compared with nothing.
+
+        Raises:
+            RecoveryError: If a fine-tune diverges.
+            OracleError: If it cannot be scored.
+        """
+        standing = Standing({})
+        standing.runs[uniform] = []
+        self._expect([(uniform, seed) for seed in self._seeds])
+        for count, seed in enumerate(self._seeds, 1):
+            self._round(standing, seed, len(self._seeds) - count)
+        return Confirmed(
+            seeds=tuple(self._seeds),
+            runs={uniform: tuple(standing.runs[uniform])},
+            competitors=(),
+            rules=self._rules(1),
+            metric=self._metric,
+            weights=self._weights,
+        )
+
+    def _rules(self, competitors: int) -> Rules:
+        return Rules(
+            competitors=competitors,
+            seeds=len(self._seeds),
+            least_seeds=self._least_seeds,
+            confidence=self._confidence,
+        )
+
     def _round(self, standing: Standing, seed: int, rounds_left: int) -> int:
         """Runs all that are in the race with one seed.
 
@@ -207,7 +241,7 @@ class Confirmation:
             The most runs of the whole race, with `rounds_left` more rounds like this one.
         """
         baselines = standing.running_baselines
-        in_race = dict.fromkeys((*baselines, *standing.racing))
+        in_race = standing.in_race
         most = standing.done + len(in_race) * (1 + rounds_left)
         for allocation in in_race:
             several = standing.runs.setdefault(allocation, [])

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.pruned_model import PrunedModel
     from rankadaptor_plugin.ranks import RankAllocation, RankSpace
     from rankadaptor_plugin.scores import Score
+    from rankadaptor_plugin.teacher import LiveTeacher
 
 
 class Pruner(Protocol):
@@ -183,7 +184,8 @@ class RunContext:
         registries: All registered names.
         hook: The relay to call further hooks.
         oracle: P of the paper.
-        corpus: The recovery corpus.
+        corpus: The recovery corpus, with what the unpruned model predicts where it is distilled.
+        teacher: The unpruned model, where it predicts on the way; None otherwise.
     """
 
     config: RunConfig
@@ -192,3 +194,4 @@ class RunContext:
     hook: Any
     oracle: Oracle
     corpus: Corpus
+    teacher: LiveTeacher | None = None

@@ -1,227 +1,271 @@
 """The recovery corpus: what the pruned model is fine-tuned on, and calibrated with.
 
-Three forms are read, told apart by their content: JSON or JSONL rows in Alpaca form
-(``instruction``, ``input``, ``output``), JSON or JSONL rows with ``text``, and plain text files.
-Instruction rows are trained on their response alone; running text is joined, cut into blocks of
-`max_tokens` and trained on every token.
+Rows come from a file, from a dataset of the hub, or from memory, in four forms that are told apart
+by their content: Alpaca rows (``instruction``, ``input``, ``output``), conversations, rows with
+``text``, and plain text files. Instruction rows are trained on their response alone, conversations
+on what the assistant says; running text is joined, cut into blocks of `max_tokens` and trained on
+every token.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 
-from rankadaptor_plugin.errors import ConfigError, CorpusError
+from rankadaptor_plugin.chat import chat_sequences
+from rankadaptor_plugin.corpus_cache import corpus_key, read_corpus, write_corpus
+from rankadaptor_plugin.corpus_rows import (
+    ALPACA,
+    checked_rows,
+    file_digest,
+    hub_rows,
+    is_hub_name,
+    prompt_and_response,
+    read_rows,
+    rows_digest,
+)
+from rankadaptor_plugin.errors import CorpusError
+from rankadaptor_plugin.training_sequences import IGNORED, Corpus, TrainingSequence
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
+    Rows = Sequence[dict[str, Any]]
+
+__all__ = [
+    "ALPACA",
+    "IGNORED",
+    "Corpus",
+    "TrainingSequence",
+    "corpus_of_rows",
+    "encode",
+    "load_corpus",
+    "prompt_and_response",
+    "read_rows",
+    "split_rows",
+]
+
 logger = logging.getLogger(__name__)
 
-IGNORED = -100
-"""Label of a token without loss, as torch's cross-entropy takes it."""
+T = TypeVar("T")
 
-ALPACA = {
-    True: (
-        "Below is an instruction that describes a task, paired with an input that provides "
-        "further context. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-    ),
-    False: (
-        "Below is an instruction that describes a task. Write a response that appropriately "
-        "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-    ),
-}
-"""The prompts of Stanford Alpaca, with and without an input, as LLM-Pruner uses them."""
-
-
-@dataclass(frozen=True)
-class TrainingSequence:
-    """One training sequence.
-
-    Attributes:
-        tokens: Token ids, shape (t,), int64.
-        labels: The same ids, `IGNORED` where no loss is taken, shape (t,), int64.
-    """
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
+_MEMORY = "in memory"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Corpus:
-    """Tokenized training sequences.
+class _How:
+    """How rows become sequences; see `load_corpus`."""
 
-    Attributes:
-        sequences: At least one.
-        dropped: Rows without a single trainable token within the length limit.
-    """
-
-    sequences: Sequence[TrainingSequence]
-    dropped: int
-
-
-_SETTINGS = {
-    "corpus": "[corpus] path",
-    "calibration text": "[prune] calibration",
-    "held-out text": "[oracle] text",
-}
+    template: str
+    max_tokens: int
+    limit: int
+    validation: int
+    validation_seed: int
 
 
 def load_corpus(
-    path: Path,
+    path: Path | str,
     tokenizer: PreTrainedTokenizerBase,
     *,
     template: str = "alpaca",
     max_tokens: int = 256,
     limit: int = 0,
+    validation: int = 0,
+    validation_seed: int = 42,
+    cache: Path | None = None,
 ) -> Corpus:
     """Reads and tokenizes a recovery corpus.
 
     Args:
-        path: A ``.json``, ``.jsonl`` or text file.
+        path: A ``.json``, ``.jsonl`` or text file, or a dataset of the hub, ``owner/name``, whose
+            split ``train`` is taken.
         tokenizer: Tokenizer of the model.
         template: ``alpaca`` or ``plain``, the prompt around instruction rows.
         max_tokens: Longest sequence in tokens; longer ones lose their end.
         limit: Use the first rows only; 0 uses all.
+        validation: Rows to hold out from training, drawn as by `split_rows`.
+        validation_seed: Seed of this draw.
+        cache: Folder where the tokens are kept for the next time.
 
     Raises:
         ConfigError: If the file is missing.
         CorpusError: If it is malformed, or yields no training sequence.
     """
-    rows = read_rows(path)
-    if limit:
-        rows = rows[:limit]
-    sequences: list[TrainingSequence] = []
-    running: list[int] = []
-    dropped = 0
-    for number, row in enumerate(rows, start=1):
-        if "text" in row:
-            running += encode(tokenizer, row["text"]) + _end(tokenizer)
-            continue
-        sequence = _instruction(row, tokenizer, template, max_tokens, f"{path}, row {number}")
-        if sequence is None:
-            dropped += 1
-        else:
-            sequences.append(sequence)
-    for start in range(0, len(running), max_tokens):
-        block = torch.tensor(running[start : start + max_tokens])
-        if len(block) > 1:
-            sequences.append(TrainingSequence(block, block))
-    if not sequences:
-        raise CorpusError(
-            f"The corpus {path} gives no training sequence ({len(rows)} rows, {dropped} longer "
-            f"than {max_tokens} tokens or without a response). Give a file with rows, or raise "
-            "[corpus] max_tokens."
-        )
-    if dropped:
-        logger.warning(
-            "%d of %d rows of %s have no response within %d tokens and are left out",
-            dropped,
-            len(rows),
-            path,
-            max_tokens,
-        )
-    return Corpus(sequences=sequences, dropped=dropped)
-
-
-def read_rows(path: Path, what: str = "corpus") -> list[dict[str, str]]:
-    """Reads the rows of a corpus file, or of the ``"calibration text"`` or ``"held-out text"``.
-
-    Returns:
-        Dictionaries with either ``text`` or ``instruction``, ``input`` and ``output``.
-
-    Raises:
-        ConfigError: If the file is missing.
-        CorpusError: If it is malformed.
-    """
-    setting = _SETTINGS[what]
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(
-            f"The {what} {path} cannot be read: {error.strerror}. Correct {setting}."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"The {what} {path} is not UTF-8 text: {error}. Convert it.") from error
-    if not content.strip():
-        raise CorpusError(f"The {what} {path} is empty. Give a file with at least one row.")
-    if path.suffix.lower() == ".json":
-        rows = _parse(content, path, what, line=None)
-        if not isinstance(rows, list):
-            raise CorpusError(f"The {what} {path} is not a JSON list of rows. Wrap it in [ ].")
-        numbered = list(enumerate(rows, start=1))
-    elif path.suffix.lower() == ".jsonl":
-        numbered = [
-            (number, _parse(line, path, what, line=number))
-            # Not splitlines: JSON strings may hold the other characters that it breaks at.
-            for number, line in enumerate(content.split("\n"), start=1)
-            if line.strip()
-        ]
-    else:
-        return [{"text": content}]
-    return [_row(row, f"{path}, row {number}") for number, row in numbered]
-
-
-def _parse(content: str, path: Path, what: str, line: int | None) -> Any:
-    try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        where = f"line {line}" if line else f"line {error.lineno}"
-        raise CorpusError(
-            f"The {what} {path} is not valid JSON in {where}: {error.msg}. Correct it."
-        ) from error
-
-
-def _row(row: Any, where: str) -> dict[str, str]:
-    if isinstance(row, dict):
-        # Before `text`: Stanford's own file has both, and `text` would be trained on as a whole.
-        filled = {**row, "input": row.get("input") or ""}
-        texts: dict[str, Any] = {k: filled.get(k) for k in ("instruction", "input", "output")}
-        if all(isinstance(text, str) for text in texts.values()):
-            return texts
-        if isinstance(row.get("text"), str):
-            return {"text": row["text"]}
-    raise CorpusError(
-        f"{where} is {repr(row)[:60]}; a row needs the texts instruction and output (and may have "
-        "input), or text. Correct the row."
+    how = _How(
+        template=template,
+        max_tokens=max_tokens,
+        limit=limit,
+        validation=validation,
+        validation_seed=validation_seed,
+    )
+    file = Path(path)
+    if is_hub_name(path) and not file.exists():
+        rows = hub_rows(str(path), limit)
+        return _corpus(str(path), tokenizer, how, cache, lambda: rows_digest(rows), lambda: rows)
+    return _corpus(
+        str(path), tokenizer, how, cache, lambda: file_digest(file), lambda: read_rows(file)
     )
 
 
-def _instruction(
-    row: dict[str, str],
+def corpus_of_rows(
+    rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    max_tokens: int,
-    where: str,
-) -> TrainingSequence | None:
+    *,
+    template: str = "alpaca",
+    max_tokens: int = 256,
+    limit: int = 0,
+    validation: int = 0,
+    validation_seed: int = 42,
+    cache: Path | None = None,
+) -> Corpus:
+    """Tokenizes rows as `load_corpus` does those of a file.
+
+    Args:
+        rows: Dictionaries in any of the forms that a file may have; a ``datasets.Dataset`` will do.
+        tokenizer: See `load_corpus`, as all that follows.
+        template: The prompt around instruction rows.
+        max_tokens: Longest sequence in tokens.
+        limit: First rows to use.
+        validation: Rows to hold out from training.
+        validation_seed: Seed of this draw.
+        cache: Folder where the tokens are kept.
+
+    Raises:
+        CorpusError: If a row is malformed, or there is no training sequence.
+    """
+    how = _How(
+        template=template,
+        max_tokens=max_tokens,
+        limit=limit,
+        validation=validation,
+        validation_seed=validation_seed,
+    )
+    known = checked_rows(rows, _MEMORY)
+    return _corpus(_MEMORY, tokenizer, how, cache, lambda: rows_digest(known), lambda: known)
+
+
+def split_rows(rows: Sequence[T], count: int, seed: int) -> tuple[list[T], list[T]]:
+    """Holds rows out as ``datasets.Dataset.train_test_split(test_size=count, seed=seed)`` does.
+
+    Args:
+        rows: Of any kind.
+        count: Rows to hold out; 0 leaves all rows in their order.
+        seed: Seed of the draw.
+
+    Returns:
+        The rows to train on and those held out, both in the order of the draw.
+    """
+    if not count:
+        return list(rows), []
+    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    return [rows[i] for i in order[count:]], [rows[i] for i in order[:count]]
+
+
+def _corpus(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    how: _How,
+    cache: Path | None,
+    digest: Callable[[], str],
+    rows: Callable[[], Rows],
+) -> Corpus:
+    """Returns a corpus from the cache, or tokenizes its rows and keeps them there."""
+    key = corpus_key(digest(), tokenizer, dataclasses.asdict(how)) if cache else None
+    kept = cache / f"{key}.safetensors" if cache and key else None
+    corpus = read_corpus(kept) if kept else None
+    if corpus is None:
+        corpus = _tokenized(rows(), tokenizer, how, name)
+        if kept:
+            write_corpus(kept, corpus)
+    if corpus.dropped:
+        logger.warning(
+            "%d of %d rows of %s have no response within %d tokens and are left out",
+            corpus.dropped,
+            corpus.rows,
+            name,
+            how.max_tokens,
+        )
+    return corpus
+
+
+def _tokenized(rows: Rows, tokenizer: PreTrainedTokenizerBase, how: _How, name: str) -> Corpus:
+    numbered = list(enumerate(rows, start=1))[: how.limit or None]
+    if how.validation and how.validation >= len(numbered):
+        raise CorpusError(
+            f"[corpus] validation holds out {how.validation} rows, but the corpus {name} has "
+            f"{len(numbered)}, which leaves none to train on. Lower validation, or give more rows."
+        )
+    training, held_out = split_rows(numbered, how.validation, how.validation_seed)
+    sequences, dropped = _sequences(training, tokenizer, how, name)
+    validation, also_dropped = _sequences(held_out, tokenizer, how, name)
+    dropped += also_dropped
+    if not sequences:
+        raise CorpusError(
+            f"The corpus {name} gives no training sequence ({len(numbered)} rows, {dropped} longer "
+            f"than {how.max_tokens} tokens or without a response). Give a file with rows, or raise "
+            "[corpus] max_tokens."
+        )
+    if held_out and not validation:
+        raise CorpusError(
+            f"The {len(held_out)} rows of the corpus {name} that [corpus] validation holds out "
+            f"give no sequence within {how.max_tokens} tokens. Raise validation or max_tokens."
+        )
+    return Corpus(sequences=sequences, dropped=dropped, validation=validation, rows=len(numbered))
+
+
+def _sequences(
+    rows: list[tuple[int, dict[str, Any]]],
+    tokenizer: PreTrainedTokenizerBase,
+    how: _How,
+    name: str,
+) -> tuple[list[TrainingSequence], int]:
+    """Returns the sequences of numbered rows, and how many rows gave none."""
+    sequences: list[TrainingSequence] = []
+    running: list[int] = []
+    dropped = 0
+    for number, row in rows:
+        where = f"{name}, row {number}"
+        if "text" in row:
+            running += encode(tokenizer, row["text"]) + _end(tokenizer)
+            continue
+        if "messages" in row:
+            found = chat_sequences(row["messages"], tokenizer, how.max_tokens, where)
+        else:
+            found = _instruction(row, tokenizer, how)
+        if not found:
+            logger.debug("%s has no response within %d tokens", where, how.max_tokens)
+            dropped += 1
+        sequences += found
+    for start in range(0, len(running), how.max_tokens):
+        block = torch.tensor(running[start : start + how.max_tokens])
+        if len(block) > 1:
+            sequences.append(TrainingSequence(block, block))
+    return sequences, dropped
+
+
+def _instruction(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, how: _How
+) -> list[TrainingSequence]:
     """Tokenizes prompt and response together; the loss begins where the prompt alone ends."""
-    prompt, response = prompt_and_response(row, template)
+    prompt, response = prompt_and_response(row, how.template)
     if not row["output"].strip():
-        return None
+        return []
     head = len(encode(tokenizer, prompt))
-    tokens = (encode(tokenizer, prompt + response) + _end(tokenizer))[:max_tokens]
+    tokens = (encode(tokenizer, prompt + response) + _end(tokenizer))[: how.max_tokens]
     if len(tokens) <= max(head, 1):  # nothing comes before the first token to predict it from
-        logger.debug("%s: the prompt alone fills %d tokens", where, max_tokens)
-        return None
+        return []
     ids = torch.tensor(tokens)
     labels = ids.clone()
     labels[:head] = IGNORED
-    return TrainingSequence(ids, labels)
-
-
-def prompt_and_response(row: dict[str, str], template: str) -> tuple[str, str]:
-    """Returns what an instruction row reads as; the two follow each other without a gap."""
-    if template == "alpaca":
-        return ALPACA[bool(row["input"])].format(**row), row["output"]
-    return f"{row['instruction']} {row['input']}".strip(), f" {row['output']}"
+    return [TrainingSequence(ids, labels)]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -26,6 +26,7 @@ from rankadaptor_plugin.atomic_folder import write_folder
 from rankadaptor_plugin.checkpoint_check import check_checkpoint
 from rankadaptor_plugin.errors import ArtifactError, UnsupportedModelError
 from rankadaptor_plugin.families import BUILT_IN
+from rankadaptor_plugin.fingerprint import RECORD
 from rankadaptor_plugin.pruned_classes import is_pruned, stock_class
 from rankadaptor_plugin.pruned_loading import load_pruned, read_record
 from rankadaptor_plugin.run_location import run_folder
@@ -137,6 +138,8 @@ def _copy_adapter(source: Path, target: Path) -> None:
             f"{source / _ADAPTER_CONFIG} cannot be read ({error}). Delete {source} and run again."
         ) from error
     _write_json(target / _ADAPTER_CONFIG, config)
+    if (source / RECORD).is_file():  # an older run wrote none
+        shutil.copyfile(source / RECORD, target / RECORD)
 
 
 def _write_code(folder: Path, model: PreTrainedModel, *, with_code: bool) -> None:

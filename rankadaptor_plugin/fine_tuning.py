@@ -16,18 +16,20 @@ from peft import PeftModel
 
 from rankadaptor_plugin import adapters
 from rankadaptor_plugin.confirmation import ConfirmationRun, run_name
+from rankadaptor_plugin.module_adapters import bare_model
+from rankadaptor_plugin.planned import PlannedFineTunes
 from rankadaptor_plugin.ranks import RankAllocation
-from rankadaptor_plugin.recovery import Rung, recover
+from rankadaptor_plugin.recovery import Rung, adopt, recover
 from rankadaptor_plugin.scores import Score
 from rankadaptor_plugin.trials import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
 
     from rankadaptor_plugin.context import RunContext
     from rankadaptor_plugin.objective import Objective
     from rankadaptor_plugin.pruned_model import PrunedModel
+    from rankadaptor_plugin.recovered import RecoveredAdapter
     from rankadaptor_plugin.run_folder import RunFolder
 
 
@@ -51,8 +53,15 @@ class FineTuner:
         delivered_seed: int,
     ) -> None:
         self._context, self._folder = context, folder
+        self._tokenizer = pruned.tokenizer
+        self._planned = PlannedFineTunes(context, folder)
         self._objective, self._delivered_seed = objective, delivered_seed
         self._resident: Any = pruned.model  # wrapped by PEFT from the first adapter on
+        self._last: RecoveredAdapter  # the last fine-tune, whose adapter is on the model
+
+    def expect(self, jobs: Sequence[tuple[RankAllocation, int]]) -> None:
+        """Takes the fine-tunes that are due next; some may be made together."""
+        self._planned.expect(jobs)
 
     @contextlib.contextmanager
     def cleared(self) -> Iterator[None]:
@@ -74,8 +83,6 @@ class FineTuner:
 
         With `goes_on` it is scored at the rung of the run file too, and ends there if that says no.
         """
-        searched: dict[str, Any] = dict(allocation.settings)
-        config = replace(self._context.config.recovery, **searched)
         share, looks, looking = self._context.config.search.rung, list[Score](), 0.0
 
         def look(model: PeftModel) -> bool:
@@ -86,21 +93,13 @@ class FineTuner:
             value = self._objective(looks[0])
             return goes_on is None or not math.isfinite(value) or goes_on(value)
 
-        if not isinstance(self._resident, PeftModel):
-            # Wrapped here already: a first fine-tune that diverges must not leave an adapter
-            # behind in a model that passes for a plain one.
-            self._resident = adapters.attach(
-                self._resident, allocation, seed=seed, alpha_over_rank=config.alpha_over_rank
-            )
-        recovered = recover(
-            self._resident,
-            allocation,
-            self._context.corpus,
-            config,
-            seed=seed,
-            fidelity=fidelity,
-            rung=Rung(fidelity=share, goes_on=look) if goes_on is not None else None,
-        )
+        rung = Rung(fidelity=share, goes_on=look) if goes_on is not None else None
+        try:
+            recovered = self._recovered(allocation, fidelity, seed, rung)
+        except BaseException:
+            self._resident = bare_model(self._resident)
+            raise
+        self._last = recovered
         self._resident = recovered.model
         began = time.perf_counter()
         stopped = recovered.fidelity < fidelity
@@ -114,6 +113,39 @@ class FineTuner:
             },
             fidelity=recovered.fidelity,
             rungs={share: self._objective(looks[0])} if looks else {},
+        )
+
+    def _recovered(
+        self, allocation: RankAllocation, fidelity: float, seed: int, rung: Rung | None
+    ) -> RecoveredAdapter:
+        searched: dict[str, Any] = dict(allocation.settings)
+        config = replace(self._context.config.recovery, **searched)
+        corpus, micro = self._context.corpus, self._planned.micro
+        self._planned.choice(self._resident, (allocation, seed))
+        if fidelity == 1 and rung is None:
+            made = self._planned.take(self._resident, allocation, seed)
+            if made is not None:
+                return adopt(
+                    self._resident,
+                    allocation,
+                    made[0],
+                    corpus,
+                    config,
+                    seed,
+                    seconds=made[1],
+                    micro=micro,
+                )
+        return recover(
+            self._resident,
+            self._tokenizer,
+            allocation,
+            corpus,
+            config,
+            seed,
+            fidelity=fidelity,
+            rung=rung,
+            teacher=self._context.teacher,
+            micro=micro,
         )
 
     def proxies(
@@ -160,7 +192,11 @@ class FineTuner:
         report = self._context.oracle.score(self._resident, "report")
         oracle_seconds = run.seconds["oracle"] + time.perf_counter() - began
         if seed == self._delivered_seed:
-            self._folder.write_folder(self.adapter_name(allocation), self._save)
+            # The model was pruned in memory; PEFT needs telling where its base lies on disk.
+            self._last.save(
+                self._folder.path / self.adapter_name(allocation),
+                base=str(self._folder.pruned.resolve()),
+            )
         return replace(run, report=report, seconds={**run.seconds, "oracle": oracle_seconds})
 
     def is_whole(self, allocation: RankAllocation, seed: int) -> bool:
@@ -171,9 +207,3 @@ class FineTuner:
     def adapter_name(self, allocation: RankAllocation) -> str:
         """Returns where in the run folder the adapter lies that may be delivered."""
         return f"adapters/{run_name(allocation, self._delivered_seed)}"
-
-    def _save(self, folder: Path) -> None:
-        # The model was pruned in memory; PEFT needs telling where its base lies on disk.
-        base = str(self._folder.pruned.resolve())
-        self._resident.peft_config[adapters.ADAPTER].base_model_name_or_path = base
-        self._resident.save_pretrained(folder)

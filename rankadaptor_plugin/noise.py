@@ -135,6 +135,7 @@ def measure(
     weights: Mapping[str, float],
     report_documents: Mapping[str, int],
     on_run: Callable[[int, int], None],
+    expect: Callable[[Sequence[tuple[RankAllocation, int]]], None] = lambda jobs: None,
 ) -> Noise | None:
     """Fine-tunes and scores every allocation with every seed; finished runs are read back.
 
@@ -150,12 +151,14 @@ def measure(
         weights: Weight per task in the mean.
         report_documents: Documents of the final comparison by task.
         on_run: Told the number of finished runs and of all runs, before each and at the end.
+        expect: Told all allocations and seeds beforehand, so that some may be made together.
 
     Returns:
         None if fewer than two allocations can be fine-tuned.
     """
     seeds = noise_seeds(config.seed, config.noise.seeds)
     allocations = noise_allocations(space, config.noise.allocations, config.seed)
+    expect([(allocation, seed) for allocation in allocations for seed in seeds])
     done, total = 0, len(seeds) * len(allocations)
     runs: dict[RankAllocation, Runs] = {}
     for allocation in allocations:

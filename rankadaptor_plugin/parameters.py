@@ -125,8 +125,7 @@ def allocation_in(space: RankSpace, trial: FrozenTrial) -> RankAllocation | None
     """Returns the allocation of a trial; None if it was only started, or has no ranks."""
     # The record has the ranks that were really used; parameters are what a sampler asked for.
     if RECORD in trial.user_attrs:
-        record = trial.user_attrs[RECORD]
-        return RankAllocation(tuple(record["ranks"]), tuple(record.get("settings", {}).items()))
+        return RankAllocation.from_json(trial.user_attrs[RECORD])
     if not distributions(space).keys() <= trial.params.keys():
         return None
     searched = zip(slot_names(space), space.searchable, strict=True)

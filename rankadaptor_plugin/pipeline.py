@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,12 @@ from rankadaptor_plugin.errors import PluginError
 from rankadaptor_plugin.preparation import Prepared, prepare
 from rankadaptor_plugin.pruned_loading import load_pruned
 from rankadaptor_plugin.report import write_report
-from rankadaptor_plugin.run_folder import RunFolder, digest
+from rankadaptor_plugin.run_folder import TOKENIZED, RunFolder, digest
 from rankadaptor_plugin.sample_texts import sample_texts
 from rankadaptor_plugin.scores import Score
 from rankadaptor_plugin.stage import measure_noise
 from rankadaptor_plugin.summary import report_data
+from rankadaptor_plugin.teacher import LiveTeacher, with_teacher
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,6 +118,7 @@ class _Run:
         """Runs the stages in order and returns what they left."""
         self._prune()
         base = self._evaluated("base", self._base_model)
+        self._distill()
         pruned = self._pruned()
         scores = {"base": [base], "pruned": [self._evaluated("pruned", lambda: pruned.model)]}
         recovered = self._recovered(pruned)
@@ -233,7 +235,29 @@ class _Run:
     def noise(self) -> dict[str, Any] | None:
         """Prunes and takes the noise floor alone."""
         self._prune()
+        self._distill()
         return measure_noise(self._pruned(), self.context)
+
+    def _distill(self) -> None:
+        """Lets the unpruned model predict the corpus, if the fine-tunes are to learn from it."""
+        table, corpus = self.config.recovery, self.context.corpus
+        if not table.distill_weight:
+            return
+        self._progress("teacher", 0)
+        with self.folder.timed("teacher"):
+            if table.distill_top_k:
+                corpus = with_teacher(
+                    corpus,
+                    self._base_model,
+                    fingerprint=f"{digest(self.prepared.source)} {self.prepared.dtype}",
+                    top_k=table.distill_top_k,
+                    temperature=table.distill_temperature,
+                    cache=self.folder.path / TOKENIZED,
+                )
+                self.context = replace(self.context, corpus=corpus)
+            else:
+                self.context = replace(self.context, teacher=LiveTeacher(self._base_model()))
+        self._progress("teacher", 1)
 
     def _prune(self) -> None:
         """Leaves the pruned model on disk."""
@@ -257,6 +281,7 @@ class _Run:
             device=self.prepared.device,
             dtype=self.prepared.dtype,
             device_map=self.config.device_map,
+            quantize=self.config.quantize,
         )
 
     def _progress(self, stage: str, done: int) -> None:

@@ -19,17 +19,21 @@ from rankadaptor_plugin.base_model import check_folder, load_tokenizer
 from rankadaptor_plugin.calibration_text import calibration_documents, calibration_samples
 from rankadaptor_plugin.context import Oracle, OracleSettings, Pruner, RunContext
 from rankadaptor_plugin.corpus import Corpus, encode, load_corpus
+from rankadaptor_plugin.corpus_cache import tokens_digest
 from rankadaptor_plugin.depth import check_importance
 from rankadaptor_plugin.device import resolve_device, resolve_dtype
 from rankadaptor_plugin.embedded_default import corpus_file, model_folder
 from rankadaptor_plugin.errors import ArtifactError, ConfigError
 from rankadaptor_plugin.importance import check_names
 from rankadaptor_plugin.meta_knowledge import MetaKnowledge
+from rankadaptor_plugin.method_race import check_methods
 from rankadaptor_plugin.objective import check_task_names, objective_metric
 from rankadaptor_plugin.oracles import TwoOracles
 from rankadaptor_plugin.paper_allocations import named_allocation
-from rankadaptor_plugin.run_folder import RunFolder, digest
+from rankadaptor_plugin.quantization import quantization_config
+from rankadaptor_plugin.run_folder import TOKENIZED, RunFolder, digest
 from rankadaptor_plugin.study import TrialStore
+from rankadaptor_plugin.teacher import check_teacher
 from rankadaptor_plugin.trials import TrialState
 
 if TYPE_CHECKING:
@@ -48,7 +52,12 @@ logger = logging.getLogger(__name__)
 _FREE = {
     "corpus": ("path",),
     "oracle": ("task_path", "data_dir", "text", "batch_tokens", "batch_size"),
-    "recovery": ("micro_batch_size",),
+    "recovery": (
+        "micro_batch_size",
+        "layout",
+        "candidates_per_pass",
+        "gradient_checkpointing",
+    ),
     # A search may be prolonged.
     "search": ("max_trials", "max_hours", "max_gpu_hours"),
 }
@@ -106,6 +115,8 @@ def prepare(
     check_folder(source)
     if given is None:
         _check_prune(config, source)
+    dtype = resolve_dtype(config.dtype, device)
+    _check_recovery(config, source, given, device, dtype)
     tokenizer = (
         given.tokenizer
         if given
@@ -113,7 +124,8 @@ def prepare(
     )
     corpus_path = corpus_file(config.corpus.path)
     text = config.oracle.text
-    if text and Path(text).is_file() and Path(text).samefile(corpus_path):
+    known = corpus_path.is_file() and Path(text).is_file()
+    if text and known and Path(text).samefile(corpus_path):
         raise ConfigError(
             f"[oracle] text {text} is the recovery corpus, which models are trained on. Name "
             "held-out text."
@@ -124,6 +136,9 @@ def prepare(
         template=config.corpus.template,
         max_tokens=config.corpus.max_tokens,
         limit=config.corpus.limit,
+        validation=config.corpus.validation,
+        validation_seed=config.corpus.validation_seed,
+        cache=folder.path / TOKENIZED,
     )
     text = config.prune.calibration
     if text and given is None and not Path(text).is_file():
@@ -163,7 +178,7 @@ def prepare(
         ),
     )
     objective_metric(config.oracle, oracle)  # says now what it would say after the pruning
-    _claim(folder, _inputs(config, source, given, corpus_path, oracle))
+    _claim(folder, _inputs(config, source, given, corpus, oracle))
     scored = config.prune.importance not in ("magnitude", "random")
     needed = scored and given is None and not folder.pruned.is_dir()
     calibration = _calibration(config, corpus, tokenizer) if needed else []
@@ -180,7 +195,7 @@ def prepare(
         source=source,
         tokenizer=tokenizer,
         device=device,
-        dtype=resolve_dtype(config.dtype, device),
+        dtype=dtype,
         calibration=calibration,
     )
     folder.add_seconds("load", time.perf_counter() - began)
@@ -225,6 +240,36 @@ def _check_prune(config: RunConfig, source: Path) -> None:
             source, trust_remote_code=config.trust_remote_code, local_files_only=True
         )
         config.prune.layers(model.num_hidden_layers)
+
+
+def _check_recovery(
+    config: RunConfig,
+    source: Path,
+    given: PrunedModel | None,
+    device: torch.device,
+    dtype: str | torch.dtype,
+) -> None:
+    """Says what is wrong with the fine-tunes before weights are loaded."""
+    table = config.recovery
+    check_methods(table)
+    if table.engine == "trainer":
+        # Only here: the import of Trainer takes as long as that of the whole program.
+        from rankadaptor_plugin.trainer_arguments import check_arguments
+
+        check_arguments(table.trainer_arguments)
+    quantization_config(config.quantize, device, dtype)
+    if given is None:
+        return
+    if config.quantize:
+        raise ConfigError(
+            f'quantize is "{config.quantize}", but the model is in memory already. Load it that '
+            'way, and leave quantize = "".'
+        )
+    if table.distill_weight:
+        teacher = AutoConfig.from_pretrained(
+            source, trust_remote_code=config.trust_remote_code, local_files_only=True
+        )
+        check_teacher(teacher, given.model.config)
 
 
 def _calibration(
@@ -276,10 +321,10 @@ def _tried(folder: RunFolder, study: str) -> set[RankAllocation]:
 
 
 def _inputs(
-    config: RunConfig, source: Path, given: PrunedModel | None, corpus: Path, oracle: Oracle
+    config: RunConfig, source: Path, given: PrunedModel | None, corpus: Corpus, oracle: Oracle
 ) -> dict[str, Any]:
     """Returns what must not change between two sessions in one run folder."""
-    plain = run_file.to_dict(config)
+    plain, corpus_path = run_file.to_dict(config), corpus_file(config.corpus.path)
     # A run may move to another machine or device.
     # What the noise step and the texts show may be asked again in another way.
     for key in ("output", "model", "device", "device_map", "threads", "noise", "generation"):
@@ -292,7 +337,8 @@ def _inputs(
         "config": plain,
         "model": digest(source),
         "pruned model": given.weights_digest() if given else None,
-        "corpus": digest(corpus),
+        # What lies on the hub may change under its name.
+        "corpus": digest(corpus_path) if corpus_path.exists() else tokens_digest(corpus),
         "calibration": digest(Path(calibration)) if calibration and not given else None,
         "documents": oracle.describe()["digest"],
         "meta-knowledge": digest(Path(meta)) if meta else None,

@@ -13,6 +13,7 @@ from rankadaptor_plugin.checkpoint_check import check_checkpoint
 from rankadaptor_plugin.errors import ArtifactError, UnsupportedModelError
 from rankadaptor_plugin.footprint import Footprint
 from rankadaptor_plugin.pruned_model import RECORD, PrunedModel
+from rankadaptor_plugin.quantization import quantization_config
 from rankadaptor_plugin.units import ModelShape
 
 
@@ -21,6 +22,7 @@ def load_pruned(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "auto",
     device_map: str = "",
+    quantize: str = "",
 ) -> PrunedModel:
     """Loads what `PrunedModel.save` wrote.
 
@@ -29,18 +31,25 @@ def load_pruned(
         device: Where the model goes.
         dtype: Type of the weights; ``"auto"`` keeps that of the files.
         device_map: How accelerate spreads it over devices; empty puts all on `device`.
+        quantize: ``"8bit"`` or ``"4bit"`` quantizes the matrices of the layers; `dtype` is that of
+            the other weights then.
 
     Raises:
         ArtifactError: If the folder holds no intact pruned model.
+        ConfigError: If it cannot be quantized here.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), torch.device(device)
+    quantization = quantization_config(quantize, device, dtype)
+    # Quantized weights are made on their device and may not be moved.
+    placement = device_map or ({"": device} if quantization else None)
     record = read_record(folder)
     check_checkpoint(folder)
     try:
         model, notes = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            device_map=device_map or None,
+            device_map=placement,
+            quantization_config=quantization,
             output_loading_info=True,
             local_files_only=True,
             use_safetensors=True,
@@ -58,7 +67,7 @@ def load_pruned(
     base = recorded(folder, record)
     try:
         pruned = PrunedModel.described(
-            model if device_map else model.to(device),
+            model if placement else model.to(device),
             tokenizer,
             base_shape=base.shape,
             base_footprint=base.footprint,
@@ -66,6 +75,8 @@ def load_pruned(
             pruned_layers=record["pruned_layers"],
             provenance=record["provenance"],
         )
+        if quantization:  # what is counted of packed weights is not what the model has
+            pruned.footprint = Footprint(**record["footprint"])
     except (KeyError, TypeError, UnsupportedModelError) as error:
         raise _torn(folder, f"{RECORD} cannot be read") from error
     if pruned.record() != record:

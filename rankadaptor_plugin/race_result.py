@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.statistics import Comparison
 
 FINALIST, BEST_RANDOM = "finalist", "best random"
-"""Labels of the competitors."""
+"""Labels of the competitors that are rank allocations; a recovery method has its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +36,28 @@ class Exit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Entrant:
+    """A recovery method that enters the race.
+
+    Attributes:
+        label: Its name.
+        allocation: What is fine-tuned.
+        baseline: Uniform LoRA that it is compared with.
+    """
+
+    label: str
+    allocation: RankAllocation
+    baseline: RankAllocation
+
+
+@dataclass(frozen=True, kw_only=True)
 class Competitor:
     """One allocation of the race.
 
     Attributes:
         allocation: Its ranks.
         baseline: Uniform LoRA at its parameters.
-        label: ``finalist`` or ``best random``.
+        label: ``finalist``, ``best random``, or the name of a recovery method.
         exit: How it left the race; None if it ran with all seeds.
         comparison: It minus its baseline in the decisive metric: after the last seed with the
             simultaneous confidence, or that of the round in which it was eliminated. None if it
@@ -54,6 +69,11 @@ class Competitor:
     label: str
     exit: Exit | None
     comparison: Comparison | None
+
+    @property
+    def is_method(self) -> bool:
+        """Whether it entered as a recovery method, not as what a search found."""
+        return self.label not in (FINALIST, BEST_RANDOM)
 
     @property
     def is_gain(self) -> bool:
@@ -95,7 +115,13 @@ class Standing:
         """Those of the competitors in the race; if none is left, the one that ran longest."""
         if racing := self.racing:
             return [self.baselines[allocation] for allocation in racing]
-        return [max(self.baselines.values(), key=lambda a: len(self.runs.get(a, ())))]
+        left = self.baselines.values() or self.runs
+        return [max(left, key=lambda a: len(self.runs.get(a, ())))]
+
+    @property
+    def in_race(self) -> list[RankAllocation]:
+        """What runs in a round, in order: baselines first."""
+        return list(dict.fromkeys((*self.running_baselines, *self.racing)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +131,8 @@ class Confirmed:
     Attributes:
         seeds: The fresh seeds that were used; each allocation ran with the first of them.
         runs: Runs of all competitors and baselines, one per seed.
-        competitors: The finalists, best of the search first, then the best random allocation.
+        competitors: The finalists, best of the search first, then the best random allocation,
+            then the recovery methods. None where uniform LoRA ran alone.
         rules: Rules of the race.
         metric: The decisive metric.
         weights: Weight per task of the verdict; None weighs all equally.
@@ -122,31 +149,44 @@ class Confirmed:
     def chosen(self) -> Competitor | None:
         """The competitor that the verdict is about.
 
-        That with the greatest mean difference of those that ran to the end or, if there is none,
-        of those shown to be worse than uniform LoRA; None if there is none of these either, as
-        where every finalist is uniform LoRA itself.
+        That with the greatest mean difference of those that are a gain or, if there is none, of
+        those that ran to the end or, if there is none, of those shown to be worse than uniform
+        LoRA; None if there is none of these either, as where every finalist is uniform LoRA itself.
         """
-        for reason in (None, Reason.UNIFORM):
-            found = [
-                (c.comparison.estimate, c)
-                for c in self.competitors
-                if c.comparison is not None and (c.exit and c.exit.reason) is reason
-            ]
-            if found:
-                return max(found, key=lambda entry: entry[0])[1]  # the first of equal ones
-        return None
+        return _best(self.competitors)
 
     @property
     def searched(self) -> RankAllocation | None:
-        """The allocation of the chosen competitor; None if there is none."""
-        return None if self.chosen is None else self.chosen.allocation
+        """The best rank allocation, by the same rule among those; None if there is none.
+
+        Where a recovery method led the race, one that was shown to be worse than it counts too.
+        """
+        found = [c for c in self.competitors if not c.is_method]
+        best = _best(found)
+        if best is None and self.chosen is not None and self.chosen.is_method:
+            best = max(
+                (c for c in found if c.comparison is not None),
+                key=lambda c: c.comparison.estimate if c.comparison else 0.0,
+                default=None,
+            )
+        return None if best is None else best.allocation
+
+    @property
+    def methods(self) -> dict[str, RankAllocation]:
+        """The recovery methods that were scored, by name."""
+        return {
+            c.label: c.allocation
+            for c in self.competitors
+            if c.is_method and self.runs.get(c.allocation)
+        }
 
     @property
     def baseline(self) -> RankAllocation:
         """Uniform LoRA at the parameters of the chosen one, or else the one that ran longest."""
         if self.chosen is not None:
             return self.chosen.baseline
-        return max((c.baseline for c in self.competitors), key=lambda a: len(self.seeds_of(a)))
+        left = [c.baseline for c in self.competitors] or self.runs
+        return max(left, key=lambda a: len(self.seeds_of(a)))
 
     @property
     def delivered(self) -> RankAllocation:
@@ -212,8 +252,7 @@ class Confirmed:
         ]
         return {
             "label": competitor.label,
-            "ranks": list(competitor.allocation.ranks),
-            "settings": dict(competitor.allocation.settings),
+            **competitor.allocation.to_json(),
             "baseline": list(competitor.baseline.ranks),
             "baseline_settings": dict(competitor.baseline.settings),
             "chosen": competitor is self.chosen,
@@ -224,3 +263,13 @@ class Confirmed:
             "detail": "" if out is None else out.detail,
             "comparison": competitor.comparison and competitor.comparison.to_json(),
         }
+
+
+def _best(competitors: Sequence[Competitor]) -> Competitor | None:
+    """Returns the one of these that the verdict is about, the first of equal ones."""
+    compared = [(c.comparison.estimate, c) for c in competitors if c.comparison is not None]
+    gains = [(estimate, c) for estimate, c in compared if c.is_gain]
+    ended = [(estimate, c) for estimate, c in compared if c.exit is None]
+    worse = [(e, c) for e, c in compared if c.exit and c.exit.reason is Reason.UNIFORM]
+    found = gains or ended or worse
+    return max(found, key=lambda entry: entry[0])[1] if found else None

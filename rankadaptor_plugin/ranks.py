@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from rankadaptor_plugin.errors import RankSpaceError
 from rankadaptor_plugin.rank_limits import to_limits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 Allocations = NDArray[np.int64]
 """Rows of a rank space, (n, c): a rank per slot, then the index of a value per setting."""
@@ -41,10 +41,12 @@ class RankAllocation:
         ranks: Index 0 = bottom; rank 0 leaves a slot without adapter.
         settings: Searched settings of the fine-tune, ``(name, value)``; empty takes those of the
             run file.
+        method: Name of the recovery method; empty is LoRA of these ranks. Never searched.
     """
 
     ranks: tuple[int, ...]
     settings: tuple[tuple[str, float], ...] = ()
+    method: str = ""
 
     def __post_init__(self) -> None:
         if not self.ranks or min(self.ranks) < 0 or max(self.ranks) == 0:
@@ -55,7 +57,22 @@ class RankAllocation:
 
     def __str__(self) -> str:
         ranks = "-".join(str(rank) for rank in self.ranks)
-        return ", ".join([ranks, *(f"{name} {value:g}" for name, value in self.settings)])
+        named = f"{self.method} {ranks}" if self.method else ranks
+        return ", ".join([named, *(f"{name} {value:g}" for name, value in self.settings)])
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values: ``ranks``, ``settings``, and ``method`` unless it is LoRA."""
+        method = {"method": self.method} if self.method else {}
+        return {"ranks": list(self.ranks), "settings": dict(self.settings), **method}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RankAllocation:
+        """Builds an allocation from what `to_json` returned, other keys left aside."""
+        return cls(
+            tuple(data["ranks"]),
+            tuple(data.get("settings", {}).items()),
+            data.get("method", ""),
+        )
 
 
 @dataclass(frozen=True)
@@ -229,7 +246,7 @@ class RankSpace:
         """Returns an allocation with the searched settings that it leaves to their default."""
         chosen = dict(allocation.settings)
         settings = ((s.name, chosen.get(s.name, s.values[s.default_index])) for s in self.settings)
-        return RankAllocation(allocation.ranks, tuple(settings))
+        return replace(allocation, settings=tuple(settings))
 
     def within_limits(self, allocation: RankAllocation) -> bool:
         """Tells whether an allocation keeps the limits, whatever its ranks are."""

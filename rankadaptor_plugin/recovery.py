@@ -1,31 +1,39 @@
 """One fine-tune: from a pruned model and a rank allocation to a recovered model.
 
-A plain loop on the resident model. Order of the sequences, initial weights and dropout come from
-the seed alone, so all allocations of a search see the same batches in the same order, and the
-global random state is left as it was found.
+Order of the sequences, initial weights and dropout come from the seed alone, so all allocations of
+a search see the same batches in the same order, and the global random state is left as it was.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rankadaptor_plugin import adapters
-from rankadaptor_plugin.corpus import IGNORED, Corpus, TrainingSequence
-from rankadaptor_plugin.errors import RecoveryError
+from rankadaptor_plugin import recovery_methods, training
+from rankadaptor_plugin.batches import batches, check_sequences
+from rankadaptor_plugin.candidate_batch import put
+from rankadaptor_plugin.config import CorpusConfig, RecoveryConfig
+from rankadaptor_plugin.corpus import Corpus, corpus_of_rows, load_corpus
+from rankadaptor_plugin.errors import ConfigError, RecoveryError
+from rankadaptor_plugin.packing_check import supports_packing
+from rankadaptor_plugin.ranks import RankAllocation
+from rankadaptor_plugin.recipes import Recipe
+from rankadaptor_plugin.recipes import recipe as preset
+from rankadaptor_plugin.recovered import HeldOut, RecoveredAdapter
+from rankadaptor_plugin.training import MicroBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Sequence
 
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-    from rankadaptor_plugin.config import RecoveryConfig
-    from rankadaptor_plugin.ranks import RankAllocation
+    from rankadaptor_plugin.candidate_batch import Trained
+    from rankadaptor_plugin.teacher import LiveTeacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,87 +50,212 @@ class Rung:
     goes_on: Callable[[PeftModel], bool]
 
 
-@dataclass(kw_only=True)
-class RecoveredModel:
-    """A fine-tuned model; its weights live in the resident base and the adapter on it.
-
-    Attributes:
-        model: In evaluation mode.
-        train_loss: Mean loss over the last tenth of the steps, in nats per trained token.
-        seconds: Wall time, that of a rung left out.
-        fidelity: Share of the steps that were run; that of the rung where it ended there.
-    """
-
-    model: PeftModel
-    train_loss: float
-    seconds: float
-    fidelity: float = 1.0
-
-
 def recover(
-    base: PreTrainedModel | PeftModel,
-    allocation: RankAllocation,
-    corpus: Corpus,
-    config: RecoveryConfig,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    allocation: RankAllocation | Sequence[int],
+    corpus: Corpus | Sequence[dict[str, Any]] | str | Path,
+    recipe: RecoveryConfig | Recipe | str = "quick",
+    seed: int = 0,
     *,
-    seed: int,
+    method: str = "",
     fidelity: float = 1.0,
     rung: Rung | None = None,
-) -> RecoveredModel:
+    teacher: LiveTeacher | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    micro: MicroBatch | None = None,
+) -> RecoveredAdapter:
     """Fine-tunes a fresh adapter with the given ranks.
 
     Args:
-        base: The pruned model, or the `RecoveredModel.model` of an earlier call on it.
-        allocation: One rank per decoder layer.
-        corpus: Training sequences.
-        config: The ``[recovery]`` table.
+        model: The pruned model, or the `RecoveredAdapter.model` of an earlier call on it.
+        tokenizer: Its tokenizer; of use where the corpus is not tokenized yet.
+        allocation: One rank per decoder layer, group or projection.
+        corpus: Training sequences; or rows, a file, or a hub name, which are tokenized first.
+        recipe: Name of a preset, a preset with changes (`rankadaptor_plugin.recipes.recipe`), or a
+            ``[recovery]`` table.
         seed: Seed of initial weights, batches and dropout.
+        method: A recovery method (`rankadaptor_plugin.recovery_methods`); empty takes that of the
+            allocation, LoRA if it has none.
         fidelity: Share of the steps to run, in (0, 1]; the schedule is that of the full run.
         rung: Where to look at the model on the way. Going on from there costs no step twice.
+        teacher: The unpruned model, for distillation without kept predictions.
+        callbacks: For ``engine = "trainer"``.
+        micro: How much goes through the model at once, kept from one call to the next; None takes
+            what the recipe says.
 
     Raises:
-        RecoveryError: If the loss is not a finite number.
+        RankSpaceError: If the ranks do not fit the model.
+        ConfigError: If method or settings do not go together, or with the model.
+        CorpusError: If there is nothing to train on.
+        RecoveryError: If the fine-tune diverges, or memory does not suffice.
     """
     began, paused = time.perf_counter(), 0.0
-    steps = steps_of(config, fidelity)
+    if not isinstance(allocation, RankAllocation):
+        allocation = RankAllocation(tuple(allocation))
+    config, table = _settings(recipe)
+    if not isinstance(corpus, Corpus):
+        corpus = _tokenized(corpus, tokenizer, table)
+    check_sequences(corpus.sequences)
+    config = replace(config, steps=config.steps_for(len(corpus.sequences)), epochs=0.0)
+    text = method or allocation.method or recovery_methods.LORA
+    spec = recovery_methods.parse_method(text).with_switches(config)
+    steps = 0 if spec.name == recovery_methods.NONE else steps_of(config, fidelity)
     look = steps_of(config, rung.fidelity) if rung else steps
-    batches = _batches(corpus, config.batch_size, seed)
-    devices = [base.device] if base.device.type == "cuda" else []
+    micro = micro or MicroBatch.of(config)
+    devices = [model.device] if model.device.type == "cuda" else []
+    looks = HeldOut(corpus, config, steps, micro)
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)  # PEFT's own first weights and dropout draw from it
-        model = adapters.attach(
-            base,
-            allocation,
-            seed=seed,
-            alpha_over_rank=config.alpha_over_rank,
-            dropout=config.dropout,
+        tuned = recovery_methods.begin(
+            model, spec, allocation, config, seed=seed, steps=steps, sequences=corpus.sequences
         )
         torch.manual_seed(seed)  # as many numbers as PEFT drew depend on the ranks
+
+        def on_step(done: int, loss: float) -> bool:
+            nonlocal paused, fidelity
+            looks.after(tuned, done)
+            if rung is None or done != look or look == steps:
+                return True
+            looked = time.perf_counter()
+            tuned.model.eval()
+            with torch.random.fork_rng(devices=devices):
+                goes_on = rung.goes_on(tuned.model)
+            tuned.model.train()
+            paused = time.perf_counter() - looked
+            if not goes_on:
+                fidelity = rung.fidelity
+            return goes_on
+
+        order = batches(corpus.sequences, config.batch_size, seed)
         try:
-            losses = []
-            for loss in _train(model, batches, config, steps):
-                losses.append(loss)
-                if rung and len(losses) == look < steps:
-                    looked = time.perf_counter()
-                    model.eval()
-                    with torch.random.fork_rng(devices=devices):
-                        goes_on = rung.goes_on(model)
-                    paused = time.perf_counter() - looked
-                    if not goes_on:
-                        fidelity = rung.fidelity
-                        break
-                    model.train()
+            if micro.layout == "packed":
+                _check_packing(tuned.model.get_base_model())
+            if config.engine == "trainer" and steps:
+                # Only here: the import of Trainer takes as long as that of the whole program.
+                from rankadaptor_plugin import trainer_engine
+
+                losses = trainer_engine.train(
+                    tuned,
+                    order,
+                    config,
+                    steps,
+                    micro=micro,
+                    teacher=teacher,
+                    on_step=on_step,
+                    callbacks=callbacks,
+                )
+            else:
+                losses = training.train(
+                    tuned, order, config, steps, micro=micro, teacher=teacher, on_step=on_step
+                )
+            looks.restore(tuned)
+            finished = tuned.finish()
         except BaseException:
-            if model is not base:
-                model.unload()  # the caller holds the bare base alone, and gets it back as it was
+            if tuned.model is not model:
+                tuned.model.unload()  # the caller holds the bare base alone, as it was
             raise
-    model.eval()
-    last = losses[-max(1, len(losses) // 10) :]
-    return RecoveredModel(
-        model=model,
-        train_loss=sum(last) / len(last),
+    finished.eval()
+    if not losses:  # nothing was trained: what the loss is, on one batch
+        first = next(batches(corpus.sequences, config.batch_size, seed))
+        losses = [training.mean_loss(finished.get_base_model(), first, micro)]
+    return _recovered(
+        finished,
+        allocation,
+        spec,
+        corpus,
+        seed,
+        losses,
+        steps=len(losses) if steps else 0,
+        validation_loss=looks.loss,
         seconds=time.perf_counter() - began - paused,
         fidelity=fidelity,
+    )
+
+
+def adopt(
+    model: PreTrainedModel | PeftModel,
+    allocation: RankAllocation,
+    trained: Trained,
+    corpus: Corpus,
+    config: RecoveryConfig,
+    seed: int,
+    *,
+    seconds: float,
+    micro: MicroBatch,
+) -> RecoveredAdapter:
+    """Puts an adapter on a model that was trained together with others.
+
+    Args:
+        model: The pruned model, or the `RecoveredAdapter.model` of an earlier fine-tune of it.
+        allocation: The ranks.
+        trained: What `rankadaptor_plugin.candidate_batch.train_together` returned for them.
+        corpus: What was trained on; the loss on its held-out rows is measured.
+        config: The ``[recovery]`` table.
+        seed: Seed of the fine-tune.
+        seconds: Its share of the training, in seconds.
+        micro: How much goes through the model at once.
+
+    Raises:
+        RecoveryError: If it failed.
+    """
+    if trained.failed is not None:
+        raise RecoveryError(trained.failed)
+    began = time.perf_counter()
+    spec = recovery_methods.parse_method(recovery_methods.LORA).with_switches(config)
+    steps = len(trained.losses)
+    tuned = recovery_methods.begin(
+        model, spec, allocation, config, seed=seed, steps=steps, sequences=corpus.sequences
+    )
+    put(tuned.model, trained)
+    looks = HeldOut(corpus, config, steps, micro)
+    looks.after(tuned, steps)
+    return _recovered(
+        tuned.finish(),
+        allocation,
+        spec,
+        corpus,
+        seed,
+        trained.losses,
+        steps=steps,
+        validation_loss=looks.loss,
+        seconds=seconds + time.perf_counter() - began,
+    )
+
+
+def _recovered(
+    model: PeftModel,
+    allocation: RankAllocation,
+    method: recovery_methods.Method,
+    corpus: Corpus,
+    seed: int,
+    losses: list[float],
+    *,
+    steps: int,
+    validation_loss: float | None,
+    seconds: float,
+    fidelity: float = 1.0,
+) -> RecoveredAdapter:
+    last = losses[-max(1, len(losses) // 10) :]
+    train_loss = sum(last) / len(last)
+    return RecoveredAdapter(
+        model=model,
+        allocation=allocation,
+        method=str(method),
+        train_loss=train_loss,
+        losses=losses,
+        validation_loss=validation_loss,
+        seconds=seconds,
+        fidelity=fidelity,
+        provenance={
+            "method": str(method),
+            "ranks": list(allocation.ranks),
+            "seed": seed,
+            "steps": steps,
+            "sequences": len(corpus.sequences),
+            "train_loss": train_loss,
+            "validation_loss": validation_loss,
+        },
     )
 
 
@@ -131,78 +264,34 @@ def steps_of(config: RecoveryConfig, fidelity: float) -> int:
     return max(1, round(config.steps * fidelity))
 
 
-def _train(
-    model: PeftModel,
-    batches: Iterator[list[TrainingSequence]],
-    config: RecoveryConfig,
-    steps: int,
-) -> Iterator[float]:
-    """Runs the steps; yields the loss of each, in nats per trained token."""
-    parameters = adapters.trainable_parameters(model)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, config)
-    )
-    model.train()
-    for step in range(steps):
-        batch = next(batches)
-        trained = sum(int((s.labels[1:] != IGNORED).sum()) for s in batch)
-        loss = 0.0
-        for start in range(0, len(batch), config.micro_batch_size):
-            part = collate(batch[start : start + config.micro_batch_size])
-            part = {name: tensor.to(model.device) for name, tensor in part.items()}
-            # `num_items_in_batch` makes the parts' losses add up to the mean over the whole batch.
-            output = model(**part, use_cache=False, num_items_in_batch=trained)
-            output.loss.backward()
-            loss += output.loss.item()
-        if not math.isfinite(loss):
-            raise RecoveryError(
-                f"The training loss is {loss} at step {step + 1} of {steps}. Lower [recovery] "
-                f"learning_rate (now {config.learning_rate:g}) or raise warmup_steps."
-            )
-        if config.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        yield loss
+def _settings(recipe: RecoveryConfig | Recipe | str) -> tuple[RecoveryConfig, CorpusConfig]:
+    if isinstance(recipe, RecoveryConfig):
+        return recipe, CorpusConfig()
+    if isinstance(recipe, str):
+        recipe = preset(recipe)
+    return recipe.recovery, recipe.corpus
 
 
-def learning_rate_factor(step: int, config: RecoveryConfig) -> float:
-    """Returns the share of the peak learning rate at a step, counted from 0."""
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    if config.schedule == "constant":
-        return 1.0
-    return max(0.0, (config.steps - step) / max(1, config.steps - config.warmup_steps))
+def _tokenized(
+    corpus: Sequence[dict[str, Any]] | str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    table: CorpusConfig,
+) -> Corpus:
+    settings: dict[str, Any] = {
+        "template": table.template,
+        "max_tokens": table.max_tokens,
+        "limit": table.limit,
+        "validation": table.validation,
+        "validation_seed": table.validation_seed,
+    }
+    if isinstance(corpus, (str, Path)):
+        return load_corpus(corpus, tokenizer, **settings)
+    return corpus_of_rows(corpus, tokenizer, **settings)
 
 
-def collate(batch: list[TrainingSequence]) -> dict[str, torch.Tensor]:
-    """Pads sequences on the right to the longest.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, each of shape (b, t), int64.
-    """
-    longest = max(len(s.tokens) for s in batch)
-    input_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORED)
-    for row, sequence in enumerate(batch):
-        length = len(sequence.tokens)
-        input_ids[row, :length] = sequence.tokens
-        attention_mask[row, :length] = 1
-        labels[row, :length] = sequence.labels
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
-def _batches(corpus: Corpus, size: int, seed: int) -> Iterator[list[TrainingSequence]]:
-    """Yields batches without end: a new random order for every pass over the corpus."""
-    generator = torch.Generator().manual_seed(seed)
-    waiting: list[int] = []
-    while True:
-        while len(waiting) < size:
-            waiting += torch.randperm(len(corpus.sequences), generator=generator).tolist()
-        yield [corpus.sequences[i] for i in waiting[:size]]
-        waiting = waiting[size:]
+def _check_packing(model: PreTrainedModel) -> None:
+    if not supports_packing(model):
+        raise ConfigError(
+            f"The layout is packed, but {type(model).__name__} mixes the sequences of a row. Set "
+            '[recovery] layout = "sorted".'
+        )

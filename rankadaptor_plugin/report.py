@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 BAR_WIDTH = 24  # characters of the longest bar in Markdown
 EIGHTHS = "▏▎▍▌▋▊▉█"
 MOST_DECIMALS = 6
-SEARCHED = "the searched allocation"
+SEARCHED, METHODS = "the searched allocation", "the recovery methods"
+EQUAL = "at equal parameters"
 
 
 def baseline_label(uniform: Sequence[int]) -> str:
@@ -42,6 +43,11 @@ def baseline_label(uniform: Sequence[int]) -> str:
     if len(set(uniform)) == 1:
         return f"uniform rank {uniform[0]}"
     return "the most even allocation"
+
+
+def alone_sentence(uniform: Sequence[int]) -> str:
+    """Says that uniform LoRA was all there was."""
+    return f"uniform LoRA alone, compared with nothing: {baseline_label(uniform)} is delivered"
 
 
 def verdict_sentence(
@@ -52,8 +58,9 @@ def verdict_sentence(
     *,
     searched: bool = True,
     subject: str = SEARCHED,
+    parameters: str = EQUAL,
 ) -> str:
-    """Says in one sentence what the search gained.
+    """Says in one sentence what the search, or another recovery method, gained.
 
     Differences of accuracy are in points, with one decimal; more only where rounding would hide
     that an interval excludes zero.
@@ -66,20 +73,21 @@ def verdict_sentence(
         metric: What was compared.
         searched: Whether noise left a reason to search.
         subject: What was compared with uniform LoRA.
+        parameters: How their numbers of trainable parameters compare.
     """
     label = baseline_label(uniform)
     if not searched:
         return f"no search: no plausible gain rises above the noise; {label} is delivered"
     factor, digits = (100, 1) if metric == "accuracy" else (1, 3)
     unit = unit_of_difference(metric) or metric
-    where = f"at equal parameters{f' on {task}' if task else ''}"
+    what = "" if subject == SEARCHED else f", by {subject}"
+    where = f"{parameters}{f' on {task}' if task else ''}{what}"
     if comparison is None:
-        found = "the search found nothing" if subject == SEARCHED else f"{subject} is no"
-        return f"{found} better than {label}: uniform is delivered"
+        found = {SEARCHED: "the search found nothing", METHODS: "no recovery method is shown to be"}
+        return f"{found.get(subject, f'{subject} is no')} better than {label}: uniform is delivered"
     estimate, half = factor * comparison.estimate, factor * comparison.half_width
     if comparison.is_gain:
-        what = "" if subject == SEARCHED else f", by {subject}"
-        return f"gain of {_points(estimate, half, digits)} {unit} over {label} {where}{what}"
+        return f"gain of {_points(estimate, half, digits)} {unit} over {label} {where}"
     if comparison.is_loss:
         return (
             f"no gain: {subject} is worse than {label} by "
@@ -123,7 +131,7 @@ def markdown(data: ReportData) -> str:
     first, *others = data["metrics"]
     parts = [
         f"# {_escape(verdict['sentence'])}",
-        f"Delivered: {_escape(verdict['delivered'])} allocation. "
+        f"Delivered: {_escape(tables.delivered(data))}. "
         f"Device: {_escape(data['device'])}. Time: {tables.total_time(data)}.",
         "## Scores",
         _table(tables.scores(data, first)),

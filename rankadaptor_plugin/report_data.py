@@ -22,11 +22,12 @@ class Verdict(TypedDict):
 
     Attributes:
         sentence: What `rankadaptor_plugin.report.verdict_sentence` returned.
-        delivered: ``uniform`` or ``searched``: the allocation of the delivered adapter; or
-            ``foreign``: that of a recovery stage from another package.
+        delivered: ``uniform`` or ``searched``: the allocation of the delivered adapter; or the
+            name of a recovery method; or ``foreign``: that of a recovery stage from another
+            package.
         baseline: What `rankadaptor_plugin.report.baseline_label` returned.
-        comparisons: Searched minus uniform by metric, as `Comparison.to_json` writes it; empty
-            where there was nothing to compare.
+        comparisons: Searched, or a recovery method, minus uniform by metric, as
+            `Comparison.to_json` writes it; empty where there was nothing to compare.
         target: The one task that was compared; empty for the weighted mean.
     """
 
@@ -99,10 +100,10 @@ class Confirm(TypedDict):
         most_seeds: Seeds of a whole race.
         least_seeds: Seeds before anyone may be eliminated.
         fine_tunes: Fine-tunes that were scored.
-        competitors: One entry each: ``label``, ``ranks``, ``settings``, ``baseline`` (its ranks)
-            and ``baseline_settings``, ``chosen``, ``per_seed`` differences, ``eliminated_after``
-            and ``reason`` (None if it ran to the end), ``detail``, ``comparison``, and
-            ``search_objective``.
+        competitors: One entry each: ``label``, ``ranks``, ``settings``, ``method`` (absent for
+            LoRA), ``baseline`` (its ranks) and ``baseline_settings``, ``chosen``, ``per_seed``
+            differences, ``eliminated_after`` and ``reason`` (None if it ran to the end),
+            ``detail``, ``comparison``, and ``search_objective``.
     """
 
     error_rate: float
@@ -157,7 +158,8 @@ class ReportData(TypedDict):
         tasks: Task names in the order of the tables. None may be called ``mean``.
         metrics: Metrics on the report documents; the first decides the verdict.
         scores: Column by model: ``base``, ``pruned``, ``uniform``, ``searched``, ``recovered``
-            (what is delivered: the uniform or the searched one). Absent ones are left out.
+            (what is delivered: one of the others), and by recovery method. Absent ones are left
+            out.
         allocations: Ranks by ``uniform``, ``searched``, ``recovered``. Absent ones are left out.
         parameters: Numbers of parameters.
         dtype: Type of the weights, which the bytes are counted in.
@@ -185,6 +187,7 @@ class ReportData(TypedDict):
         weights: Weight per task in the mean; equal if absent.
         settings: Searched settings by allocation; those of the run file where absent.
         slots: What each rank of an allocation belongs to; the layers in order if absent.
+        methods: Recovery methods that were scored, in the order of the run file.
     """
 
     verdict: Verdict
@@ -217,3 +220,4 @@ class ReportData(TypedDict):
     weights: NotRequired[dict[str, float]]
     slots: NotRequired[list[str]]
     settings: NotRequired[dict[str, dict[str, float]]]
+    methods: NotRequired[list[str]]

@@ -79,10 +79,9 @@ def page(data: ReportData) -> str:
 
 
 def _facts(data: ReportData) -> str:
-    delivered = data["verdict"]["delivered"]
     count = data["parameters"]["trainable"].get("recovered")
     facts = {
-        "Delivered": f"{delivered} allocation",
+        "Delivered": tables.delivered(data),
         "Trainable parameters": "n/a" if count is None else f"{count:,}",
         "Compared with": data["verdict"]["baseline"],
         "Run time": tables.total_time(data),
@@ -110,10 +109,12 @@ def _ranks(data: ReportData) -> str:
     named, slots = tables.allocations(data), data.get("slots", [])
     if "recovered" in named:
         return _figure(svg.ranks([], named["recovered"], slots), "", "broad")
-    legend = _legend({"uniform": "uniform allocation", "searched": "best searched allocation"})
-    return _figure(
-        svg.ranks(named["uniform"], named["searched"], data.get("slots", ())), legend, "broad"
-    )
+    labels = {"uniform": "uniform allocation"}
+    uniform, other = named.pop("uniform"), next(iter(named), "")
+    if other:
+        labels["searched"] = "best searched allocation" if other == "searched" else other
+    picture = svg.ranks(uniform, named.get(other, []), slots, other or "searched")
+    return _figure(picture, _legend(labels), "broad")
 
 
 def _pictures(data: ReportData) -> str:

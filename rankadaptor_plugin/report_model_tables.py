@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rankadaptor_plugin.report_numbers import MODELS, UNKNOWN, number, size
-from rankadaptor_plugin.report_tables import Table, allocations
+from rankadaptor_plugin.report_numbers import UNKNOWN, number, size
+from rankadaptor_plugin.report_tables import Table, allocations, models
 
 if TYPE_CHECKING:
     from rankadaptor_plugin.report_data import ReportData
@@ -38,7 +38,7 @@ def parameters(data: ReportData) -> Table:
     """Tabulates parameter counts and their share of the base model."""
     counts, base = data["parameters"], data["parameters"]["base"]
     named = {"base": base, "pruned": counts["pruned"]}
-    for name, label in MODELS.items():
+    for name, label in models(data).items():
         if name in counts["trainable"]:
             named[f"{label}, trainable"] = counts["trainable"][name]
     rows = (

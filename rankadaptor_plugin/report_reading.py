@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from rankadaptor_plugin.report_data import ReportData
 
+METHODS_ALONE = "recovery methods"
+"""The reason to stop of a run that only fine-tunes given recovery methods."""
+
 READING = (
     (
         "How sure",
@@ -21,9 +24,10 @@ READING = (
     ),
     (
         "What decides",
-        "the paired comparison in the first metric: searched minus uniform allocation, same seeds, "
-        "same documents. Two intervals in the score table may overlap although the paired one "
-        "excludes zero. Unless the paired one lies above zero, uniform LoRA is delivered.",
+        "the paired comparison in the first metric: searched allocation, or another recovery "
+        "method, minus uniform LoRA, same seeds, same documents. Two intervals in the score table "
+        "may overlap although the paired one excludes zero. Unless the paired one lies above zero, "
+        "uniform LoRA is delivered.",
     ),
     (
         "Search documents",
@@ -55,6 +59,8 @@ READING = (
 def search_line(data: ReportData) -> str:
     """Says in one line how the search went."""
     search = data["search"]
+    if search["stop_reason"] == METHODS_ALONE:
+        return "No search: the run file names other recovery methods alone."
     begun = sum(trial["phase"] == "initialization" for trial in data["trials"])
     initial = max(search["initial_trials"], begun)
     told = ", ".join(f"{name} {number(v, 2)}" for name, v in search["forecasts"].items())

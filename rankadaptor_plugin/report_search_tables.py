@@ -106,11 +106,14 @@ def race_line(data: ReportData) -> str:
     """Says how the race was run."""
     found = data["confirm"]
     if not found["competitors"]:
-        return "No race was run."
-    count = len(found["competitors"])
+        seeds = len(found["seeds"])
+        return "No race was run." + (f" Uniform LoRA ran alone, {seeds} seeds." if seeds else "")
+    count, methods = len(found["competitors"]), data.get("methods")
+    # Methods differ in what they train; the table of parameters has the numbers.
+    equal = "" if methods else " at equal parameters"
     return (
-        f"{count} {'competitor' if count == 1 else 'competitors'} against uniform LoRA at equal "
-        f"parameters, on the report documents; at most {found['most_seeds']} fresh seeds each, "
+        f"{count} {'competitor' if count == 1 else 'competitors'} against uniform LoRA{equal}, "
+        f"on the report documents; at most {found['most_seeds']} fresh seeds each, "
         f"elimination from {found['least_seeds']} on; {found['fine_tunes']} fine-tunes. Error rate "
         f"{100 * found['error_rate']:g} %, of all competitors together: of a gain that is none, "
         "and of eliminating the best."
@@ -153,6 +156,8 @@ def race(data: ReportData) -> Table | None:
 
 def ranks_text(entry: Mapping[str, Any]) -> str:
     """Writes ranks, and searched settings behind them."""
+    if entry.get("method") == "none":
+        return "no adapter"
     settings = (f"{name} {value:g}" for name, value in entry.get("settings", {}).items())
     return ", ".join(["-".join(map(str, entry["ranks"])), *settings])
 

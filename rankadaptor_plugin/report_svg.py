@@ -59,10 +59,16 @@ class Point:
     state: str = "failed"
 
 
-def ranks(uniform: Sequence[int], searched: Sequence[int], slots: Sequence[str] = ()) -> str:
+def ranks(
+    uniform: Sequence[int],
+    searched: Sequence[int],
+    slots: Sequence[str] = (),
+    label: str = "searched",
+) -> str:
     """Draws two bars per layer, uniform (wide) and searched (narrow, in front).
 
-    Where `slots` names more than layers, the bars are those in their order.
+    Where `slots` names more than layers, the bars are those in their order. `label` is what the
+    narrow ones are called.
     """
     layers = max(len(uniform), len(searched))
     named = slots or [f"layer {layer}" for layer in range(layers)]
@@ -82,10 +88,11 @@ def ranks(uniform: Sequence[int], searched: Sequence[int], slots: Sequence[str] 
                 marks.append(
                     f'<rect class="{name}" x="{frame.x(layer) - width / 2:.2f}" '
                     f'y="{frame.y(values[layer])}" width="{width:.2f}" height="{height:.2f}">'
-                    f"<title>{named[layer]}: {name} rank {values[layer]}</title></rect>"
+                    f"<title>{named[layer]}: {escape(label) if name == 'searched' else name} rank "
+                    f"{values[layer]}</title></rect>"
                 )
     listed = ", ".join(f"{name}: {rank}" for name, rank in zip(named, searched, strict=False))
-    return _svg(frame, f"Ranks by layer. Searched: {listed or 'none'}.", marks)
+    return _svg(frame, f"Ranks by layer. {label.capitalize()}: {listed or 'none'}.", marks)
 
 
 def scatter(points: Sequence[Point], unit: str, digits: int) -> str:

@@ -47,12 +47,26 @@ def total_time(data: ReportData) -> str:
     return duration(sum(seconds for _, seconds, _ in shares(data)))
 
 
+def models(data: ReportData) -> dict[str, str]:
+    """Returns the label of each model in the order of the tables, the recovered one last."""
+    methods = {method: method for method in data.get("methods", [])}
+    recovered = {"recovered": MODELS["recovered"]}
+    return {n: label for n, label in MODELS.items() if n not in recovered} | methods | recovered
+
+
+def delivered(data: ReportData) -> str:
+    """Names what was delivered."""
+    name = data["verdict"]["delivered"]
+    return name if name in data.get("methods", []) else f"{name} allocation"
+
+
 def scores(data: ReportData, metric: str) -> Table | None:
     """Tabulates a metric by task and model; None where no model has it."""
-    shown = [m for m in MODELS if any(metric in row for row in data["scores"].get(m, {}).values())]
-    if data["verdict"]["delivered"] == "searched" and "recovered" in shown:
-        # The recovered model is the searched one then; one column is enough.
-        shown = [model for model in shown if model != "searched"]
+    named, best = models(data), data["verdict"]["delivered"]
+    shown = [m for m in named if any(metric in row for row in data["scores"].get(m, {}).values())]
+    if best != "uniform" and "recovered" in shown:
+        # The recovered model is the searched one then, or a method's; one column is enough.
+        shown = [model for model in shown if model != best]
     if not shown:
         return None
     rows = []
@@ -61,9 +75,9 @@ def scores(data: ReportData, metric: str) -> Table | None:
         rows.append(
             (task, *(interval(c["mean"], c["half_width"], metric) if c else UNKNOWN for c in cells))
         )
-    names = [MODELS[m] for m in shown]
+    names = [named[m] for m in shown]
     if names[-1] == "recovered":
-        names[-1] = f"recovered ({data['verdict']['delivered']})"
+        names[-1] = f"recovered ({best})"
     confidence = f"{100 * data['confirm']['confidence']:g} %"
     return Table(
         f"{metric_label(metric)} on the report documents, "
@@ -74,10 +88,26 @@ def scores(data: ReportData, metric: str) -> Table | None:
 
 
 def allocations(data: ReportData) -> dict[str, list[int]]:
-    """Returns the ranks to show by layer: uniform and searched, or those of a foreign stage."""
+    """Returns the ranks to show by layer: of uniform LoRA, and of what it is compared with.
+
+    That is the searched allocation, or the delivered method where it gives the ranks by layer; of
+    a foreign stage only what it delivers.
+    """
     found = data["allocations"]
-    names = ("uniform", "searched") if {"uniform", "searched"} & {*found} else ("recovered",)
-    return {name: found.get(name, []) for name in names}
+    if not {"uniform", "searched"} & {*found}:
+        return {"recovered": found.get("recovered", [])}
+    uniform, best = found.get("uniform", []), data["verdict"]["delivered"]
+    if best in data.get("methods", []) and found.get("recovered") != uniform:
+        return {"uniform": uniform, best: found["recovered"]}
+    if "searched" not in found and data.get("methods"):
+        return {"uniform": uniform}
+    return {"uniform": uniform, "searched": found.get("searched", [])}
+
+
+def compared(data: ReportData) -> str:
+    """Names what the decisive comparison is about: ``searched``, or a recovery method."""
+    chosen = (entry["label"] for entry in data["confirm"]["competitors"] if entry["chosen"])
+    return next((label for label in chosen if label in data.get("methods", [])), "searched")
 
 
 def comparisons(data: ReportData) -> Table:
@@ -100,7 +130,7 @@ def comparisons(data: ReportData) -> Table:
             )
         )
     return Table(
-        f"searched minus {data['verdict']['baseline']}, paired by seed and document{place}",
+        f"{compared(data)} minus {data['verdict']['baseline']}, paired by seed and document{place}",
         ("metric", "unit", "difference", "interval", "confidence", "seeds", "documents"),
         tuple(rows),
         (0, 1),

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 MODELS = ("base", "pruned", "uniform", "searched", "recovered")
-"""Models that may be named after a run; ``recovered`` is the delivered one."""
-
-_RECOVERED = ("uniform", "searched", "recovered")
+"""Models that most runs have, ``recovered`` being the delivered one; others are methods."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +30,7 @@ class Choice:
     Attributes:
         label: What it is called in tables: the run and the model.
         folder: Run folder, an absolute path.
-        model: One of `MODELS`.
+        model: One of `MODELS`, or a recovery method.
         report: The run's report.json.
         files: Path of the per-document results by seed; the seed is None for a model without.
     """
@@ -112,16 +110,13 @@ def choose(runs: Sequence[str], *, every_model: bool = False) -> list[Choice]:
 
 def _split(run: str) -> tuple[Path, str]:
     """Splits off the model; a path may hold colons of its own."""
-    path, _, model = run.rpartition(":")
-    if not path or Path(run).exists():
+    if Path(run).exists():
         return Path(run), ""
-    if model in MODELS:
-        return Path(path), model
-    if Path(path).exists():
-        raise ConfigError(
-            f"There is no model {model!r} in {run}.{suggestion(model, list(MODELS))} Models: "
-            f"{', '.join(MODELS)}."
-        )
+    parts = run.split(":")
+    for cut in range(len(parts) - 1, 0, -1):  # so may a model, as pattern:4-6-8 does
+        path, model = ":".join(parts[:cut]), ":".join(parts[cut:])
+        if path and (model in MODELS or Path(path).exists()):
+            return Path(path), model
     return Path(run), ""
 
 
@@ -155,6 +150,7 @@ def _report(folder: Path) -> dict[str, Any]:
         weights = report["weights"].values()
         whole = whole and all(math.isfinite(weight) and weight >= 0 for weight in weights)
         whole = whole and isinstance(report["parameters"].get("trainable", {}), dict)
+        whole = whole and all(isinstance(method, str) for method in report.get("methods", []))
     except (AttributeError, KeyError, TypeError):
         whole = False
     if not whole:
@@ -169,7 +165,7 @@ def _distinct(report: Mapping[str, Any]) -> list[str]:
     """Returns the recovered models of a run, without those that are the same as one before."""
     seen: list[Any] = []
     out = []
-    for name in _RECOVERED:
+    for name in ("uniform", "searched", *report.get("methods", []), "recovered"):
         files = report["results"].get(name)
         if files is not None and files not in seen:
             seen.append(files)
@@ -181,7 +177,8 @@ def _choice(folder: Path, model: str, report: Mapping[str, Any], name: str) -> C
     results = report["results"]
     if model not in results:
         raise ConfigError(
-            f"The run {folder} has no model {model!r}. It has: {', '.join(results) or 'none'}."
+            f"The run {folder} has no model {model!r}.{suggestion(model, list(results))} It has: "
+            f"{', '.join(results) or 'none'}."
         )
     return Choice(
         label=f"{name}:{model}" if name else model,

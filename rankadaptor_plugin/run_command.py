@@ -67,7 +67,7 @@ def run_file_or_embedded(
         from rankadaptor_plugin import pipeline
 
         return pipeline.run(config, manager, began=began).verdict
-    searches = not config.search.is_fixed
+    searches = config.searches
     plan = {
         "noise": config.noise.seeds * config.noise.allocations if searches else 0,
         "search": config.search.max_trials if searches else 0,

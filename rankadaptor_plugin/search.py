@@ -11,6 +11,7 @@ import enum
 import logging
 import math
 import time
+from collections import deque
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.config import SearchConfig
     from rankadaptor_plugin.ranks import RankAllocation, RankSpace
     from rankadaptor_plugin.scores import Score
-    from rankadaptor_plugin.study import TrialStore
+    from rankadaptor_plugin.study import Proposal, TrialStore
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,14 @@ class Evaluate(Protocol):
         ...
 
 
+class Expect(Protocol):
+    """Is told which fine-tunes come next, so that some may be made together."""
+
+    def __call__(self, jobs: Sequence[tuple[RankAllocation, int]]) -> None:
+        """Takes allocations and seeds in order, those that were made before included."""
+        ...
+
+
 class StopReason(enum.StrEnum):
     """Why a search ended."""
 
@@ -77,6 +86,7 @@ class StopReason(enum.StrEnum):
     EXHAUSTED = "exhausted"  # every allocation of the space was tried
     NOISE = "noise floor"  # no plausible gain rises above the noise, so nothing was searched
     FIXED = "fixed allocation"  # the run file names it
+    METHODS = "recovery methods"  # the run file names others alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +114,7 @@ class SearchResult:
     @property
     def is_searched(self) -> bool:
         """Whether allocations were searched at all."""
-        return self.stop not in (StopReason.NOISE, StopReason.FIXED)
+        return self.stop not in (StopReason.NOISE, StopReason.FIXED, StopReason.METHODS)
 
     @property
     def best(self) -> Trial:
@@ -131,6 +141,7 @@ def search(
     on_trial: Callable[[Trial], None] | None = None,
     is_spent: Callable[[Sequence[Trial]], StopReason | None] = lambda trials: None,
     finalists: int = 1,
+    expect: Expect = lambda jobs: None,
 ) -> SearchResult:
     """Searches the rank space, going on from the trials that the store holds.
 
@@ -147,6 +158,8 @@ def search(
         on_trial: Called after each trial that this call finishes.
         is_spent: Says before each trial whether time is up for it.
         finalists: Allocations that the sampler is asked to recommend.
+        expect: Told the fine-tunes of each group that is proposed at once: the random ones in the
+            beginning, and each batch.
 
     Raises:
         ArtifactError: If the store holds trials of another rank space.
@@ -155,22 +168,19 @@ def search(
     store.settle()
     store.claim(space)
     trials = store.trials()
-    tried = {tuple(space.row(trial.allocation)) for trial in trials}
     failures = 0
+    proposals = _Proposals(space, store, sampler_for, config, seed)
     while (stop := _stop_reason(trials, config) or is_spent(trials)) is None:
         position = len(trials)
-        spare = untried(space, tried, 1, np.random.default_rng([seed, position]))
-        if not len(spare):
+        if not proposals.ready:
+            proposals.draw(trials)
+            expect([(allocation, seed) for allocation in proposals.group])
+        if not proposals.ready:
             stop = StopReason.EXHAUSTED
             break
-        started = time.perf_counter()
-        sampler_seed = _derived(seed, position)
-        sampler = sampler_for(sampler_seed)
-        other = space.allocation(spare[0])
-        place = partial(_placed, space, tried, other, sampler_seed)
-        pending = store.begin(sampler, space, place, config.batch, other)
-        seconds = time.perf_counter() - started
-        initial = _initial_trials(config, sampler)
+        proposal, seconds = proposals.ready.popleft()
+        pending = store.begin(proposal)
+        initial = proposals.initial_trials
         trial = _run(
             Trial(
                 position=position,
@@ -179,7 +189,7 @@ def search(
                 seed=seed,
                 fidelity=1.0,
                 state=TrialState.FAILED,
-                predicted=pending.predicted,
+                predicted=proposal.predicted,
                 seconds={"search": seconds},
                 parameters=space.parameters(pending.allocation),
             ),
@@ -189,7 +199,6 @@ def search(
         )
         store.finish(pending, trial)
         trials.append(trial)
-        tried.add(tuple(space.row(trial.allocation)))
         if on_trial is not None:
             on_trial(trial)
         failures = failures + 1 if trial.state is TrialState.FAILED else 0
@@ -211,6 +220,71 @@ def search(
         initial_trials=_initial_trials(config, sampler),
         forecasts=sampler.scores(study) if isinstance(sampler, ForecastingSampler) else {},
     )
+
+
+class _Proposals:
+    """What comes next, proposed in groups of trials that do not depend on how each other ends.
+
+    Such are the random trials in the beginning, and the trials of a batch.
+
+    Attributes:
+        ready: Proposals that are to be begun, and the seconds that each took.
+        group: The allocations of the present group, in order, those that were tried included.
+        initial_trials: Random allocations in the beginning, as the last sampler has it.
+    """
+
+    def __init__(
+        self,
+        space: RankSpace,
+        store: TrialStore,
+        sampler_for: Callable[[int], BaseSampler],
+        config: SearchConfig,
+        seed: int,
+    ) -> None:
+        self._space, self._store, self._sampler_for = space, store, sampler_for
+        self._config, self._seed = config, seed
+        self.ready: deque[tuple[Proposal, float]] = deque()
+        self.group: list[RankAllocation] = []
+        self.initial_trials = 0
+
+    def draw(self, trials: Sequence[Trial]) -> None:
+        """Proposes the rest of the group that comes after some trials; nothing if none is left."""
+        tried = {tuple(self._space.row(trial.allocation)) for trial in trials}
+        position, last = len(trials), len(trials) + 1
+        while position < last:
+            began = time.perf_counter()
+            spare = untried(self._space, tried, 1, np.random.default_rng([self._seed, position]))
+            if not len(spare):
+                break
+            sampler_seed = _derived(self._seed, position)
+            sampler = self._sampler_for(sampler_seed)
+            other = self._space.allocation(spare[0])
+            proposal = self._store.propose(
+                sampler,
+                self._space,
+                partial(_placed, self._space, tried, other, sampler_seed),
+                self._config.batch,
+                other,
+                [ahead for ahead, _ in self.ready],
+            )
+            self.ready.append((proposal, time.perf_counter() - began))
+            tried.add(tuple(self._space.row(proposal.allocation)))
+            if position == len(trials):
+                first, last = self._bounds(position, sampler)
+                self.group = [trial.allocation for trial in trials[first:]]
+            self.group.append(proposal.allocation)
+            position += 1
+
+    def _bounds(self, position: int, sampler: BaseSampler) -> tuple[int, int]:
+        """Returns the first trial of the group of a position, and the first after it."""
+        config, unasked = self._config, self._store.unasked()
+        self.initial_trials = _initial_trials(config, sampler)
+        # Of a foreign sampler nobody knows whether it looks at what its first trials gave.
+        known = getattr(sampler, "initial_trials", 0)
+        if position < known:
+            return unasked, min(known, config.max_trials)
+        first = position - (position - unasked) % config.batch
+        return max(first, known), min(first + config.batch, config.max_trials)
 
 
 def _initial_trials(config: SearchConfig, sampler: BaseSampler) -> int:

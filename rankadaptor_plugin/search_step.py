@@ -155,6 +155,8 @@ class SearchStep:
             store.claim(self._space, features.to_json())
             if self._config.search.is_fixed:
                 return _unsearched(store, StopReason.FIXED, self._given())
+            if not self._config.searches:
+                return _unsearched(store, StopReason.METHODS)
             self._go_on(store, noise)
             # A search that was begun already is brought to its end.
             drowned = (
@@ -187,6 +189,7 @@ class SearchStep:
             max_trials=total,
             rung=0.0,
             initial_trials=0,
+            batch=total,  # none depends on how another ends
             pareto=False,
             proxy=0,
             meta="",
@@ -213,6 +216,7 @@ class SearchStep:
                 self._objective,
                 config.seed,
                 on_trial,
+                expect=self._expect,
             )
 
     def _given(self) -> RankAllocation:
@@ -306,7 +310,14 @@ class SearchStep:
             on_trial,
             limits.reached,
             config.confirm.finalists,
+            self._expect,
         )
+
+    def _expect(self, jobs: Sequence[tuple[RankAllocation, int]]) -> None:
+        """Lets trials be made together, unless time is limited: a limit is looked at in between."""
+        table = self._config.search
+        if not (table.max_hours or table.max_gpu_hours):
+            self._tuner.expect(jobs)
 
     def _report_share(self) -> float:
         """Returns report documents per search document."""
@@ -318,10 +329,8 @@ class SearchStep:
         self._hook.rankadaptor_on_progress(stage=stage, done=done, total=total)
 
 
-def _unsearched(store: TrialStore, stop: StopReason, allocation: RankAllocation) -> SearchResult:
-    return SearchResult(
-        trials=tuple(store.trials()), stop=stop, interrupted=0, recommended=(allocation,)
-    )
+def _unsearched(store: TrialStore, stop: StopReason, *found: RankAllocation) -> SearchResult:
+    return SearchResult(trials=tuple(store.trials()), stop=stop, interrupted=0, recommended=found)
 
 
 def front(trials: Sequence[Trial], space: RankSpace) -> list[Trial]:

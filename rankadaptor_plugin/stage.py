@@ -12,6 +12,7 @@ from rankadaptor_plugin import adapters
 from rankadaptor_plugin.confirmation import Confirmation, fresh_seeds
 from rankadaptor_plugin.context import Recovered, RunContext
 from rankadaptor_plugin.fine_tuning import FineTuner
+from rankadaptor_plugin.method_race import found_entrants, given_entrants, trained_parameters
 from rankadaptor_plugin.noise import Noise, measure
 from rankadaptor_plugin.objective import Objective, objective_metric, reported_target, spreads
 from rankadaptor_plugin.run_folder import RunFolder
@@ -64,6 +65,7 @@ class _Stage:
         self.space = adapters.rank_space(
             pruned.model, pruned.pruned_layers, self.config.rank_space, self.config.recovery
         )
+        self.methods = given_entrants(self.config.further_methods, self.space)
         self.seeds = fresh_seeds(self.config.seed, self.config.confirm.seeds)
         self.verdict_metric = context.oracle.metrics("report")[0]
         self.objective = self._objective()
@@ -72,8 +74,7 @@ class _Stage:
 
     def run(self) -> Recovered:
         with self.tuner.cleared():
-            searches = not self.config.search.is_fixed
-            noise = self.noise() if searches and self.config.noise.seeds else None
+            noise = self.noise() if self.config.searches and self.config.noise.seeds else None
             found = self.step.run(noise)
             others = None
             if found.is_searched and self.config.confirm.best_random:
@@ -108,6 +109,7 @@ class _Stage:
                 oracle.weights("search"),
                 {task: len(ids) for task, ids in reported.items()},
                 progress,
+                self.tuner.expect,
             )
             if found is not None:
                 self.folder.write_json("noise.json", found.to_json())
@@ -150,7 +152,7 @@ class _Stage:
             )
 
         progress(0, config.race_fine_tunes)
-        return Confirmation(
+        race = Confirmation(
             run=self.tuner.report_run,
             folder=self.folder,
             store=store,
@@ -161,10 +163,20 @@ class _Stage:
             weights=self._verdict_weights(),
             on_run=progress,
             is_whole=self.tuner.is_whole,
-        ).confirm(
-            found.finalists(confirm.finalists if found.is_searched else 1),
+            expect=self.tuner.expect,
+        )
+        if not (config.races_ranks or self.methods):
+            return race.alone(self.space.limited_uniform())
+        finalists = found.finalists(confirm.finalists if found.is_searched else 1)
+        methods = list(self.methods)
+        if finalists:
+            best = finalists[0]
+            methods += found_entrants(config.further_methods, best, baseline_for(best))
+        return race.confirm(
+            finalists,
             baseline_for,
             others.best.allocation if others else None,
+            methods,
         )
 
     def _verdict_weights(self) -> dict[str, float]:
@@ -194,11 +206,20 @@ class _Stage:
             noise,
             self.step.known.worth(found.trials),
             extra,
+            self._trained,
         )
-        named = {"uniform": confirmed.baseline, "searched": confirmed.searched}
+        named = {
+            "uniform": confirmed.baseline,
+            "searched": confirmed.searched,
+            **confirmed.methods,
+        }
         summary["adapters"] = {
             name: self.tuner.adapter_name(allocation)
             for name, allocation in named.items()
             if allocation is not None
         }
         return Recovered(adapter=adapter, allocation=delivered, summary=summary)
+
+    def _trained(self, allocation: RankAllocation) -> int:
+        adapter = self.folder.path / self.tuner.adapter_name(allocation)
+        return trained_parameters(allocation, self.space, self.config.recovery, adapter)

@@ -68,6 +68,16 @@ def group_matrices(structure: Structure) -> dict[str, dict[str, tuple[str, ...]]
     }
 
 
+def matrix_shape(matrix: nn.Module) -> tuple[int, int]:
+    """Returns the shape (out, in) of a matrix, also of one with an adapter or quantized weights."""
+    plain: Any = getattr(matrix, "base_layer", matrix)
+    weight: Any = plain.weight
+    if not weight.is_floating_point() or hasattr(weight, "quant_state"):  # packed
+        return int(plain.out_features), int(plain.in_features)
+    rows, columns = weight.T.shape if is_transposed(plain) else weight.shape
+    return rows, columns
+
+
 def set_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     """Gives a model and its modules another config; other models may share the old one."""
     old = model.config
@@ -145,7 +155,7 @@ def hidden_units(model: PreTrainedModel) -> Units:
 def _widths(structure: Structure, layer: nn.Module, hidden: int) -> LayerWidths:
     """Reads the widths off the matrices of one layer."""
     size = structure.size_of_head(layer)
-    found = {name: _shape(layer.get_submodule(name)) for name in structure.matrices}
+    found = {name: matrix_shape(layer.get_submodule(name)) for name in structure.matrices}
     columns = {structure.output: found[structure.output][1]}
     rows = {name: found[name][0] for name in structure.query_key_value}
     for name, lines in (*rows.items(), *columns.items()):
@@ -228,13 +238,6 @@ def _member(
     layer: nn.Module, name: str, side: Literal["out", "in"], indices: torch.Tensor
 ) -> Member:
     return Member(name=name, module=layer.get_submodule(name), side=side, indices=indices)
-
-
-def _shape(matrix: nn.Module) -> tuple[int, int]:
-    """Returns the shape (out, in) of a matrix, also of one with an adapter on it."""
-    weight: Any = matrix.weight
-    rows, columns = weight.T.shape if is_transposed(matrix) else weight.shape
-    return rows, columns
 
 
 def _check_plain(name: str, matrix: nn.Module) -> None:

@@ -40,7 +40,7 @@ from rankadaptor_plugin.space_record import (
 from rankadaptor_plugin.trials import RECORD, Trial, TrialState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     from optuna.samplers import BaseSampler
@@ -60,18 +60,31 @@ _STEPS = 100  # Optuna counts steps in whole numbers: a rung's share in percent.
 
 
 @dataclass(frozen=True, kw_only=True)
-class PendingTrial:
-    """A trial that was begun.
+class Proposal:
+    """What a sampler proposes; nothing of it is stored yet.
 
     Attributes:
         allocation: What is to be fine-tuned.
         predicted: The value that the sampler expects of it, None if it said nothing, or proposed
             another allocation.
-        number: Number of the trial in the Optuna study.
+        trial: It as a running trial of Optuna's.
     """
 
     allocation: RankAllocation
     predicted: float | None
+    trial: FrozenTrial
+
+
+@dataclass(frozen=True, kw_only=True)
+class PendingTrial:
+    """A trial that was begun.
+
+    Attributes:
+        allocation: What is to be fine-tuned.
+        number: Number of the trial in the Optuna study.
+    """
+
+    allocation: RankAllocation
     number: int
 
 
@@ -196,6 +209,10 @@ class TrialStore:
         records = [trial.user_attrs[RECORD] for trial in done]
         return sorted(map(Trial.from_json, records), key=lambda trial: trial.position)
 
+    def unasked(self) -> int:
+        """Returns how many of the finished trials no sampler has proposed."""
+        return sum(UNASKED in trial.system_attrs for trial in self._known())
+
     def interrupted(self) -> int:
         """Returns how many trials a killed process left behind, now or earlier."""
         return sum(
@@ -217,15 +234,16 @@ class TrialStore:
             self._set_attribute(trial.number, REASON, INTERRUPTED)
             self._study.tell(trial.number, state=OptunaState.FAIL)
 
-    def begin(
+    def propose(
         self,
         sampler: BaseSampler,
         space: RankSpace,
         place: Callable[[RankAllocation], RankAllocation] = lambda proposal: proposal,
         batch: int = 1,
         spare: RankAllocation | None = None,
-    ) -> PendingTrial:
-        """Asks a sampler for the next allocation and stores that the trial is running.
+        ahead: Sequence[Proposal] = (),
+    ) -> Proposal:
+        """Asks a sampler for the next allocation.
 
         Args:
             sampler: Proposes.
@@ -235,37 +253,40 @@ class TrialStore:
             batch: Trials that are proposed together: the sampler does not see how those that
                 belong to the same batch ended.
             spare: What `place` puts in place of a repetition.
+            ahead: Proposals that are to be begun before this one.
 
         The sampler sees a copy of the study in memory, without interrupted trials. Asked in the
         study itself, it would store each layer's rank in a transaction of its own.
         """
         known = self._known()
-        # Trials that nobody proposed belong to no batch.
-        asked_for = sum(UNASKED not in trial.system_attrs for trial in known)
+        asked_for = len(known) - self.unasked()  # trials that nobody proposed belong to no batch
         together = len(known) - asked_for % batch
-        copy = self._copy(sampler, [*known[:together], *map(_running, known[together:])])
+        running = [*map(_running, known[together:]), *(proposal.trial for proposal in ahead)]
+        copy = self._copy(sampler, [*known[:together], *running])
         asked = copy.ask(distributions(space))
-        proposal = proposed(space, asked.params)
-        allocation = place(proposal)
-        self._study.add_trial(
-            optuna.trial.create_trial(
-                state=OptunaState.RUNNING,
-                params=parameters_of(space, allocation),
-                distributions=asked.distributions,
-                # Some samplers keep their state here.
-                system_attrs={
-                    **copy.get_trials(deepcopy=False)[-1].system_attrs,
-                    PROPOSED: space.row(proposal),
-                    REPLACED: allocation == spare and allocation != proposal,
-                },
-            )
+        wanted = proposed(space, asked.params)
+        allocation = place(wanted)
+        trial = optuna.trial.create_trial(
+            state=OptunaState.RUNNING,
+            params=parameters_of(space, allocation),
+            distributions=asked.distributions,
+            # Some samplers keep their state here.
+            system_attrs={
+                **copy.get_trials(deepcopy=False)[-1].system_attrs,
+                PROPOSED: space.row(wanted),
+                REPLACED: allocation == spare and allocation != wanted,
+            },
         )
         predicted = None
-        if isinstance(sampler, PredictingSampler) and allocation == proposal:
+        if isinstance(sampler, PredictingSampler) and allocation == wanted:
             predicted = sampler.predicted(asked.number)
+        return Proposal(allocation=allocation, predicted=predicted, trial=trial)
+
+    def begin(self, proposal: Proposal) -> PendingTrial:
+        """Stores that the trial of a proposal is running."""
+        self._study.add_trial(proposal.trial)
         return PendingTrial(
-            allocation=allocation,
-            predicted=predicted,
+            allocation=proposal.allocation,
             number=self._study.get_trials(deepcopy=False)[-1].number,
         )
 

@@ -17,14 +17,21 @@ from rankadaptor_plugin.objective import objective_metric, reported_target
 from rankadaptor_plugin.parameters import slot_names
 from rankadaptor_plugin.race_result import BEST_RANDOM
 from rankadaptor_plugin.ranks import WHOLE_LAYER
-from rankadaptor_plugin.report import SEARCHED, baseline_label, verdict_sentence
+from rankadaptor_plugin.report import (
+    EQUAL,
+    METHODS,
+    SEARCHED,
+    alone_sentence,
+    baseline_label,
+    verdict_sentence,
+)
 from rankadaptor_plugin.search import StopReason
 from rankadaptor_plugin.search_step import front
 from rankadaptor_plugin.statistics import score_cells
 from rankadaptor_plugin.trials import TrialState
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from rankadaptor_plugin.config import RunConfig
@@ -33,7 +40,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.objective import Objective
     from rankadaptor_plugin.pruned_model import PrunedModel
     from rankadaptor_plugin.race_result import Confirmed
-    from rankadaptor_plugin.ranks import RankSpace
+    from rankadaptor_plugin.ranks import RankAllocation, RankSpace
     from rankadaptor_plugin.report_data import Footprint, ReportData, Result
     from rankadaptor_plugin.report_generation import Entry
     from rankadaptor_plugin.scores import Score
@@ -49,6 +56,9 @@ PACKAGES = (
     "optuna",
 )
 
+_EQUAL = 0.01
+"""Relative difference up to which numbers of trainable parameters count as equal."""
+
 
 def stage_summary(
     found: SearchResult,
@@ -60,20 +70,26 @@ def stage_summary(
     noise: Noise | None,
     knowledge: Sequence[dict[str, Any]],
     extra_seconds: Sequence[Mapping[str, float]],
+    trained: Callable[[RankAllocation], int],
 ) -> dict[str, Any]:
     """Returns the parts of the report that the recovery stage knows.
 
     `extra_seconds` are those of fine-tunes and evaluations outside of search and race, by part.
+    `trained` tells the trainable parameters of what was fine-tuned.
     """
     delivered = confirmed.delivered
     named = {"uniform": confirmed.baseline, "recovered": delivered}
     if confirmed.searched is not None:
         named["searched"] = confirmed.searched
+    allocations = dict(named)
+    named |= confirmed.methods
     complete = [t for t in found.trials if t.state is TrialState.COMPLETE]
     runs = [run for several in confirmed.runs.values() for run in several]
     seconds = [*extra_seconds, *(t.seconds for t in found.trials), *(run.seconds for run in runs)]
     metrics = oracle.metrics("report")
     comparisons = confirmed.comparisons(metrics)
+    chosen = confirmed.chosen
+    method = chosen.label if chosen is not None and chosen.is_method else None
     return {
         "verdict": {
             "sentence": verdict_sentence(
@@ -81,10 +97,13 @@ def stage_summary(
                 confirmed.baseline.ranks,
                 reported_target(config.oracle, oracle),
                 metrics[0],
-                searched=found.stop is not StopReason.NOISE,
+                searched=found.stop is not StopReason.NOISE or method is not None,
                 subject=_subject(found, confirmed),
-            ),
-            "delivered": "uniform" if delivered == confirmed.baseline else "searched",
+                parameters=_parameters(confirmed, trained),
+            )
+            if confirmed.competitors
+            else alone_sentence(confirmed.baseline.ranks),
+            "delivered": "uniform" if delivered == confirmed.baseline else method or "searched",
             "baseline": baseline_label(confirmed.baseline.ranks),
             "comparisons": {metric: c.to_json() for metric, c in comparisons.items()},
             "target": reported_target(config.oracle, oracle),
@@ -106,10 +125,11 @@ def stage_summary(
             for name, allocation in named.items()
         },
         "noise": noise and noise.to_json(),
-        "allocations": {name: list(a.ranks) for name, a in named.items()},
+        "methods": list(confirmed.methods),
+        "allocations": {name: list(a.ranks) for name, a in allocations.items()},
         "settings": {name: dict(a.settings) for name, a in named.items() if a.settings},
         "slots": [] if space.groups == WHOLE_LAYER else slot_names(space),
-        "trainable": {name: space.parameters(a) for name, a in named.items()},
+        "trainable": {name: trained(a) for name, a in named.items()},
         "trials": [trial.to_json() for trial in found.trials],
         "objective": {
             "metric": objective.metric,
@@ -123,7 +143,7 @@ def stage_summary(
             "failed": sum(t.state is TrialState.FAILED for t in found.trials),
             "stopped": sum(t.state is TrialState.STOPPED for t in found.trials),
             "interrupted": found.interrupted,
-            "method": FIXED if config.search.is_fixed else config.search.method,
+            "method": _search_method(config),
             "forecasts": dict(found.forecasts),
         },
         "front": [t.to_json() for t in front(found.trials, space)] if config.search.pareto else [],
@@ -147,11 +167,34 @@ def stage_summary(
 
 def _subject(found: SearchResult, confirmed: Confirmed) -> str:
     """Names what the verdict is about."""
+    chosen = confirmed.chosen
+    if chosen is not None and chosen.is_method:
+        return chosen.label
     if found.stop is StopReason.FIXED:
         return "the given allocation"
-    if confirmed.chosen is not None and confirmed.chosen.label == BEST_RANDOM:
+    if chosen is not None and chosen.label == BEST_RANDOM:
         return "the best random allocation"
-    return SEARCHED
+    return METHODS if found.stop is StopReason.METHODS else SEARCHED
+
+
+def _parameters(confirmed: Confirmed, trained: Callable[[RankAllocation], int]) -> str:
+    """Says how the numbers of parameters compare that the chosen one and its baseline train."""
+    chosen = confirmed.chosen
+    if chosen is None or not chosen.is_method:
+        return EQUAL
+    own, other = trained(chosen.allocation), trained(chosen.baseline)
+    if not own:
+        return "without any fine-tune"
+    more = own / other - 1
+    if abs(more) <= _EQUAL:
+        return EQUAL
+    return f"with {100 * abs(more):.0f} % {'more' if more > 0 else 'fewer'} trainable parameters"
+
+
+def _search_method(config: RunConfig) -> str:
+    if not config.races_ranks:
+        return "none"
+    return FIXED if config.search.is_fixed else config.search.method
 
 
 def report_data(
@@ -283,13 +326,15 @@ def report_data(
         "device": device,
         "slots": summary.get("slots", []),
         "settings": summary.get("settings", {}),
+        "methods": summary.get("methods", []),
     }
 
 
-def adapter_parameters(adapter: Path) -> int:
-    """Returns the number of parameters of a PEFT folder."""
+def adapter_parameters(adapter: Path, part: str = "") -> int:
+    """Returns the number of parameters of a PEFT folder, of the tensors with `part` in the name."""
     with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        names = [name for name in file.keys() if part in name]  # noqa: SIM118
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
 
 
 def versions() -> dict[str, str]:

@@ -93,8 +93,7 @@ class Trial:
         return {
             "position": self.position,
             "phase": self.phase.value,
-            "ranks": list(self.allocation.ranks),
-            "settings": dict(self.allocation.settings),
+            **self.allocation.to_json(),
             "parameters": self.parameters,
             "seed": self.seed,
             "fidelity": self.fidelity,
@@ -112,9 +111,9 @@ class Trial:
     def from_json(cls, data: Mapping[str, Any]) -> Trial:
         """Builds a trial from what `to_json` returned."""
         values = dict(data)
-        values["allocation"] = RankAllocation(
-            tuple(values.pop("ranks")), tuple(values.pop("settings", {}).items())
-        )
+        values["allocation"] = RankAllocation.from_json(data)
+        for key in ("ranks", "settings", "method"):
+            values.pop(key, None)
         values["rungs"] = {float(share): v for share, v in values.pop("rungs", {}).items()}
         values["phase"] = Phase(values["phase"])
         values["state"] = TrialState(values["state"])

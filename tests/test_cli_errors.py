@@ -107,9 +107,9 @@ BAD = {
         {"oracle": {"task_path": "nowhere"}},
         *(2, "is no folder", "Name the folder"),
     ),
-    "rank above the model's size": (
+    "rank above a matrix": (
         {"rank_space": {"candidates": [2, 5000], "budget": "free"}},
-        *(2, "more than the model's hidden size", "Lower"),
+        *(2, "full rank at 12", "Lower"),
     ),
     "a single allocation": (
         {"rank_space": {"candidates": [8]}},

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import logging
 
+import datasets
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankadaptor_plugin import run_file
 from rankadaptor_plugin.calibration_text import calibration_documents, calibration_samples
 from rankadaptor_plugin.corpus import (
     ALPACA,
     IGNORED,
+    corpus_of_rows,
     load_corpus,
     read_rows,
+    split_rows,
 )
+from rankadaptor_plugin.corpus_rows import is_hub_name
 from rankadaptor_plugin.errors import ConfigError, CorpusError
 
 BOS, EOS, UNK = 0, 1, 2
@@ -183,6 +188,128 @@ def test_a_missing_file_or_a_folder_cannot_be_read(tmp_path):
 def test_a_corpus_without_a_sequence_is_refused(written, make_tokenizer, content):
     with pytest.raises(CorpusError, match=r"gives no training sequence \([01] rows, [01] longer"):
         load_corpus(written("c.json", content), make_tokenizer())
+
+
+@given(count=st.integers(2, 60), seed=st.integers(0, 2**32), data=st.data())
+def test_rows_are_held_out_as_datasets_does(count, seed, data):
+    held_out = data.draw(st.integers(1, count - 1))
+    rows = datasets.Dataset.from_dict({"row": list(range(count))})
+    theirs = rows.train_test_split(test_size=held_out, shuffle=True, seed=seed)
+    train, test = split_rows(range(count), held_out, seed)
+    assert (train, test) == (theirs["train"]["row"][:], theirs["test"]["row"][:])
+
+
+@given(rows=st.lists(st.integers()), seed=st.integers(0, 99), data=st.data())
+def test_a_split_loses_and_doubles_no_row(rows, seed, data):
+    count = data.draw(st.integers(0, len(rows)))
+    train, test = split_rows(rows, count, seed)
+    assert len(test) == count
+    assert sorted(train + test) == sorted(rows)
+
+
+def test_held_out_rows_are_no_training_sequences(written, make_tokenizer):
+    rows = [{"instruction": f"w{i}", "output": "w36"} for i in range(20)]
+    corpus = load_corpus(
+        written("c.jsonl", rows), make_tokenizer(), template="plain", validation=5, limit=15
+    )
+    order = torch.tensor([s.tokens[0] for s in (*corpus.validation, *corpus.sequences)]) - 3
+    assert (len(corpus.validation), len(corpus.sequences)) == (5, 10)
+    assert sorted(order.tolist()) == list(range(15))
+    assert order[:5].tolist() == split_rows(range(15), 5, 42)[1]
+
+
+def test_held_out_text_is_joined_on_its_own(written, make_tokenizer):
+    rows = [{"text": f"w{i} w{i}"} for i in range(4)]
+    corpus = load_corpus(written("c.jsonl", rows), make_tokenizer(), validation=1)
+    (training,), (validation,) = corpus.sequences, corpus.validation
+    assert (len(training.tokens), len(validation.tokens)) == (9, 3)
+
+
+@pytest.mark.parametrize("validation", [2, 3])
+def test_nothing_left_to_train_on_is_refused(written, make_tokenizer, validation):
+    with pytest.raises(CorpusError, match=rf"holds out {validation} rows, but the .* has 2, which"):
+        load_corpus(written("c.jsonl", [ROW, ROW]), make_tokenizer(), validation=validation)
+
+
+def test_held_out_rows_that_give_nothing_are_refused(make_tokenizer):
+    rows = [{"instruction": "w1", "output": text} for text in ("w2", "", "")]
+    seed = next(s for s in range(99) if split_rows(range(3), 1, s)[1] != [0])
+    with pytest.raises(CorpusError, match="The 1 rows of the corpus in memory that"):
+        corpus_of_rows(rows, make_tokenizer(), validation=1, validation_seed=seed)
+
+
+def test_rows_in_memory_are_those_of_a_file(written, make_tokenizer):
+    rows = [{**ROW, "text": None}, {"text": "w1 w2"}]
+    read = load_corpus(written("c.jsonl", rows), make_tokenizer())
+    for given_rows in (rows, datasets.Dataset.from_list(rows)):
+        made = corpus_of_rows(given_rows, make_tokenizer())
+        assert [s.tokens.tolist() for s in made.sequences] == [
+            s.tokens.tolist() for s in read.sequences
+        ]
+    with pytest.raises(CorpusError, match=r"in memory, row 2 is \{'a': 1\}; a row needs the texts"):
+        corpus_of_rows([ROW, {"a": 1}], make_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("path", "is_name"),
+    [
+        ("yahma/alpaca-cleaned", True),
+        ("OpenAssistant/oasst_top1_2023-08-25", True),
+        ("org/data.v1.5", True),
+        ("data/corpus.jsonl", False),
+        ("data/corpus.TXT", False),
+        ("../corpus", False),
+        ("/data/corpus", False),
+        ("a/b/c", False),
+        ("corpus", False),
+        ("embedded", False),
+    ],
+)
+def test_names_on_the_hub_are_told_from_files(path, is_name):
+    assert is_hub_name(path) == is_name
+
+
+def test_a_dataset_of_the_hub_is_read_by_its_rows(make_tokenizer, monkeypatch, tmp_path):
+    asked = []
+
+    def give(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list([ROW, {**ROW, "output": "w9"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", give)
+    monkeypatch.chdir(tmp_path)
+    for cache in (None, tmp_path, tmp_path):
+        corpus = load_corpus("owner/name", make_tokenizer(), limit=1, cache=cache)
+        assert [s.tokens.tolist()[-3:] for s in corpus.sequences] == [[*ids(4, 5), EOS]]
+    assert set(asked) == {("owner/name", "train")}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_goes_before_the_hub(make_tokenizer, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").write_text("w1 w2")
+    assert len(load_corpus("owner/name", make_tokenizer()).sequences) == 1
+
+
+def test_a_download_that_fails_is_one_line(make_tokenizer, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(CorpusError) as error:
+        load_corpus("no-such-owner/no-such-name", make_tokenizer())
+    message = str(error.value)
+    assert message.startswith("The corpus no-such-owner/no-such-name is no file, and the hub gives")
+    assert message.endswith("Correct [corpus] path, or give a file.")
+    assert "\n" not in message
+
+
+def test_a_name_on_the_hub_survives_the_run_file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[oracle]\ntasks = ["a"]\n[corpus]\npath = "owner/name"\n')
+    assert run_file.load(path).corpus.path == "owner/name"
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").write_text("w1")
+    assert run_file.load(path).corpus.path == str(tmp_path / "owner" / "name")
 
 
 def documents(*lengths):

@@ -56,7 +56,7 @@ def test_every_artefact_is_there_and_nothing_half_written(finished):
     names = {path.name for path in finished.folder.iterdir()}
     assert names == {
         *("inputs.json", "pruned", "evaluations", "study.db", "adapters", "adapter"),
-        *("report.json", "report.md", "report.html", "timings.json", ".lock"),
+        *("report.json", "report.md", "report.html", "timings.json", ".lock", ".tokenized"),
     }
     assert not [p for p in finished.folder.rglob("*") if p.name.endswith((".partial", ".tmp"))]
     assert len(list((finished.folder / "evaluations").iterdir())) == 2 * (2 + 2 * 2)

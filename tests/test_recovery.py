@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from rankadaptor_plugin import recovery
+from rankadaptor_plugin import training
 from rankadaptor_plugin.adapters import trainable_parameters
+from rankadaptor_plugin.batches import passes
 from rankadaptor_plugin.config import RecoveryConfig
 from rankadaptor_plugin.corpus import IGNORED, Corpus, TrainingSequence
 from rankadaptor_plugin.errors import RecoveryError
 from rankadaptor_plugin.ranks import RankAllocation
-from rankadaptor_plugin.recovery import collate, learning_rate_factor, recover
+from rankadaptor_plugin.recovery import recover
+from rankadaptor_plugin.training import learning_rate_factor
 
 CONFIG = RecoveryConfig(
     steps=6, batch_size=4, micro_batch_size=4, learning_rate=0.02, warmup_steps=1, dropout=0.1
@@ -47,8 +49,8 @@ def test_the_loss_falls_and_the_base_stays(make_llama, corpus):
     base = make_llama()
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     config = dataclasses.replace(CONFIG, steps=40, dropout=0.0)
-    first = recover(base, ALLOCATION, corpus, dataclasses.replace(config, steps=1), seed=0)
-    last = recover(first.model, ALLOCATION, corpus, config, seed=0)
+    first = recover(base, None, ALLOCATION, corpus, dataclasses.replace(config, steps=1), seed=0)
+    last = recover(first.model, None, ALLOCATION, corpus, config, seed=0)
     assert last.train_loss < 0.7 * first.train_loss
     assert last.seconds > 0
     assert not last.model.training
@@ -58,21 +60,21 @@ def test_the_loss_falls_and_the_base_stays(make_llama, corpus):
 
 
 def test_a_seed_fixes_the_adapter_bit_for_bit(make_llama, corpus):
-    first = recover(make_llama(), ALLOCATION, corpus, CONFIG, seed=7)
+    first = recover(make_llama(), None, ALLOCATION, corpus, CONFIG, seed=7)
     bits = weights(first)
     torch.manual_seed(99)
-    other = recover(first.model, RankAllocation((2, 8)), corpus, CONFIG, seed=7)
-    again = recover(other.model, ALLOCATION, corpus, CONFIG, seed=7)
+    other = recover(first.model, None, RankAllocation((2, 8)), corpus, CONFIG, seed=7)
+    again = recover(other.model, None, ALLOCATION, corpus, CONFIG, seed=7)
     assert again.train_loss == first.train_loss
     assert equal(bits, weights(again))
-    assert not equal(bits, weights(recover(again.model, ALLOCATION, corpus, CONFIG, seed=8)))
+    assert not equal(bits, weights(recover(again.model, None, ALLOCATION, corpus, CONFIG, seed=8)))
 
 
 def test_the_global_random_states_are_left_as_they_were(make_llama, corpus):
     base = make_llama()
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    recovered = recover(base, ALLOCATION, corpus, CONFIG, seed=0)
-    recover(recovered.model, ALLOCATION, corpus, CONFIG, seed=0)
+    recovered = recover(base, None, ALLOCATION, corpus, CONFIG, seed=0)
+    recover(recovered.model, None, ALLOCATION, corpus, CONFIG, seed=0)
     assert torch.get_rng_state().equal(before[0])
     assert random.getstate() == before[1]
     assert np.random.get_state()[1].tolist() == before[2]
@@ -81,17 +83,17 @@ def test_the_global_random_states_are_left_as_they_were(make_llama, corpus):
 def test_all_allocations_see_the_same_batches_and_dropout(make_llama, corpus, monkeypatch):
     seen, masks = [], []
 
-    def noting(batch):
+    def noting(batch, layout, size):
         seen[-1].append([s.tokens.tolist() for s in batch])
         masks[-1].append(torch.get_rng_state())
-        return collate(batch)
+        return passes(batch, layout, size)
 
-    monkeypatch.setattr(recovery, "collate", noting)
+    monkeypatch.setattr(training, "passes", noting)
     base = make_llama()
-    for ranks in ((4, 2), (2, 12), (8, 8)):
+    for ranks in ((4, 2), (2, 8), (8, 8)):
         seen.append([])
         masks.append([])
-        base = recover(base, RankAllocation(ranks), corpus, CONFIG, seed=1).model
+        base = recover(base, None, RankAllocation(ranks), corpus, CONFIG, seed=1).model
     assert seen[0] == seen[1] == seen[2]
     assert all(equal(masks[0], other) for other in masks[1:])
     once = [tuple(tokens) for batch in seen[0][:2] for tokens in batch]
@@ -101,9 +103,9 @@ def test_all_allocations_see_the_same_batches_and_dropout(make_llama, corpus, mo
 @pytest.mark.parametrize("micro", [1, 3, 100])
 def test_micro_batches_give_the_result_of_one_batch(make_llama, corpus, micro):
     config = dataclasses.replace(CONFIG, batch_size=8, micro_batch_size=8, dropout=0.0, steps=3)
-    whole = recover(make_llama(), ALLOCATION, corpus, config, seed=0)
+    whole = recover(make_llama(), None, ALLOCATION, corpus, config, seed=0)
     config = dataclasses.replace(config, micro_batch_size=micro)
-    parts = recover(make_llama(), ALLOCATION, corpus, config, seed=0)
+    parts = recover(make_llama(), None, ALLOCATION, corpus, config, seed=0)
     assert parts.train_loss == pytest.approx(whole.train_loss, rel=1e-5)
     # AdamW magnifies rounding where a gradient is nearly 0.
     for one, other in zip(weights(whole), weights(parts), strict=True):
@@ -123,21 +125,8 @@ def test_the_loss_is_that_of_the_responses_alone(make_llama, corpus):
     config = dataclasses.replace(
         CONFIG, steps=1, batch_size=len(corpus.sequences), micro_batch_size=3, dropout=0.0
     )
-    recovered = recover(base, ALLOCATION, corpus, config, seed=0)
+    recovered = recover(base, None, ALLOCATION, corpus, config, seed=0)
     assert recovered.train_loss == pytest.approx(total / count, rel=1e-5)
-
-
-def test_what_no_loss_is_taken_of_needs_no_label(corpus):
-    batch = collate(list(corpus.sequences[:3]))
-    assert {name: t.shape for name, t in batch.items()} == dict.fromkeys(batch, (3, 6))
-    for row, sequence in enumerate(corpus.sequences[:3]):
-        length = len(sequence.tokens)
-        assert batch["input_ids"][row, :length].equal(sequence.tokens)
-        assert batch["labels"][row].tolist() == [
-            *sequence.labels.tolist(),
-            *[IGNORED] * (6 - length),
-        ]
-        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (6 - length)
 
 
 @pytest.mark.parametrize(("fidelity", "steps"), [(1.0, 6), (0.5, 3), (0.01, 1)])
@@ -148,8 +137,8 @@ def test_a_fidelity_runs_its_share_of_the_steps(make_llama, corpus, monkeypatch,
         rates.append(learning_rate_factor(step, config))
         return rates[-1]
 
-    monkeypatch.setattr(recovery, "learning_rate_factor", noting)
-    recover(make_llama(), ALLOCATION, corpus, CONFIG, seed=0, fidelity=fidelity)
+    monkeypatch.setattr(training, "learning_rate_factor", noting)
+    recover(make_llama(), None, ALLOCATION, corpus, CONFIG, seed=0, fidelity=fidelity)
     # The schedule is the full run's; torch asks for the rate before each step and after the last.
     assert rates == [learning_rate_factor(step, CONFIG) for step in range(steps + 1)]
 
@@ -172,12 +161,12 @@ def test_a_diverging_fine_tune_names_the_remedy_and_leaves_the_base_usable(make_
     wild = dataclasses.replace(CONFIG, learning_rate=1e30, warmup_steps=0, max_grad_norm=0.0)
     message = r"loss is (nan|inf) at step \d of 6. Lower \[recovery\] learning_rate \(now 1e\+30\)"
     with pytest.raises(RecoveryError, match=message):
-        recover(base, ALLOCATION, corpus, wild, seed=0)
+        recover(base, None, ALLOCATION, corpus, wild, seed=0)
     assert [name for name, _ in base.named_parameters()] == names
-    recovered = recover(base, ALLOCATION, corpus, CONFIG, seed=0)
-    bits = weights(recover(make_llama(), ALLOCATION, corpus, CONFIG, seed=0))
+    recovered = recover(base, None, ALLOCATION, corpus, CONFIG, seed=0)
+    bits = weights(recover(make_llama(), None, ALLOCATION, corpus, CONFIG, seed=0))
     assert equal(bits, weights(recovered))
     with pytest.raises(RecoveryError):
-        recover(recovered.model, ALLOCATION, corpus, wild, seed=0)
-    again = recover(recovered.model, ALLOCATION, corpus, CONFIG, seed=0)
+        recover(recovered.model, None, ALLOCATION, corpus, wild, seed=0)
+    again = recover(recovered.model, None, ALLOCATION, corpus, CONFIG, seed=0)
     assert equal(bits, weights(again))

@@ -147,6 +147,11 @@ def configs(cls):
         fields["report_documents"] = fields["report_documents"].filter(lambda count: count != 1)
     if "gains" in fields:
         fields["seeds"] = fields["seeds"].filter(lambda count: count != 1)
+    if "methods" in fields:
+        further = st.lists(st.text(), max_size=3, unique=True).filter(
+            lambda names: "rankadaptor" not in names
+        )
+        fields["methods"] = further.map(lambda names: ("rankadaptor", *names))
     if "floor" in fields:
         fields["floor"] = st.just(0.0)  # at most the ceiling
     if "device_map" in fields:

@@ -316,7 +316,7 @@ def grouped(run):
     return run(
         rank_space={
             "per": "group",
-            "candidates": [0, 4, 8, 16],
+            "candidates": [0, 4, 8, 12],
             "alpha_over_rank": [1.0, 2.0, 4.0],
             "learning_rate": [0.005, 0.02],
         },
@@ -327,7 +327,7 @@ def grouped(run):
 @pytest.fixture(scope="module")
 def projected(run):
     return run(
-        rank_space={"per": "projection", "candidates": [0, 2, 16], "budget": "free"},
+        rank_space={"per": "projection", "candidates": [0, 2, 12], "budget": "free"},
         search={"method": "random", "max_trials": 3},
         confirm={"finalists": 2},
     )
@@ -811,9 +811,9 @@ def looking(goes_on, notes=None):
 
 @pytest.mark.parametrize("share", [0.01, 0.25, 0.5, 0.9])
 def test_a_fine_tune_that_was_looked_at_ends_bit_for_bit_as_without(make_llama, corpus, share):
-    plain = recover(make_llama(), ALLOCATION, corpus, TRAINING, seed=3)
+    plain = recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3)
     rung = Rung(fidelity=share, goes_on=looking(goes_on=True))
-    seen = recover(make_llama(), ALLOCATION, corpus, TRAINING, seed=3, rung=rung)
+    seen = recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3, rung=rung)
     assert equal(weights(plain), weights(seen))
     assert seen.train_loss == plain.train_loss
     assert (seen.fidelity, seen.model.training) == (1.0, False)
@@ -822,8 +822,8 @@ def test_a_fine_tune_that_was_looked_at_ends_bit_for_bit_as_without(make_llama, 
 def test_one_that_ends_at_the_rung_is_a_fine_tune_of_that_fidelity(make_llama, corpus):
     notes = []
     rung = Rung(fidelity=0.5, goes_on=looking(False, notes))
-    stopped = recover(make_llama(), ALLOCATION, corpus, TRAINING, seed=3, rung=rung)
-    half = recover(make_llama(), ALLOCATION, corpus, TRAINING, seed=3, fidelity=0.5)
+    stopped = recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3, rung=rung)
+    half = recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3, fidelity=0.5)
     assert equal(weights(stopped), weights(half))
     assert equal(notes[0], weights(half))
     assert stopped.train_loss == half.train_loss
@@ -833,8 +833,8 @@ def test_one_that_ends_at_the_rung_is_a_fine_tune_of_that_fidelity(make_llama, c
 def test_what_is_looked_at_before_going_on_is_the_half(make_llama, corpus):
     notes = []
     rung = Rung(fidelity=0.5, goes_on=looking(True, notes))
-    recover(make_llama(), ALLOCATION, corpus, TRAINING, seed=3, rung=rung)
-    half = recover(make_llama(), ALLOCATION, corpus, TRAINING, seed=3, fidelity=0.5)
+    recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3, rung=rung)
+    half = recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3, fidelity=0.5)
     assert len(notes) == 1
     assert equal(notes[0], weights(half))
 
@@ -842,7 +842,7 @@ def test_what_is_looked_at_before_going_on_is_the_half(make_llama, corpus):
 def test_a_look_leaves_the_callers_random_numbers_alone(make_llama, corpus):
     before = torch.get_rng_state()
     rung = Rung(fidelity=0.5, goes_on=looking(goes_on=True))
-    recover(make_llama(), ALLOCATION, corpus, TRAINING, seed=3, rung=rung)
+    recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3, rung=rung)
     assert torch.get_rng_state().equal(before)
 
 
@@ -854,7 +854,9 @@ def test_a_look_that_fails_leaves_the_base_as_it_was(make_llama, corpus):
         raise OracleError("no")
 
     with pytest.raises(OracleError):
-        recover(base, ALLOCATION, corpus, TRAINING, seed=3, rung=Rung(fidelity=0.5, goes_on=look))
+        recover(
+            base, None, ALLOCATION, corpus, TRAINING, seed=3, rung=Rung(fidelity=0.5, goes_on=look)
+        )
     assert [name for name, _ in base.named_parameters()] == names
 
 
@@ -862,13 +864,13 @@ def test_a_look_that_fails_leaves_the_base_as_it_was(make_llama, corpus):
 def test_a_rung_at_the_last_step_is_no_rung(make_llama, corpus, share):
     steps = RecoveryConfig(steps=1, batch_size=4, learning_rate=0.02)
     rung = Rung(fidelity=share, goes_on=lambda model: pytest.fail("looked"))
-    recovered = recover(make_llama(), ALLOCATION, corpus, steps, seed=3, rung=rung)
+    recovered = recover(make_llama(), None, ALLOCATION, corpus, steps, seed=3, rung=rung)
     assert recovered.fidelity == 1.0
 
 
 @pytest.mark.parametrize("ranks", [(2, 0), (1, 3)])
 def test_a_cut_adapter_computes_what_a_smaller_one_would(make_llama, corpus, ranks):
-    model = recover(make_llama(), RankAllocation((4, 4)), corpus, TRAINING, seed=3).model
+    model = recover(make_llama(), None, RankAllocation((4, 4)), corpus, TRAINING, seed=3).model
     whole = adapters.whole_adapter(model)
     small = RankAllocation(ranks)
     adapters.cut(model, whole, small)

@@ -76,7 +76,7 @@ def sampler() -> optuna.samplers.BaseSampler:
 @given(trial=trials)
 def test_any_record_comes_back_equal(trial):
     store = TrialStore(InMemoryStorage(), "study")
-    store.finish(store.begin(sampler(), SPACE), trial)
+    store.finish(store.begin(store.propose(sampler(), SPACE)), trial)
     assert store.trials() == [trial]
 
 
@@ -84,7 +84,7 @@ def test_records_survive_in_a_file_in_order_of_position(tmp_path):
     failed = Trial(**{**vars(COMPLETE), "position": 1, "state": TrialState.FAILED, "reason": "x"})
     with TrialStore.open(url(tmp_path), "study") as store:
         for trial in (failed, COMPLETE):
-            store.finish(store.begin(sampler(), SPACE), trial)
+            store.finish(store.begin(store.propose(sampler(), SPACE)), trial)
     with TrialStore.open(url(tmp_path), "study") as store:
         assert store.trials() == [COMPLETE, failed]
         store.settle()
@@ -93,7 +93,7 @@ def test_records_survive_in_a_file_in_order_of_position(tmp_path):
 
 def test_optuna_users_can_read_the_study(tmp_path):
     with TrialStore.open(url(tmp_path), "study") as store:
-        pending = store.begin(sampler(), SPACE)
+        pending = store.begin(store.propose(sampler(), SPACE))
         store.finish(pending, COMPLETE)
         other = optuna.load_study(study_name="study", storage=store._storage)
         (trial,) = other.trials
@@ -105,7 +105,7 @@ def test_optuna_users_can_read_the_study(tmp_path):
 
 def test_interrupted_trials_are_marked_and_do_not_count(tmp_path):
     with TrialStore.open(url(tmp_path), "study") as store:
-        store.begin(sampler(), SPACE)
+        store.begin(store.propose(sampler(), SPACE))
     with TrialStore.open(url(tmp_path), "study") as store:
         assert store.interrupted() == 1  # a reader sees it and changes nothing
         assert store._study.trials[0].state == OptunaState.RUNNING
@@ -114,7 +114,7 @@ def test_interrupted_trials_are_marked_and_do_not_count(tmp_path):
         assert store._study.trials[0].user_attrs == {"reason": "interrupted"}
         assert store.interrupted() == 1
         assert store.trials() == []
-        pending = store.begin(sampler(), SPACE)
+        pending = store.begin(store.propose(sampler(), SPACE))
         assert pending.number == 1
         store.finish(pending, COMPLETE)
         assert store.trials() == [COMPLETE]
@@ -126,7 +126,7 @@ def test_a_trial_killed_after_its_record_was_written_is_finished(monkeypatch, st
     store = TrialStore(InMemoryStorage(), "study")
     with monkeypatch.context() as patch:
         patch.setattr(store, "_tell", lambda *_: None)
-        store.finish(store.begin(sampler(), SPACE), trial)
+        store.finish(store.begin(store.propose(sampler(), SPACE)), trial)
     assert store.trials() == []
     store.settle()
     assert store.trials() == [trial]
@@ -142,10 +142,10 @@ def test_samplers_see_no_interrupted_trials():
             return super().sample_independent(study, trial, name, distribution)
 
     store = TrialStore(InMemoryStorage(), "study")
-    store.begin(sampler(), SPACE)
+    store.begin(store.propose(sampler(), SPACE))
     store.settle()
-    store.finish(store.begin(Spy(), SPACE), COMPLETE)
-    store.begin(Spy(), SPACE)
+    store.finish(store.begin(store.propose(Spy(), SPACE)), COMPLETE)
+    store.begin(store.propose(Spy(), SPACE))
     assert seen[0] == [0]
     assert seen[-1] == [0, 1]
 
@@ -189,10 +189,10 @@ def test_a_database_that_fails_meanwhile_is_one_line_with_a_remedy(tmp_path):
 def test_what_is_stored_as_parameters_is_what_was_fine_tuned(tmp_path):
     ends = RankAllocation(tuple(SPACE.candidates[-1] for _ in range(SPACE.layers)))
     with TrialStore.open(url(tmp_path), "study") as store:
-        pending = store.begin(sampler(), SPACE, place=lambda proposal: ends)
-        store.finish(pending, COMPLETE)
-    assert pending.allocation == ends
-    assert pending.predicted is None
+        proposal = store.propose(sampler(), SPACE, place=lambda proposal: ends)
+        store.finish(store.begin(proposal), COMPLETE)
+    assert proposal.allocation == ends
+    assert proposal.predicted is None
     (trial,) = optuna.load_study(study_name="study", storage=url(tmp_path)).trials
     assert set(trial.params.values()) == {SPACE.candidates[-1]}
 
@@ -207,7 +207,7 @@ def talkative():
 
 def test_is_quiet_and_leaves_the_verbosity_alone(tmp_path, capfd, talkative):
     with TrialStore.open(url(tmp_path), "study") as store:
-        store.finish(store.begin(sampler(), SPACE), COMPLETE)
+        store.finish(store.begin(store.propose(sampler(), SPACE)), COMPLETE)
     assert optuna.logging.get_verbosity() == talkative
     assert capfd.readouterr() == ("", "")
 

@@ -132,7 +132,7 @@ def measure(loaded: RunConfig, rows_file: Path, count: int, seeds: int) -> None:
         todo = [n for n in range(len(drawn)) if (seed, n) not in done]
         if not todo:
             continue
-        model = recover(model, greatest, corpus, config.recovery, seed=seed).model
+        model = recover(model, None, greatest, corpus, config.recovery, seed=seed).model
         whole = {n: p.detach().clone() for n, p in model.named_parameters() if ".lora_" in n}
         proxies = {}
         for number in todo:
@@ -148,7 +148,9 @@ def measure(loaded: RunConfig, rows_file: Path, count: int, seeds: int) -> None:
 
             began = time.perf_counter()
             rung = Rung(fidelity=HALF, goes_on=look)
-            recovered = recover(model, allocation, corpus, config.recovery, seed=seed, rung=rung)
+            recovered = recover(
+                model, None, allocation, corpus, config.recovery, seed=seed, rung=rung
+            )
             model = recovered.model
             row = {
                 "number": number,

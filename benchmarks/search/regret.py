@@ -137,7 +137,7 @@ def search(method: Method, problem: simulators.Problem, seed: int) -> dict[str, 
             # As the search does: samplers such as TPE repeat themselves.
             return SPACE.allocation(spare) if proposal.ranks in tried else proposal
 
-        pending = store.begin(sampler, SPACE, place, method.batch)
+        pending = store.begin(store.propose(sampler, SPACE, place, method.batch))
         tried.add(pending.allocation.ranks)
         value = problem.measure(np.array(pending.allocation.ranks), position)
         store.finish(pending, _trial(position, pending.allocation, value))

@@ -13,8 +13,14 @@ def rankadaptor_post_prune(pruned, context):
 
     allocation = RankAllocation((1,) * len(pruned.widths))
     settings = context.config.recovery
-    found = recover(pruned.model, allocation, context.corpus, settings, seed=context.config.seed)
-    found.model.peft_config["default"].base_model_name_or_path = str(context.folder / "pruned")
-    found.model.save_pretrained(context.folder / "adapter")
+    found = recover(
+        pruned.model,
+        pruned.tokenizer,
+        allocation,
+        context.corpus,
+        settings,
+        seed=context.config.seed,
+    )
+    found.save(context.folder / "adapter", base=str(context.folder / "pruned"))
     found.model.unload()
     return Recovered(adapter=context.folder / "adapter", allocation=allocation)

@@ -1,0 +1,191 @@
+"""What ``trial_cost.py`` measures with: a clock for swaps, and peers that take turns with ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from peft import PeftModel
+
+from rankadaptor_plugin import adapters, hookimpl
+from rankadaptor_plugin.embedded_default import corpus_file
+from rankadaptor_plugin.oracle_requests import choice_scores
+from rankadaptor_plugin.plugins import plugin_manager
+
+if TYPE_CHECKING:
+    from rankadaptor_plugin.context import RunContext
+    from rankadaptor_plugin.preparation import Prepared
+    from rankadaptor_plugin.trials import Trial
+
+PEER = Path(__file__).resolve().parent / "trial_cost_peer.py"
+TRAINED_WITH = (
+    *("steps", "batch_size", "micro_batch_size", "learning_rate", "warmup_steps", "schedule"),
+    *("weight_decay", "max_grad_norm", "alpha_over_rank", "dropout"),
+)
+
+
+class Swaps:
+    """Times `adapters.attach` while the block lasts.
+
+    Attributes:
+        inside: Seconds of the calls within fine-tunes.
+        outside: Seconds of those that only wrap the bare model.
+    """
+
+    def __init__(self) -> None:
+        self.inside, self.outside = 0.0, 0.0
+        self._attach = adapters.attach
+
+    def __enter__(self) -> Swaps:
+        def timed(base: Any, *args: Any, **named: Any) -> Any:
+            bare = not isinstance(base, PeftModel)
+            began = time.perf_counter()
+            try:
+                return self._attach(base, *args, **named)
+            finally:
+                seconds = time.perf_counter() - began
+                if bare:
+                    self.outside += seconds
+                else:
+                    self.inside += seconds
+
+        adapters.attach = timed
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        adapters.attach = self._attach
+
+
+class Peers:
+    """Runs the two processes of a trial.
+
+    Args:
+        scratch: Folder for what they write.
+        pruned: The pruned model's folder.
+        prepared: The run.
+        batch_size: lm-eval's.
+    """
+
+    def __init__(self, scratch: Path, pruned: Path, prepared: Prepared, batch_size: int) -> None:
+        context = prepared.context
+        config, corpus = context.config, context.config.corpus
+        recovery = {name: getattr(config.recovery, name) for name in TRAINED_WITH}
+        recovery["steps"] = config.recovery.steps_for(len(context.corpus.sequences))
+        self._requests = context.oracle._requests["search"]._tasks  # type: ignore[attr-defined]
+        paths = [Path(p) for p in plugin_manager().hook.rankadaptor_lm_eval_task_paths()]
+        paths += [Path(config.oracle.task_path)] if config.oracle.task_path else []
+        job = {
+            "pruned": str(pruned.resolve()),
+            "corpus": str(corpus_file(corpus.path).resolve()),
+            "tokenize": {n: getattr(corpus, n) for n in ("template", "max_tokens", "limit")},
+            "recovery": recovery,
+            "seed": config.seed,
+            "documents": context.oracle.describe()["documents"]["search"],
+            "task_paths": [str(path.resolve()) for path in paths],
+            "max_length": config.oracle.max_length,
+            "lm_eval_batch_size": batch_size,
+        }
+        self._scratch, self._job = scratch, scratch / "job.json"
+        self._job.write_text(json.dumps(job), "utf-8")
+        self.done: list[dict[str, Any]] = []
+
+    def run(self, trial: Trial) -> None:
+        """Repeats a trial; keeps the seconds of the parts, and what its scores differ by."""
+        adapter = self._scratch / f"adapter-{trial.position}"
+        result = self._scratch / f"result-{trial.position}.json"
+        ranks = json.dumps(trial.allocation.ranks)
+        found: dict[str, Any] = {"position": trial.position}
+        for step, paths in (("train", (ranks, adapter)), ("evaluate", (adapter, result))):
+            began, cpu = time.perf_counter(), _children()
+            parts = self._process(step, *paths)
+            wall = time.perf_counter() - began
+            parts["start"] = wall - sum(parts.values())  # the interpreter's own, and its end
+            found[step] = {"wall": wall, "cpu": _children() - cpu, "parts": parts}
+        found |= self._differences(trial, json.loads(result.read_text(encoding="utf-8")))
+        self.done.append(found)
+
+    def _process(self, step: str, *paths: object) -> dict[str, float]:
+        command = [sys.executable, str(PEER), step, str(self._job), *map(str, paths)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return seconds
+
+    def _differences(self, trial: Trial, theirs: dict[str, Any]) -> dict[str, Any]:
+        accuracy, clp = [], []
+        for name, score in trial.score.tasks.items() if trial.score else ():
+            accuracy.append(
+                score.values["accuracy"] - theirs["metrics"][name][score.accuracy_metric]
+            )
+            answers = zip(self._requests[name].questions, theirs["answers"][name], strict=True)
+            values = [
+                choice_scores(np.array(a[: len(q.sizes)]), q.gold, q.sizes)["clp"]
+                for q, a in answers
+            ]
+            clp.append(score.values["clp"] - float(np.mean(values)))
+        return {
+            "accuracy_difference": float(np.abs(accuracy).max()),
+            "clp_difference": float(np.abs(clp).max()),
+        }
+
+
+class Turns:
+    """A plugin that lets the peers repeat the trials of a block when it is full.
+
+    Args:
+        peers: The peers.
+        block: Trials of a block.
+        repeated: Most trials that they repeat.
+
+    Attributes:
+        paused: Seconds that this took.
+        paused_cpu: CPU seconds of this process meanwhile.
+        blocks: Positions of the repeated trials, and the seconds of the search, by block.
+    """
+
+    def __init__(self, peers: Peers, block: int, repeated: int) -> None:
+        self._peers, self._block, self._repeated = peers, block, repeated
+        self._waiting: list[Trial] = []
+        self.paused, self.paused_cpu = 0.0, 0.0
+        self.blocks: list[dict[str, Any]] = []
+        self.began = time.perf_counter()
+
+    @hookimpl
+    def rankadaptor_after_trial(self, trial: Trial, context: RunContext) -> None:
+        """Waits for the block to be full."""
+        print(f"trial {trial.position + 1}: {trial.objective}", file=sys.stderr)
+        self._waiting.append(trial)
+        if len(self._waiting) == self._block:
+            self.end_block()
+
+    def end_block(self) -> None:
+        """Lets the peers catch up."""
+        began, cpu = time.perf_counter(), time.process_time()
+        if not self._waiting:
+            return
+        seconds = began - self.began
+        due = [t for t in self._waiting if t.position < self._repeated and t.score is not None]
+        for trial in due:
+            self._peers.run(trial)
+        self.blocks.append(
+            {"trials": len(self._waiting), "ours": seconds, "repeated": [t.position for t in due]}
+        )
+        self._waiting.clear()
+        self.began = time.perf_counter()
+        self.paused += self.began - began
+        self.paused_cpu += time.process_time() - cpu
+
+
+def _children() -> float:
+    """Returns the CPU seconds of all processes that were started and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

@@ -1,0 +1,164 @@
+"""The batches of a fine-tune, and how each is laid out in forward passes.
+
+Which sequences an optimizer step sees depends on the corpus and the seed alone. A layout only says
+how they lie in memory, so it changes a result no further than rounding: `padded` takes them in
+their order, `sorted` by length, which leaves less padding, and `packed` puts them end to end in
+one row, where attention keeps to its sequence and no token is wasted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from rankadaptor_plugin.errors import CorpusError
+from rankadaptor_plugin.teacher_tokens import TeacherTokens
+from rankadaptor_plugin.training_sequences import IGNORED, TrainingSequence
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+LAYOUTS = ("padded", "sorted", "packed")
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """The sequences of one forward pass.
+
+    Attributes:
+        inputs: Arguments of the model: ``input_ids``, and ``attention_mask`` or, where sequences
+            are packed, ``position_ids``; each of shape (b, t), int64.
+        positions: Index into the (b * t) predictions of each that is trained, shape (n,), int64.
+        targets: The tokens that they should have predicted, shape (n,), int64.
+        teacher: What the unpruned model predicts there; None without distillation.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    positions: torch.Tensor
+    targets: torch.Tensor
+    teacher: TeacherTokens | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether all sequences lie in one row."""
+        return "position_ids" in self.inputs
+
+    def to(self, device: torch.device) -> Pass:
+        """Returns the same on a device."""
+        return Pass(
+            {name: tensor.to(device) for name, tensor in self.inputs.items()},
+            self.positions.to(device),
+            self.targets.to(device),
+            self.teacher and self.teacher.to(device),
+        )
+
+
+def batches(
+    sequences: Sequence[TrainingSequence], size: int, seed: int
+) -> Iterator[list[TrainingSequence]]:
+    """Yields batches without end: a new random order for every pass over the corpus."""
+    generator = torch.Generator().manual_seed(seed)
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < size:
+            waiting += torch.randperm(len(sequences), generator=generator).tolist()
+        yield [sequences[i] for i in waiting[:size]]
+        waiting = waiting[size:]
+
+
+def check_sequences(sequences: Sequence[TrainingSequence]) -> None:
+    """Checks that there is something to train on everywhere.
+
+    Raises:
+        CorpusError: If there is no sequence, or one without a token to train on.
+    """
+    if not sequences:
+        raise CorpusError("The corpus holds no training sequence. Give at least one row.")
+    for number, sequence in enumerate(sequences, start=1):
+        if not trained_tokens([sequence]):
+            raise CorpusError(
+                f"Training sequence {number} of {len(sequences)} has no token to train on: all of "
+                "its labels are masked. Leave it out, or unmask its response."
+            )
+
+
+def trained_tokens(batch: Sequence[TrainingSequence]) -> int:
+    """Returns the number of tokens that loss is taken of; the first of a sequence never is."""
+    return sum(int((sequence.labels[1:] != IGNORED).sum()) for sequence in batch)
+
+
+def passes(batch: Sequence[TrainingSequence], layout: str, micro_batch_size: int) -> list[Pass]:
+    """Lays out the sequences of an optimizer step.
+
+    Args:
+        batch: The sequences.
+        layout: One of `LAYOUTS`.
+        micro_batch_size: Most sequences per pass; packed ones as many as take no more tokens than
+            so many of the longest would.
+    """
+    if layout == "packed":
+        return [_packed(part) for part in _filled(batch, micro_batch_size)]
+    if layout == "sorted":
+        batch = sorted(batch, key=lambda sequence: -len(sequence.tokens))
+    return [
+        _padded(batch[start : start + micro_batch_size])
+        for start in range(0, len(batch), micro_batch_size)
+    ]
+
+
+def _filled(
+    batch: Sequence[TrainingSequence], micro_batch_size: int
+) -> Iterator[list[TrainingSequence]]:
+    room = micro_batch_size * max(len(sequence.tokens) for sequence in batch)
+    part: list[TrainingSequence] = []
+    used = 0
+    for sequence in batch:
+        if used + len(sequence.tokens) > room:
+            yield part
+            part, used = [], 0
+        part.append(sequence)
+        used += len(sequence.tokens)
+    yield part
+
+
+def _padded(batch: Sequence[TrainingSequence]) -> Pass:
+    """Pads on the right to the longest; causal attention never looks at what comes after."""
+    longest = max(len(sequence.tokens) for sequence in batch)
+    input_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, sequence in enumerate(batch):
+        input_ids[row, : len(sequence.tokens)] = sequence.tokens
+        attention_mask[row, : len(sequence.tokens)] = 1
+    starts = [row * longest for row in range(len(batch))]
+    return _trained(batch, starts, {"input_ids": input_ids, "attention_mask": attention_mask})
+
+
+def _packed(batch: Sequence[TrainingSequence]) -> Pass:
+    lengths = [len(sequence.tokens) for sequence in batch]
+    starts = [sum(lengths[:i]) for i in range(len(batch))]
+    # Where positions begin anew, transformers takes it for another sequence and masks attention.
+    inputs = {
+        "input_ids": torch.cat([sequence.tokens for sequence in batch])[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+    }
+    return _trained(batch, starts, inputs)
+
+
+def _trained(
+    batch: Sequence[TrainingSequence], starts: Sequence[int], inputs: dict[str, torch.Tensor]
+) -> Pass:
+    positions, targets = [], []
+    for start, sequence in zip(starts, batch, strict=True):
+        labels = sequence.labels[1:]
+        trained = (labels != IGNORED).nonzero()[:, 0]
+        positions.append(trained + start)
+        targets.append(labels[trained])
+    taught = [sequence.teacher for sequence in batch if sequence.teacher is not None]
+    return Pass(
+        inputs,
+        torch.cat(positions),
+        torch.cat(targets),
+        TeacherTokens.joined(taught) if taught else None,
+    )

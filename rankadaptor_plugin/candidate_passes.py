@@ -1,0 +1,104 @@
+"""The forward and backward passes of one optimizer step of several candidates.
+
+A pass has the same number of sequences of each candidate, one candidate after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from rankadaptor_plugin.batches import Pass, passes, trained_tokens
+from rankadaptor_plugin.losses import forward_logits, token_loss
+from rankadaptor_plugin.teacher_tokens import TeacherTokens
+from rankadaptor_plugin.training import mixed_precision
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+    from rankadaptor_plugin.config import RecoveryConfig
+    from rankadaptor_plugin.stacked_adapters import StackedWeights
+    from rankadaptor_plugin.teacher import LiveTeacher
+    from rankadaptor_plugin.training_sequences import TrainingSequence
+
+
+def arranged(batch: list[TrainingSequence], layout: str) -> list[TrainingSequence]:
+    """Orders a candidate's sequences; those at one place of all candidates share a pass."""
+    return batch if layout == "padded" else sorted(batch, key=lambda s: -len(s.tokens))
+
+
+def gradients(
+    model: PreTrainedModel,
+    weights: StackedWeights,
+    drawn: Sequence[Sequence[TrainingSequence]],
+    config: RecoveryConfig,
+    size: int,
+    teacher: LiveTeacher | None,
+) -> list[float]:
+    """Adds the gradients of one step to those that are there, one pass after the other.
+
+    Args:
+        model: The bare model with the candidates' adapters.
+        weights: Those.
+        drawn: The sequences of each candidate, as many of each.
+        config: The ``[recovery]`` table.
+        size: Most sequences of a candidate per pass.
+        teacher: The unpruned model, where it predicts on the way.
+
+    Returns:
+        The loss of each candidate, in nats per trained token.
+    """
+    counts = [trained_tokens(batch) for batch in drawn]
+    totals = torch.zeros(len(drawn), device=model.device)
+    for start in range(0, len(drawn[0]), size):
+        parts = [batch[start : start + size] for batch in drawn]
+        rows = [sequence for part in parts for sequence in part]
+        given = passes(rows, "padded", len(rows))[0].to(model.device)
+        with mixed_precision(model):
+            logits = forward_logits(model, given)
+        taught = teacher(given) if teacher is not None else None
+        losses = _losses(logits, given, [trained_tokens(part) for part in parts], config, taught)
+        # Divided by the tokens of the whole step, so that the parts add up to their mean.
+        losses = losses / torch.tensor(counts, device=model.device)
+        weights.add_gradients(losses.sum())
+        totals += losses.detach()
+    found: list[float] = totals.tolist()
+    return found
+
+
+def _losses(
+    logits: torch.Tensor,
+    given: Pass,
+    counts: list[int],
+    config: RecoveryConfig,
+    taught: torch.Tensor | None,
+) -> torch.Tensor:
+    """Returns the loss of each candidate, added up over its trained tokens; shape (k,)."""
+    found, start = [], 0
+    for count in counts:
+        own = slice(start, start + count)
+        start += count
+        part = replace(
+            given,
+            positions=given.positions[own],
+            targets=given.targets[own],
+            teacher=given.teacher and _part(given.teacher, own),
+        )
+        found.append(
+            token_loss(
+                logits[own],
+                part,
+                weight=config.distill_weight,
+                temperature=config.distill_temperature,
+                teacher_logits=None if taught is None else taught[own],
+            )
+        )
+    return torch.stack(found)
+
+
+def _part(teacher: TeacherTokens, own: slice) -> TeacherTokens:
+    return TeacherTokens(teacher.indices[own], teacher.log_probabilities[own], teacher.rest[own])

@@ -1,0 +1,263 @@
+"""The training loop of `rankadaptor_plugin.training`, run by `transformers.Trainer`.
+
+For those who want its callbacks, reporting integrations or launchers. One item of the data is one
+optimizer step: the number of passes in it may change from step to step, which Trainer's own
+gradient accumulation does not allow. Losses and weights are those of the own loop up to rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from rankadaptor_plugin.batches import passes, trained_tokens
+from rankadaptor_plugin.losses import forward_logits, token_loss
+from rankadaptor_plugin.trainer_arguments import refusals, training_arguments
+from rankadaptor_plugin.training import (
+    Watch,
+    checkpointed,
+    is_out_of_memory,
+    learning_rate_factor,
+    mixed_precision,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from peft import PeftModel
+
+    from rankadaptor_plugin.config import RecoveryConfig
+    from rankadaptor_plugin.recovery_methods import Tuned
+    from rankadaptor_plugin.teacher import LiveTeacher
+    from rankadaptor_plugin.training import MicroBatch
+    from rankadaptor_plugin.training_sequences import TrainingSequence
+
+
+def train(
+    tuned: Tuned,
+    batches: Iterator[list[TrainingSequence]],
+    config: RecoveryConfig,
+    steps: int,
+    *,
+    micro: MicroBatch,
+    teacher: LiveTeacher | None = None,
+    on_step: Callable[[int, float], bool] = lambda done, loss: True,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> list[float]:
+    """Runs the steps of a fine-tune, as `rankadaptor_plugin.training.train` does.
+
+    Started by torchrun, every process takes its share of each batch.
+
+    Args:
+        tuned: The method at work on a model.
+        batches: The sequences of each step, the same in all processes.
+        config: The ``[recovery]`` table; its ``steps`` are those of the whole schedule.
+        steps: Steps to run.
+        micro: How much goes through at once; changed where memory does not suffice.
+        teacher: The unpruned model, where it predicts on the way.
+        on_step: Told the number of steps done and the loss of the last; False ends the fine-tune.
+        callbacks: Callbacks of transformers; they are told after `on_step`.
+
+    Returns:
+        The loss of each step, in nats per trained token.
+
+    Raises:
+        ConfigError: If ``trainer_arguments`` are wrong.
+        RecoveryError: If the fine-tune diverges, or memory does not suffice in any way.
+    """
+    model = tuned.model
+    optimizer = tuned.optimizer(config.learning_rate, config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, config)
+    )
+    watch = Watch(model.config.get_text_config().vocab_size, steps, config)
+    with tempfile.TemporaryDirectory() as folder, _as_it_was(model):
+        with refusals(), _random_state_kept():  # Trainer seeds every generator when it is made
+            trainer = _Trainer(
+                tuned,
+                _Steps(batches, steps),
+                config,
+                micro,
+                teacher,
+                args=training_arguments(config, steps, folder, model),
+                optimizers=(optimizer, schedule),
+                callbacks=[followed := _Followed(tuned, watch, on_step), *callbacks],
+            )
+        followed.loss_of = trainer.last_loss
+        with checkpointed(model.get_base_model(), config.gradient_checkpointing):
+            trainer.train()
+        optimizer.zero_grad(set_to_none=True)
+    return followed.losses
+
+
+class _Steps:
+    """The batches as Trainer takes them: sized, and each one a mapping."""
+
+    def __init__(self, batches: Iterator[list[TrainingSequence]], steps: int) -> None:
+        self._batches, self._steps = batches, steps
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[dict[str, list[TrainingSequence]]]:
+        for _ in range(self._steps):
+            yield {"sequences": next(self._batches)}
+
+
+class _Trainer(Trainer):  # type: ignore[misc] # of a library without types
+    """Trainer with the gradients of a whole optimizer step in one of its steps."""
+
+    def __init__(
+        self,
+        tuned: Tuned,
+        steps: _Steps,
+        config: RecoveryConfig,
+        micro: MicroBatch,
+        teacher: LiveTeacher | None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model=tuned.model, **options)
+        self.remove_callback(PrinterCallback)
+        self._tuned, self._steps, self._recovery = tuned, steps, config
+        self._micro, self._teacher = micro, teacher
+        self._loss = 0.0
+        if self.accelerator.num_processes == 1:
+            # The model is where it belongs, on whichever device; Accelerate would use the first.
+            self.accelerator.device_placement = False
+
+    def last_loss(self) -> float:
+        """Returns the loss of the last step, in nats per trained token."""
+        return self._loss
+
+    def get_train_dataloader(self) -> _Steps:
+        """Returns the batches; a DataLoader would draw from the random numbers of dropout."""
+        return self._steps
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, list[TrainingSequence]],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Adds up the gradients of one optimizer step, in as many passes as memory asks for."""
+        model.train()
+        batch, accelerator = inputs["sequences"], self.accelerator
+        share = batch[accelerator.process_index :: accelerator.num_processes]
+        device = self._tuned.model.device
+        states = _torch_states()
+        while (loss := self._accumulated(model, share, trained_tokens(batch))) is None:
+            for parameter in self._tuned.parameters():
+                parameter.grad = None
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._micro.halve()
+            _set_torch_states(states)  # the same dropout again
+        if (extra := self._tuned.extra_loss()) is not None:
+            accelerator.backward(extra)
+        total: torch.Tensor = accelerator.reduce(loss.to(self.args.device), "sum")
+        self._loss = float(total)
+        return total
+
+    def _accumulated(
+        self, model: torch.nn.Module, share: Sequence[TrainingSequence], count: int
+    ) -> torch.Tensor | None:
+        """Returns the share's part of the loss; None where memory did not suffice."""
+        try:
+            total = torch.zeros((), device=self._tuned.model.device)
+            parts = passes(share, self._micro.layout, self._micro.size)
+            for number, part in enumerate(parts, start=1):
+                is_last = number == len(parts)
+                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                    total += self._backward(model, part.to(total.device), count)
+        except RuntimeError as error:
+            # Other processes would wait for the passes that this one takes more of.
+            if self.accelerator.num_processes > 1 or not is_out_of_memory(error):
+                raise
+            return None
+        return total
+
+    def _backward(self, model: torch.nn.Module, given: Any, count: int) -> torch.Tensor:
+        bare = self._tuned.model.get_base_model()
+        with mixed_precision(bare), self.accelerator.autocast():
+            # The bare model computes predictions of trained tokens alone, which a wrapper hides.
+            logits = forward_logits(bare if model is self.model else model, given)
+        loss = token_loss(
+            logits,
+            given,
+            weight=self._recovery.distill_weight,
+            temperature=self._recovery.distill_temperature,
+            teacher_logits=self._teacher(given) if self._teacher is not None else None,
+        )
+        # Divided by the tokens of the whole step, so that the parts add up to their mean.
+        loss = loss / count
+        # Gradients of several processes are averaged, where they have to add up.
+        self.accelerator.backward(loss * self.accelerator.num_processes)
+        return loss.detach()
+
+
+class _Followed(TrainerCallback):  # type: ignore[misc] # of a library without types
+    """What happens around an optimizer step."""
+
+    def __init__(self, tuned: Tuned, watch: Watch, on_step: Callable[[int, float], bool]) -> None:
+        self._tuned, self._watch, self._on_step = tuned, watch, on_step
+        self.loss_of: Callable[[], float]
+        self.losses: list[float] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **around: Any) -> None:
+        """Looks at the loss and the clipped gradients."""
+        gradients = [p.grad for p in self._tuned.parameters() if p.grad is not None]
+        norm = 0.0 if args.fp16 else float(torch.nn.utils.get_total_norm(gradients))
+        self._watch.check(state.global_step, self.loss_of(), norm)  # fp16's scaler skips steps
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **around: Any) -> None:
+        """Lets the method follow, while the gradients are there."""
+        self._tuned.after_step(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **around: Any) -> None:
+        """Reports the step."""
+        self.losses.append(self.loss_of())
+        if not self._on_step(state.global_step, self.losses[-1]):
+            control.should_training_stop = True
+
+
+@contextlib.contextmanager
+def _as_it_was(model: PeftModel) -> Iterator[None]:
+    """Takes away what Trainer and Accelerate put on a model."""
+    before, use_cache = set(vars(model)), model.config.use_cache
+    try:
+        yield
+    finally:
+        for name in vars(model).keys() - before:
+            delattr(model, name)
+        model.config.use_cache = use_cache
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state(), _torch_states()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        _set_torch_states(states[2])
+
+
+def _torch_states() -> list[torch.Tensor]:
+    """Returns the state of the CPU's generator and, where they are in use, the GPUs'."""
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    gpus = torch.cuda.get_rng_state_all() if in_use else []
+    return [torch.get_rng_state(), *gpus]
+
+
+def _set_torch_states(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for index, state in enumerate(states[1:]):
+        torch.cuda.set_rng_state(state, index)
