@@ -51,9 +51,9 @@ def compare(
 ) -> None:
     """Compare models within a run or between runs.
 
-    RUN is a run folder or a run file; MODEL is base, pruned, uniform, searched or recovered (the
-    delivered one, if left out). One RUN alone: all of its recovered models. Nothing is evaluated
-    again.
+    RUN is a run folder or a run file; MODEL is base, pruned, uniform, searched, a recovery method
+    such as adalora, or recovered (the delivered one, if left out). One RUN alone: all of its
+    recovered models. Nothing is evaluated again.
     """
     from rankadaptor_plugin.comparison_text import text
     from rankadaptor_plugin.run_comparison import compare_runs
