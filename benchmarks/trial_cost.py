@@ -1,13 +1,19 @@
 """What a trial costs: where its time goes, and beside a process per fine-tune and per evaluation.
 
     OMP_NUM_THREADS=1 python benchmarks/trial_cost.py
-    OMP_NUM_THREADS=1 python benchmarks/trial_cost.py examples/stories260k.toml
+    OMP_NUM_THREADS=1 python benchmarks/trial_cost.py --proposals 4
+    OMP_NUM_THREADS=1 python benchmarks/trial_cost.py --together 1
+    OMP_NUM_THREADS=1 python benchmarks/trial_cost.py examples/stories260k.toml --peer-trials 6
 
 Ours is the search of the run file, the embedded default if left out, without noise floor and race:
-one process, one model that stays in memory. Its time is split into
+one process, one model that stays in memory. Fine-tunes that are known beforehand, the random
+beginning and the trials of a batch (``--proposals``), are trained together, as many in one pass as
+a calibration finds fastest (``--together 0``). The time is split into
 
 * swap: the adapter is put in place of the one before,
-* train, and evaluate (the search documents),
+* train, of which trials that are trained together have equal shares,
+* evaluate (the search documents),
+* calibration: a few steps, once,
 * bookkeeping: everything else, such as proposals, the study and what is written.
 
 The peers do the same work as it is done without this package: for each of the same allocations one
@@ -17,7 +23,7 @@ asks lm-eval's own model of model and adapter about the same documents
 (``trial_cost_peer.py``). Both take turns in blocks of trials; the clock of the search stands still
 while the peers run. Pruning is left out on both sides, and the two scores of each trial are
 compared. The peers know plain LoRA, and run files that search for nothing but ranks.
-Writes ``results/trial_cost-MODEL-DATE.json``.
+Writes ``results/trial_cost-MODEL-DATE.json``, with the options in the name that are not default.
 """
 
 from __future__ import annotations
@@ -39,7 +45,7 @@ from typing import TYPE_CHECKING, Any
 import psutil  # type: ignore[import-untyped]
 import torch
 from embedded_default import processor
-from trial_cost_turns import Peers, Swaps, Turns
+from trial_cost_turns import Clocks, Peers, Turns
 
 from rankadaptor_plugin import run_file
 from rankadaptor_plugin.base_model import load_model
@@ -52,7 +58,7 @@ from rankadaptor_plugin.run_folder import RunFolder
 from rankadaptor_plugin.stage import _Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from rankadaptor_plugin.config import RunConfig
 
@@ -86,9 +92,9 @@ def measure(config: RunConfig, block: int, repeated: int, batch_size: int) -> di
         turns = Turns(peers, block, repeated)
         manager.register(turns)
         began, cpu = time.perf_counter(), time.process_time()
-        turns.began = began
+        turns.begin()
         stage = _Stage(pruned, prepared.context)
-        with Swaps() as swaps, stage.tuner.cleared():
+        with Clocks() as clocks, stage.tuner.cleared():
             trials = stage.step.run(None).trials
         wall = time.perf_counter() - began - turns.paused
         cpu = time.process_time() - cpu - turns.paused_cpu
@@ -96,50 +102,71 @@ def measure(config: RunConfig, block: int, repeated: int, batch_size: int) -> di
     recovery = sum(trial.seconds.get("recovery", 0.0) for trial in trials)
     evaluation = sum(trial.seconds.get("oracle", 0.0) for trial in trials)
     parts = {
-        "swap": swaps.inside + swaps.outside,
-        "train": recovery - swaps.inside,
+        "swap": clocks.swap,
+        "train": recovery - clocks.swap,
         "evaluate": evaluation,
-        "bookkeeping": wall - recovery - evaluation - swaps.outside,
+        "calibration": clocks.calibration["wall"],
+        "bookkeeping": wall - recovery - evaluation - clocks.calibration["wall"],
     }
+    turns.cpu[0] -= clocks.calibration["cpu"]  # done on the way of the first trial
     return {
         "trials": len(trials),
         "failed": sum(trial.score is None for trial in trials),
-        "allocations": [list(trial.allocation.ranks) for trial in trials],
         "ours": {
             "wall": wall,
             "cpu": cpu,
             "parts": parts,
+            "calibration_cpu": clocks.calibration["cpu"],
             "proposals": sum(trial.seconds.get("search", 0.0) for trial in trials),
             "start": start,
         },
-        "blocks": turns.blocks,
+        "by_trial": [
+            {
+                "ranks": list(trial.allocation.ranks),
+                "together": clocks.together.get(trial.allocation, 1),
+                "wall": sum(trial.seconds.values()),
+                "cpu": spent,
+            }
+            for trial, spent in zip(trials, turns.cpu, strict=True)
+        ],
         "peers": peers.done,
     }
 
 
+def peer_seconds(measured: dict[str, Any], clock: str) -> dict[int, float]:
+    """Returns the seconds that the peers took, by trial; `clock` is ``"wall"`` or ``"cpu"``."""
+    return {p["position"]: p["train"][clock] + p["evaluate"][clock] for p in measured["peers"]}
+
+
+def ratio_of(measured: dict[str, Any], chosen: Sequence[int]) -> dict[str, Any]:
+    """Returns the peers' seconds per trial as multiples of ours, over some trials.
+
+    Calibration, and of the wall time the bookkeeping beside proposals, belong to no trial.
+    """
+    found: dict[str, Any] = {"trials": len(chosen)}
+    for clock in ("wall", "cpu"):
+        theirs = [v for p, v in peer_seconds(measured, clock).items() if p in chosen]
+        if theirs:
+            ours = statistics.mean(measured["by_trial"][i][clock] for i in chosen)
+            found[clock] = statistics.mean(theirs) / ours
+    return found
+
+
 def ratios(measured: dict[str, Any]) -> dict[str, Any]:
     """Returns the peers' seconds per trial as multiples of ours."""
-    per_trial = {
-        p["position"]: p["train"]["wall"] + p["evaluate"]["wall"] for p in measured["peers"]
-    }
-    theirs, trials = statistics.mean(per_trial.values()), measured["trials"]
-    ours = measured["ours"]["wall"]
-    blocks = [
-        statistics.mean(per_trial[p] for p in b["repeated"]) / (b["ours"] / b["trials"])
-        for b in measured["blocks"]
-        if b["repeated"]
-    ]
+    wall, cpu = (peer_seconds(measured, clock) for clock in ("wall", "cpu"))
+    theirs, trials = statistics.mean(wall.values()), measured["trials"]
+    ours, by_trial = measured["ours"], measured["by_trial"]
+    together = [i for i, trial in enumerate(by_trial) if trial["together"] > 1]
     return {
         "peers_per_trial": theirs,
-        "ours_per_trial": ours / trials,
-        "ratio": theirs * trials / ours,
-        "ratio_with_start": theirs * trials / (ours + measured["ours"]["start"]),
-        "ratio_by_block": blocks,
-        "ratio_cpu": statistics.mean(
-            p["train"]["cpu"] + p["evaluate"]["cpu"] for p in measured["peers"]
-        )
-        * trials
-        / measured["ours"]["cpu"],
+        "ours_per_trial": ours["wall"] / trials,
+        "ratio": theirs * trials / ours["wall"],
+        "ratio_with_start": theirs * trials / (ours["wall"] + ours["start"]),
+        "ratio_cpu": statistics.mean(cpu.values()) * trials / ours["cpu"],
+        "ratio_by_trial": [seconds / by_trial[p]["wall"] for p, seconds in wall.items()],
+        "trained_together": ratio_of(measured, together),
+        "trained_alone": ratio_of(measured, sorted(set(range(trials)) - set(together))),
         "accuracy_difference": max(p["accuracy_difference"] for p in measured["peers"]),
         "clp_difference": max(p["clp_difference"] for p in measured["peers"]),
     }
@@ -170,15 +197,22 @@ def show(measured: dict[str, Any], found: dict[str, Any]) -> None:
         for part in measured["peers"][0][step]["parts"]:
             row(f"... {part}", (p[step]["parts"][part] for p in measured["peers"]))
     row("all", (p["train"]["wall"] + p["evaluate"]["wall"] for p in measured["peers"]))
-    low, high = min(found["ratio_by_block"]), max(found["ratio_by_block"])
+    low, high = min(found["ratio_by_trial"]), max(found["ratio_by_trial"])
     print(
-        f"\nPeers take {found['ratio']:.1f} times as long as ours (by block {low:.1f} to "
+        f"\nPeers take {found['ratio']:.1f} times as long as ours (by trial {low:.1f} to "
         f"{high:.1f}; {found['ratio_with_start']:.1f} times with our start; in CPU time "
         f"{found['ratio_cpu']:.1f} times). "
         f"{len(measured['peers'])} of {trials} trials were repeated; largest difference in a "
         f"task's accuracy {found['accuracy_difference']:.2g}, in its mean log-probability of the "
         f"right choice {found['clp_difference']:.2g} nats."
     )
+    for kind in ("together", "alone"):
+        own = found[f"trained_{kind}"]
+        if "wall" in own:
+            print(
+                f"The {own['trials']} trials trained {kind}: {own['wall']:.1f} times, in CPU time "
+                f"{own['cpu']:.1f} times."
+            )
 
 
 def main() -> None:
@@ -187,6 +221,10 @@ def main() -> None:
     parser.add_argument("run_file", type=Path, nargs="?", default=EMBEDDED_RUN_FILE)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--peer-trials", type=int, default=0, help="0: all")
+    parser.add_argument(
+        "--together", type=int, default=0, help="[recovery] candidates_per_pass; 0: calibrated"
+    )
+    parser.add_argument("--proposals", type=int, default=1, help="[search] batch")
     parser.add_argument("--block", type=int, default=1, help="trials between two turns")
     parser.add_argument("--batch-size", type=int, default=64, help="lm-eval's")
     options = parser.parse_args()
@@ -198,7 +236,10 @@ def main() -> None:
             config,
             output=str(Path(scratch) / "run"),
             device="cpu",
-            search=dataclasses.replace(config.search, max_trials=options.trials),
+            recovery=dataclasses.replace(config.recovery, candidates_per_pass=options.together),
+            search=dataclasses.replace(
+                config.search, max_trials=options.trials, batch=options.proposals
+            ),
         )
         measured = measure(
             config, options.block, options.peer_trials or options.trials, options.batch_size
@@ -218,6 +259,9 @@ def main() -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     model = EMBEDDED if config.model == EMBEDDED else Path(config.model).name
+    for key in ("together", "proposals"):
+        if getattr(options, key) != parser.get_default(key):
+            model += f"-{key}{getattr(options, key)}"
     path = RESULTS / f"trial_cost-{model}-{date.today().isoformat()}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 

@@ -1,27 +1,32 @@
-"""What ``trial_cost.py`` measures with: a clock for swaps, and peers that take turns with ours."""
+"""Used by ``trial_cost.py``: clocks inside a search, and peers that take turns with it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
-from peft import PeftModel
 
-from rankadaptor_plugin import adapters, hookimpl
+from rankadaptor_plugin import adapters, hookimpl, planned
 from rankadaptor_plugin.embedded_default import corpus_file
 from rankadaptor_plugin.oracle_requests import choice_scores
 from rankadaptor_plugin.plugins import plugin_manager
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from rankadaptor_plugin.context import RunContext
     from rankadaptor_plugin.preparation import Prepared
+    from rankadaptor_plugin.ranks import RankAllocation
     from rankadaptor_plugin.trials import Trial
 
 PEER = Path(__file__).resolve().parent / "trial_cost_peer.py"
@@ -31,36 +36,63 @@ TRAINED_WITH = (
 )
 
 
-class Swaps:
-    """Times `adapters.attach` while the block lasts.
+class Clocks:
+    """Times what a search does inside, while the block lasts.
 
     Attributes:
-        inside: Seconds of the calls within fine-tunes.
-        outside: Seconds of those that only wrap the bare model.
+        swap: Seconds of `adapters.attach`, those of the calibration left out.
+        calibration: Wall and CPU seconds of the search for the fastest candidates per pass.
+        together: Candidates in the pass that made an allocation; those made alone are left out.
     """
 
     def __init__(self) -> None:
-        self.inside, self.outside = 0.0, 0.0
-        self._attach = adapters.attach
+        self.swap = 0.0
+        self.calibration = {"wall": 0.0, "cpu": 0.0}
+        self.together: dict[RankAllocation, int] = {}
+        self._calibrates = False
+        self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> Swaps:
-        def timed(base: Any, *args: Any, **named: Any) -> Any:
-            bare = not isinstance(base, PeftModel)
-            began = time.perf_counter()
-            try:
-                return self._attach(base, *args, **named)
-            finally:
-                seconds = time.perf_counter() - began
-                if bare:
-                    self.outside += seconds
-                else:
-                    self.inside += seconds
-
-        adapters.attach = timed
+    def __enter__(self) -> Clocks:
+        for module, name, timed in (
+            (adapters, "attach", self._attach),
+            (planned, "measure", self._measure),
+            (planned, "train_together", self._train_together),
+        ):
+            wrapped = partial(timed, getattr(module, name))
+            self._stack.enter_context(mock.patch.object(module, name, wrapped))
         return self
 
     def __exit__(self, *_: object) -> None:
-        adapters.attach = self._attach
+        self._stack.close()
+
+    def _attach(self, attach: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return attach(*args, **named)
+        finally:
+            if not self._calibrates:
+                self.swap += time.perf_counter() - began
+
+    def _measure(self, measure: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        began, cpu = time.perf_counter(), time.process_time()
+        self._calibrates = True
+        try:
+            return measure(*args, **named)
+        finally:
+            self._calibrates = False
+            self.calibration["wall"] += time.perf_counter() - began
+            self.calibration["cpu"] += time.process_time() - cpu
+
+    def _train_together(
+        self,
+        train_together: Callable[..., Any],
+        base: Any,
+        candidates: Sequence[tuple[RankAllocation, int]],
+        *args: Any,
+        **named: Any,
+    ) -> Any:
+        self.together |= {allocation: len(candidates) for allocation, _ in candidates}
+        return train_together(base, candidates, *args, **named)
 
 
 class Peers:
@@ -141,6 +173,9 @@ class Peers:
 class Turns:
     """A plugin that lets the peers repeat the trials of a block when it is full.
 
+    Trials that are trained together are trained when the first of them is due, so that one has the
+    seconds of all.
+
     Args:
         peers: The peers.
         block: Trials of a block.
@@ -149,40 +184,39 @@ class Turns:
     Attributes:
         paused: Seconds that this took.
         paused_cpu: CPU seconds of this process meanwhile.
-        blocks: Positions of the repeated trials, and the seconds of the search, by block.
+        cpu: CPU seconds of the search, by trial.
     """
 
     def __init__(self, peers: Peers, block: int, repeated: int) -> None:
         self._peers, self._block, self._repeated = peers, block, repeated
         self._waiting: list[Trial] = []
         self.paused, self.paused_cpu = 0.0, 0.0
-        self.blocks: list[dict[str, Any]] = []
-        self.began = time.perf_counter()
+        self.cpu: list[float] = []
+        self._last = time.process_time()
 
     @hookimpl
     def rankadaptor_after_trial(self, trial: Trial, context: RunContext) -> None:
         """Waits for the block to be full."""
+        self.cpu.append(time.process_time() - self._last)
         print(f"trial {trial.position + 1}: {trial.objective}", file=sys.stderr)
         self._waiting.append(trial)
         if len(self._waiting) == self._block:
             self.end_block()
+        self._last = time.process_time()
 
     def end_block(self) -> None:
         """Lets the peers catch up."""
         began, cpu = time.perf_counter(), time.process_time()
-        if not self._waiting:
-            return
-        seconds = began - self.began
-        due = [t for t in self._waiting if t.position < self._repeated and t.score is not None]
-        for trial in due:
-            self._peers.run(trial)
-        self.blocks.append(
-            {"trials": len(self._waiting), "ours": seconds, "repeated": [t.position for t in due]}
-        )
+        for trial in self._waiting:
+            if trial.position < self._repeated and trial.score is not None:
+                self._peers.run(trial)
         self._waiting.clear()
-        self.began = time.perf_counter()
-        self.paused += self.began - began
+        self.paused += time.perf_counter() - began
         self.paused_cpu += time.process_time() - cpu
+
+    def begin(self) -> None:
+        """Starts the clock of the first trial."""
+        self._last = time.process_time()
 
 
 def _children() -> float:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import runpy
+import shutil
+from pathlib import Path
 
 import optuna
 import pytest
@@ -283,3 +286,16 @@ def test_the_time_left_forgets_the_trials_of_a_search_that_stopped_early():
         progress.rankadaptor_on_progress("report", 0, 1)
     lines = [line.split("] ")[1] for line in screen.getvalue().splitlines()]
     assert lines == ["search 4/20, about 18:00 left", "confirm 0/2, about 2:00 left", "report"]
+
+
+def test_the_example_of_recover_in_the_docs_runs(finished, tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[1] / "docs" / "recovery.md").read_text(encoding="utf-8")
+    code = text.partition("```python\n")[2].partition("```")[0]
+    assert len(code.strip().splitlines()) <= 15
+    (tmp_path / "example.py").write_text(code, encoding="utf-8")
+    shutil.copytree(finished.folder / "pruned", tmp_path / "runs" / "embedded" / "pruned")
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("example.py")
+    assert "down_proj" in capsys.readouterr().out
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert (tmp_path / "adapter" / "rankadaptor.json").is_file()
