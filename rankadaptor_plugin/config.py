@@ -264,6 +264,14 @@ class RecoveryConfig:
         metadata={"help": "further arguments of transformers.TrainingArguments, such as report_to"},
     )
 
+    def __post_init__(self) -> None:
+        if self.trainer_arguments and self.engine != "trainer":
+            raise ConfigError(
+                f"[recovery.trainer_arguments] {', '.join(self.trainer_arguments)} is for Trainer, "
+                f'but engine is "{self.engine}". Set [recovery] engine = "trainer", or leave them '
+                "out."
+            )
+
     def steps_for(self, sequences: int) -> int:
         """Returns the optimizer steps of a whole fine-tune on a corpus of so many sequences."""
         if self.epochs:
@@ -570,6 +578,11 @@ class RunConfig:
                 'tasks = ["tiny_boolq"].'
             )
         self._check_methods()
+        if self.recovery.alpha and self.rank_space.alpha_over_rank:
+            raise ConfigError(
+                f"[rank_space] alpha_over_rank is searched, but [recovery] alpha "
+                f"{self.recovery.alpha:g} takes its place. Leave one of them out."
+            )
         steps = {high - low for low, high in itertools.pairwise(self.rank_space.candidates)}
         if self.search.method in _EVEN and len(steps) > 1:
             raise ConfigError(

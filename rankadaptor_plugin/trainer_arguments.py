@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import os
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import distributed as dist
 from transformers import TrainingArguments
 
 from rankadaptor_plugin.errors import ConfigError
@@ -53,16 +56,25 @@ _RUN = {
 }
 """The same at the top of the run file."""
 
-_RESHAPING = ("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "use_liger_kernel")
+_RESHAPING = ("deepspeed", "parallelism_config", "use_liger_kernel")
 """Arguments that leave another model behind, where all fine-tunes share one."""
 
+_SHARDING = ("fsdp", "fsdp_config")
 
-def check_arguments(arguments: dict[str, Any]) -> None:
+
+def check_arguments(arguments: dict[str, Any], *, alone: bool = False) -> None:
     """Checks the names of ``[recovery] trainer_arguments``.
 
+    Args:
+        arguments: The arguments.
+        alone: Whether they are those of one fine-tune, which may take all processes of a launcher
+            for itself.
+
     Raises:
-        ConfigError: If Trainer knows no such argument, or a key of ours stands for it.
+        ConfigError: If Trainer knows no such argument, or a key of ours stands for it; if a model
+            is to be sharded that all fine-tunes of a run share, or over a single process.
     """
+    launched = "WORLD_SIZE" in os.environ or dist.is_available() and dist.is_initialized()
     known = [f.name for f in fields(TrainingArguments) if f.init]
     for name in arguments:
         if name not in known:
@@ -74,6 +86,12 @@ def check_arguments(arguments: dict[str, Any]) -> None:
             raise ConfigError(
                 f"[recovery.trainer_arguments] {name} would change the pruned model, which all "
                 "fine-tunes share. Leave it out; device_map spreads a model over GPUs."
+            )
+        if name in _SHARDING and not (alone and launched):
+            raise ConfigError(
+                f"[recovery.trainer_arguments] {name} is for one fine-tune in the processes of "
+                "torchrun, which share its model. Leave it out, or call "
+                "rankadaptor_plugin.recovery.recover in a script that torchrun starts."
             )
         if name in _OURS or name in _RUN:
             ours = f"[recovery] {_OURS[name]}" if name in _OURS else _RUN[name]
@@ -98,13 +116,17 @@ def training_arguments(
         ConfigError: If Trainer does not know one, a key of ours stands for it, or Trainer refuses
             them.
     """
-    check_arguments(config.trainer_arguments)
+    wanted = copy.deepcopy(config.trainer_arguments)  # TrainingArguments changes fsdp_config
+    check_arguments(wanted, alone=True)
+    fsdp = wanted.get("fsdp")
+    # Shards go to the GPUs that are there, whereas the model they come from waits in host memory.
+    on_gpu = torch.cuda.is_available() if fsdp else model.device.type == "cuda"
     chosen = {
         "output_dir": folder,
         "max_steps": steps,
         "max_grad_norm": config.max_grad_norm,
-        "use_cpu": model.device.type == "cpu",
-        "fp16": model.dtype == torch.float16 and model.device.type == "cuda",
+        "use_cpu": not on_gpu,
+        "fp16": model.dtype == torch.float16 and on_gpu,
         "save_strategy": "no",
         "logging_strategy": "no",
         "report_to": [],
@@ -112,7 +134,7 @@ def training_arguments(
         "dataloader_pin_memory": False,
     }
     with refusals():
-        arguments = TrainingArguments(**{**chosen, **config.trainer_arguments})
+        arguments = TrainingArguments(**{**chosen, **wanted})
         arguments._n_gpu = min(arguments.n_gpu, 1)  # or Trainer would cut the batches up once more
     return arguments
 

@@ -19,7 +19,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from rankadaptor_plugin.batches import passes, trained_tokens
 from rankadaptor_plugin.losses import forward_logits, token_loss
-from rankadaptor_plugin.trainer_arguments import refusals, training_arguments
+from rankadaptor_plugin.trainer_arguments import check_arguments, refusals, training_arguments
+from rankadaptor_plugin.trainer_sharding import gradient_norm, sharded
 from rankadaptor_plugin.training import (
     Watch,
     checkpointed,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from peft import PeftModel
 
+    from rankadaptor_plugin.batches import Pass
     from rankadaptor_plugin.config import RecoveryConfig
     from rankadaptor_plugin.recovery_methods import Tuned
     from rankadaptor_plugin.teacher import LiveTeacher
@@ -72,11 +74,25 @@ def train(
         ConfigError: If ``trainer_arguments`` are wrong.
         RecoveryError: If the fine-tune diverges, or memory does not suffice in any way.
     """
+    if not config.trainer_arguments.get("fsdp"):
+        return _trained(tuned, batches, config, steps, micro, teacher, on_step, callbacks)
+    check_arguments(config.trainer_arguments, alone=True)
+    with sharded(tuned) as shards:
+        on_step = shards.watched(on_step)
+        return _trained(shards.work, batches, config, steps, micro, teacher, on_step, callbacks)
+
+
+def _trained(
+    tuned: Tuned,
+    batches: Iterator[list[TrainingSequence]],
+    config: RecoveryConfig,
+    steps: int,
+    micro: MicroBatch,
+    teacher: LiveTeacher | None,
+    on_step: Callable[[int, float], bool],
+    callbacks: Sequence[TrainerCallback],
+) -> list[float]:
     model = tuned.model
-    optimizer = tuned.optimizer(config.learning_rate, config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, config)
-    )
     watch = Watch(model.config.get_text_config().vocab_size, steps, config)
     with tempfile.TemporaryDirectory() as folder, _as_it_was(model):
         with refusals(), _random_state_kept():  # Trainer seeds every generator when it is made
@@ -87,13 +103,11 @@ def train(
                 micro,
                 teacher,
                 args=training_arguments(config, steps, folder, model),
-                optimizers=(optimizer, schedule),
                 callbacks=[followed := _Followed(tuned, watch, on_step), *callbacks],
             )
         followed.loss_of = trainer.last_loss
         with checkpointed(model.get_base_model(), config.gradient_checkpointing):
             trainer.train()
-        optimizer.zero_grad(set_to_none=True)
     return followed.losses
 
 
@@ -136,6 +150,21 @@ class _Trainer(Trainer):  # type: ignore[misc] # of a library without types
         """Returns the loss of the last step, in nats per trained token."""
         return self._loss
 
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Makes the optimizer of the method; FSDP puts its shards into it afterwards."""
+        config = self._recovery
+        self.optimizer = self._tuned.optimizer(config.learning_rate, config.weight_decay)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Makes the schedule of the recovery."""
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda step: learning_rate_factor(step, self._recovery)
+        )
+        return self.lr_scheduler
+
     def get_train_dataloader(self) -> _Steps:
         """Returns the batches; a DataLoader would draw from the random numbers of dropout."""
         return self._steps
@@ -149,10 +178,9 @@ class _Trainer(Trainer):  # type: ignore[misc] # of a library without types
         """Adds up the gradients of one optimizer step, in as many passes as memory asks for."""
         model.train()
         batch, accelerator = inputs["sequences"], self.accelerator
-        share = batch[accelerator.process_index :: accelerator.num_processes]
         device = self._tuned.model.device
         states = _torch_states()
-        while (loss := self._accumulated(model, share, trained_tokens(batch))) is None:
+        while (loss := self._accumulated(model, batch)) is None:
             for parameter in self._tuned.parameters():
                 parameter.grad = None
             if device.type == "cuda":
@@ -166,16 +194,18 @@ class _Trainer(Trainer):  # type: ignore[misc] # of a library without types
         return total
 
     def _accumulated(
-        self, model: torch.nn.Module, share: Sequence[TrainingSequence], count: int
+        self, model: torch.nn.Module, batch: Sequence[TrainingSequence]
     ) -> torch.Tensor | None:
-        """Returns the share's part of the loss; None where memory did not suffice."""
+        """Returns this process's part of the loss; None where memory did not suffice."""
+        count = trained_tokens(batch)
         try:
             total = torch.zeros((), device=self._tuned.model.device)
-            parts = passes(share, self._micro.layout, self._micro.size)
-            for number, part in enumerate(parts, start=1):
+            parts = self._passes(batch)
+            for number, (part, weight) in enumerate(parts, start=1):
                 is_last = number == len(parts)
                 with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                    total += self._backward(model, part.to(total.device), count)
+                    given = part.to(total.device)
+                    total += self._backward(model, given, weight, count)
         except RuntimeError as error:
             # Other processes would wait for the passes that this one takes more of.
             if self.accelerator.num_processes > 1 or not is_out_of_memory(error):
@@ -183,11 +213,25 @@ class _Trainer(Trainer):  # type: ignore[misc] # of a library without types
             return None
         return total
 
-    def _backward(self, model: torch.nn.Module, given: Any, count: int) -> torch.Tensor:
+    def _passes(self, batch: Sequence[TrainingSequence]) -> list[tuple[Pass, float]]:
+        """Returns this process's passes with their weights, as many as any other process has."""
+        processes = self.accelerator.num_processes
+        shares = [batch[process::processes] for process in range(processes)]
+        laid = [passes(share, self._micro.layout, self._micro.size) for share in shares if share]
+        own = laid[self.accelerator.process_index :][:1]
+        weighted = [(part, 1.0) for parts in own for part in parts]
+        # A process that is done earlier must not leave the others waiting for its shards.
+        idle = max(map(len, laid)) - len(weighted)
+        return weighted + [(laid[0][0], 0.0)] * idle
+
+    def _backward(
+        self, model: torch.nn.Module, given: Pass, weight: float, count: int
+    ) -> torch.Tensor:
         bare = self._tuned.model.get_base_model()
+        is_wrapped = model is not self.model or self.is_fsdp_enabled
         with mixed_precision(bare), self.accelerator.autocast():
             # The bare model computes predictions of trained tokens alone, which a wrapper hides.
-            logits = forward_logits(bare if model is self.model else model, given)
+            logits = forward_logits(model if is_wrapped else bare, given)
         loss = token_loss(
             logits,
             given,
@@ -196,7 +240,7 @@ class _Trainer(Trainer):  # type: ignore[misc] # of a library without types
             teacher_logits=self._teacher(given) if self._teacher is not None else None,
         )
         # Divided by the tokens of the whole step, so that the parts add up to their mean.
-        loss = loss / count
+        loss = weight * loss / count
         # Gradients of several processes are averaged, where they have to add up.
         self.accelerator.backward(loss * self.accelerator.num_processes)
         return loss.detach()
@@ -213,7 +257,7 @@ class _Followed(TrainerCallback):  # type: ignore[misc] # of a library without t
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **around: Any) -> None:
         """Looks at the loss and the clipped gradients."""
         gradients = [p.grad for p in self._tuned.parameters() if p.grad is not None]
-        norm = 0.0 if args.fp16 else float(torch.nn.utils.get_total_norm(gradients))
+        norm = 0.0 if args.fp16 else gradient_norm(gradients)
         self._watch.check(state.global_step, self.loss_of(), norm)  # fp16's scaler skips steps
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **around: Any) -> None:

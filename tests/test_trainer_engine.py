@@ -26,6 +26,7 @@ from rankadaptor_plugin.training import MicroBatch
 
 STEPS = 6
 CONFIG = RecoveryConfig(
+    engine="trainer",
     steps=STEPS,
     batch_size=4,
     micro_batch_size=3,  # two passes of unequal size
