@@ -185,11 +185,13 @@ def show(title: str, result: dict[str, Any]) -> None:
         "| --- | --: | --: | --: | --: | --: | --: | --: | --: |"
     )
     for name, row in result["methods"].items():
-        above = row["above_lora"]
         accuracy, clp = (row["mean"][m]["mean"] for m in METRICS)
+        points, nats = "", ""
+        if name != LORA:
+            points = cell(row["above_lora"]["accuracy"], 100, "+.1f")
+            nats = cell(row["above_lora"]["clp"], 1, "+.3f")
         print(
-            f"| {name} | {100 * accuracy:.1f} | {cell(above['accuracy'], 100, '+.1f')} | {clp:.3f} "
-            f"| {cell(above['clp'], 1, '+.3f')} | {statistics.median(row['parameters']):,.0f} | "
+            f"| {name} | {100 * accuracy:.1f} | {points} | {clp:.3f} | {nats} | {statistics.median(row['parameters']):,.0f} | "
             f"{statistics.median(row['rank_sum']):,.0f} | {row['cpu_ratio']:.2f} | "
             f"{row['reload_difference']:.1e} of {row['adapter_effect']:.2g} |"
         )

@@ -38,7 +38,7 @@ COUNTS = (1, 2, 4)
 """Candidates per pass that are tried."""
 
 MARGIN = 1.1
-"""How many times faster something must be to be taken in place of the default."""
+"""How many times the least time something may take to be preferred all the same."""
 
 OPEN_LAYOUTS = ("sorted", "packed", "padded")
 """Layouts that are tried, the default first."""
@@ -101,15 +101,14 @@ def calibrate(
 ) -> Choice:
     """Chooses a layout for fine-tunes one by one, then how many go together.
 
-    The first layout and the first count are the default: others are taken only if the default
-    takes `margin` times as long, so that noise alone seldom decides. Where nothing is left to
-    choose, nothing is asked.
+    Of several that take about the same, `margin` times the least at most, the first is taken, so
+    that noise alone seldom decides. Where nothing is left to choose, nothing is asked.
 
     Args:
         seconds_of: Seconds of an optimizer step of one candidate, told layout and candidates per
             pass; infinite where memory does not suffice. Asked at most once for each.
-        layouts: Layouts to choose from.
-        counts: Candidates per pass to choose from.
+        layouts: Layouts to choose from, the preferred first.
+        counts: Candidates per pass to choose from, likewise.
         margin: At least 1.
     """
     known: dict[tuple[str, int], float] = {}
@@ -260,9 +259,8 @@ _T = TypeVar("_T")
 
 
 def _fastest(offered: Sequence[_T], seconds_of: Callable[[_T], float], margin: float) -> _T:
-    """Returns the fastest of what is offered, or the first if it is not that much slower."""
-    first = offered[0]
+    """Returns the first of what is offered that takes at most `margin` times the least."""
     if len(offered) == 1:
-        return first
-    best = min(offered, key=seconds_of)
-    return best if seconds_of(best) * margin < seconds_of(first) else first
+        return offered[0]
+    least = min(map(seconds_of, offered))
+    return next(one for one in offered if seconds_of(one) <= margin * least)
