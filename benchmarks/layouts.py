@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--sizes", type=int, nargs="+", default=(4, 16, 64))
     parser.add_argument("--candidates", type=int, nargs="*", default=(2, 4))
-    parser.add_argument("--steps", type=int, default=5, help="of a turn, the first one included")
+    parser.add_argument("--steps", type=int, default=4, help="of a turn, the first one included")
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
     logging.disable(logging.WARNING)

@@ -191,7 +191,8 @@ def show(title: str, result: dict[str, Any]) -> None:
             points = cell(row["above_lora"]["accuracy"], 100, "+.1f")
             nats = cell(row["above_lora"]["clp"], 1, "+.3f")
         print(
-            f"| {name} | {100 * accuracy:.1f} | {points} | {clp:.3f} | {nats} | {statistics.median(row['parameters']):,.0f} | "
+            f"| {name} | {100 * accuracy:.1f} | {points} | {clp:.3f} | {nats} | "
+            f"{statistics.median(row['parameters']):,.0f} | "
             f"{statistics.median(row['rank_sum']):,.0f} | {row['cpu_ratio']:.2f} | "
             f"{row['reload_difference']:.1e} of {row['adapter_effect']:.2g} |"
         )

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from rankadaptor_plugin.atomic_folder import write_folder
 from rankadaptor_plugin.errors import ArtifactError
-from rankadaptor_plugin.fingerprint import BASE, check_base, fingerprint, write_provenance
+from rankadaptor_plugin.fingerprint import BASE, RECORD, check_base, fingerprint, write_provenance
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _WEIGHTS = "adapter_model.safetensors"
+_FILES = {_WEIGHTS, "adapter_config.json", "README.md", RECORD}
 
 
 def save_adapter(
@@ -27,7 +28,7 @@ def save_adapter(
 ) -> None:
     """Writes the adapter of a model into a folder: PEFT's two files, and where it comes from.
 
-    The folder appears complete or not at all; one that is there is replaced.
+    The folder appears complete or not at all; an adapter that is there is replaced.
 
     Args:
         model: The model with its adapter.
@@ -37,8 +38,11 @@ def save_adapter(
         base_name: Where PEFT finds the base model, a folder or a name on the hub; None names none.
 
     Raises:
-        ArtifactError: If it cannot be written; the folder is then as it was.
+        ArtifactError: If it cannot be written, or the folder holds anything else; it is then as it
+            was.
     """
+    folder = folder.resolve()
+    _check_replaceable(folder)
 
     def fill(partial: Path) -> None:
         for config in model.peft_config.values():
@@ -55,6 +59,17 @@ def save_adapter(
             f"The adapter cannot be written to {folder}: {reason}. Check the folder's permissions "
             "and the free space."
         ) from error
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Sees to it that nothing but an adapter is replaced."""
+    if not folder.exists():
+        return
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    if strange := sorted(names - _FILES):
+        raise ArtifactError(
+            f"{folder} holds something else than an adapter ({strange[0]}). Choose a new folder."
+        )
 
 
 def load(model: PreTrainedModel, folder: Path) -> PeftModel:

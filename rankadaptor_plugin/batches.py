@@ -68,11 +68,16 @@ def batches(
         waiting = waiting[size:]
 
 
-def check_sequences(sequences: Sequence[TrainingSequence]) -> None:
+def check_sequences(sequences: Sequence[TrainingSequence], window: int | None = None) -> None:
     """Checks that there is something to train on everywhere.
 
+    Args:
+        sequences: The sequences.
+        window: Context of the model, in tokens; None for no limit.
+
     Raises:
-        CorpusError: If there is no sequence, or one without a token to train on.
+        CorpusError: If there is no sequence, one without a token to train on, or one that is longer
+            than the context.
     """
     if not sequences:
         raise CorpusError("The corpus holds no training sequence. Give at least one row.")
@@ -81,6 +86,11 @@ def check_sequences(sequences: Sequence[TrainingSequence]) -> None:
             raise CorpusError(
                 f"Training sequence {number} of {len(sequences)} has no token to train on: all of "
                 "its labels are masked. Leave it out, or unmask its response."
+            )
+        if window and len(sequence.tokens) > window:
+            raise CorpusError(
+                f"Training sequence {number} of {len(sequences)} has {len(sequence.tokens)} "
+                f"tokens, but the context of the model is {window}. Lower [corpus] max_tokens."
             )
 
 

@@ -9,7 +9,6 @@ rounding.
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -22,9 +21,10 @@ from torch import nn
 from rankadaptor_plugin import adapters
 from rankadaptor_plugin.batches import batches, check_sequences
 from rankadaptor_plugin.candidate_passes import arranged, gradients
+from rankadaptor_plugin.device import is_out_of_memory, seeded_devices
 from rankadaptor_plugin.errors import RecoveryError
 from rankadaptor_plugin.stacked_adapters import StackedWeights, bare_and_frozen
-from rankadaptor_plugin.training import Watch, is_out_of_memory, learning_rate_factor
+from rankadaptor_plugin.training import MicroBatch, Watch, learning_rate_factor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.ranks import RankAllocation
     from rankadaptor_plugin.teacher import LiveTeacher
     from rankadaptor_plugin.training_sequences import TrainingSequence
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +131,7 @@ def train_together(
     steps: int,
     teacher: LiveTeacher | None = None,
     on_step: Callable[[int, list[float]], bool] = lambda done, losses: True,
+    micro: MicroBatch | None = None,
 ) -> list[Trained]:
     """Fine-tunes several allocations at once; the base is left as it was, adapters on it too.
 
@@ -140,11 +139,13 @@ def train_together(
         base: The pruned model. An adapter on it is taken out and put back.
         candidates: Allocations, and the seed of initial weights and batches of each.
         sequences: What is trained on.
-        config: The ``[recovery]`` table; its ``micro_batch_size`` counts each candidate's own.
+        config: The ``[recovery]`` table.
         steps: Steps to run; the schedule is that of ``config.steps``.
         teacher: The unpruned model, where it predicts on the way.
         on_step: Told the number of steps done and the last loss of each candidate, those that
             failed left out; False ends all fine-tunes.
+        micro: How many sequences of each candidate go through at once, kept from one call to the
+            next; None takes what `config` says.
 
     Returns:
         One result per candidate, in their order.
@@ -171,8 +172,7 @@ def train_together(
     settings = [replace(config, **_searched(allocation)) for allocation, _ in candidates]
     seeds = [seed for _, seed in candidates]
     vocabulary = bare.config.get_text_config().vocab_size
-    devices = [bare.device] if bare.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), bare_and_frozen(bare):
+    with torch.random.fork_rng(devices=seeded_devices(bare.device)), bare_and_frozen(bare):
         ranks = [
             adapters.module_ranks(bare, allocation, config.targets) for allocation, _ in candidates
         ]
@@ -189,10 +189,10 @@ def train_together(
         every = list(running)
         with weights.on(bare):
             bare.train()
-            size = min(config.micro_batch_size, config.batch_size)
+            micro = micro or MicroBatch.of(config)
             for step in range(steps):
-                drawn = [arranged(next(one.order), config.layout) for one in running]
-                losses, size = _accumulated(bare, weights, drawn, config, size, teacher)
+                drawn = [arranged(next(one.order), micro.layout) for one in running]
+                losses = _accumulated(bare, weights, drawn, config, micro, teacher)
                 alive = [i for i, one in enumerate(running) if one.step(step, losses[i])]
                 weights.clear_gradients()
                 if len(alive) < len(running):
@@ -246,23 +246,22 @@ def _accumulated(
     weights: StackedWeights,
     drawn: Sequence[Sequence[TrainingSequence]],
     config: RecoveryConfig,
-    size: int,
+    micro: MicroBatch,
     teacher: LiveTeacher | None,
-) -> tuple[list[float], int]:
+) -> list[float]:
     """Adds up the gradients of one step, in as many passes as memory asks for.
 
     Returns:
-        The loss of each candidate, and the sequences per pass from now on.
+        The loss of each candidate.
     """
     while True:
         try:
-            return gradients(model, weights, drawn, config, size, teacher), size
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if size == 1 or not is_out_of_memory(error):
+            return gradients(model, weights, drawn, config, micro.size, teacher)
+        except RuntimeError as error:
+            if micro.size == 1 or not is_out_of_memory(error):
                 raise
         # Outside of the clause, where the error no longer holds on to the tensors of the pass.
         weights.clear_gradients()
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
-        size //= 2
-        logger.warning("Out of memory: from now on %d sequences per pass and candidate", size)
+        micro.halve()

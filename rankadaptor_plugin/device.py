@@ -43,6 +43,19 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Tells whether memory did not suffice; torch says so in plain errors as well."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    said = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+    return any(words in str(error) for words in said)
+
+
+def seeded_devices(device: torch.device) -> list[int]:
+    """Returns the GPUs whose random numbers a seed changes, for `torch.random.fork_rng`."""
+    return list(range(torch.cuda.device_count())) if device.type == "cuda" else []
+
+
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
     """Sets torch's CPU threads for a while; 0 leaves them."""

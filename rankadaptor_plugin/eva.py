@@ -14,7 +14,8 @@ import torch
 from peft.utils.incremental_pca import IncrementalPCA
 
 from rankadaptor_plugin.batches import batches, passes
-from rankadaptor_plugin.errors import CorpusError
+from rankadaptor_plugin.device import is_out_of_memory
+from rankadaptor_plugin.errors import CorpusError, RecoveryError
 from rankadaptor_plugin.module_adapters import Scaling, adapted_modules, attach_ranks, weight_of
 from rankadaptor_plugin.structures import matrix_shape
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _MORE = 2  # most ranks of a module, per rank that it would have, rho in the paper
 _ALIKE = 0.99  # cosine of a component before and after a batch that has not changed it
 _MOST_BATCHES = 20  # a worst case; text takes fewer
+_SEQUENCES = 16  # per batch at least; whatever a run file says, or components would depend on it
 _PROBE = 8  # tokens that tell which matrices get the same input
 
 
@@ -39,7 +41,6 @@ def attach_eva(
     sequences: Sequence[TrainingSequence],
     *,
     seed: int,
-    batch_size: int,
     dropout: float = 0.0,
     dora: bool = False,
 ) -> PeftModel:
@@ -51,22 +52,31 @@ def attach_eva(
         scaling: How to scale it.
         sequences: What the model is fine-tuned on.
         seed: Seed of the order of the sequences.
-        batch_size: Least sequences per batch; more where it has too few tokens.
         dropout: LoRA dropout.
         dora: Whether it is a DoRA adapter.
 
     Raises:
         CorpusError: If there are no sequences.
+        RecoveryError: If memory does not suffice for its batches.
     """
     if not sequences:
         raise CorpusError("EVA reads the corpus, which is empty. Give at least one sequence.")
     mode = bare.training
     found = _Components(bare.eval(), ranks)
-    for inputs in _stream(sequences, batch_size, 2 * max(found.most.values()), seed):
-        if found.settled():
-            break
-        found.add(inputs)
-    bare.train(mode)
+    try:
+        for inputs in _stream(sequences, 2 * max(found.most.values()), seed):
+            if found.settled():
+                break
+            found.add(inputs)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RecoveryError(
+            f"Memory does not suffice for {_SEQUENCES} sequences at once, which EVA reads. Lower "
+            "[corpus] max_tokens, or leave eva out."
+        ) from None
+    finally:
+        bare.train(mode)
     chosen = found.ranks()
     model = attach_ranks(
         bare,
@@ -107,7 +117,7 @@ class _Components:
         pending = self._pending()
 
         def read(name: str, states: torch.Tensor) -> None:
-            self._read(name, states.reshape(len(real), -1)[real].float())
+            self._read(name, states.reshape(len(real), -1)[real.to(states.device)].float())
 
         self._watch(pending, read, inputs)
 
@@ -189,12 +199,12 @@ class _Components:
 
 
 def _stream(
-    sequences: Sequence[TrainingSequence], size: int, tokens: int, seed: int
+    sequences: Sequence[TrainingSequence], tokens: int, seed: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yields batches of at least so many sequences and tokens."""
     one_by_one = batches(sequences, 1, seed)
     for _ in range(_MOST_BATCHES):
         batch: list[TrainingSequence] = []
-        while len(batch) < size or sum(len(s.tokens) for s in batch) < tokens:
+        while len(batch) < _SEQUENCES or sum(len(s.tokens) for s in batch) < tokens:
             batch += next(one_by_one)
         yield passes(batch, "padded", len(batch))[0].inputs

@@ -17,6 +17,7 @@ from peft import PeftModel
 from rankadaptor_plugin import adapters
 from rankadaptor_plugin.confirmation import ConfirmationRun, run_name
 from rankadaptor_plugin.module_adapters import bare_model
+from rankadaptor_plugin.packing_check import check_packing
 from rankadaptor_plugin.planned import PlannedFineTunes
 from rankadaptor_plugin.ranks import RankAllocation
 from rankadaptor_plugin.recovery import Rung, adopt, recover
@@ -54,6 +55,8 @@ class FineTuner:
     ) -> None:
         self._context, self._folder = context, folder
         self._tokenizer = pruned.tokenizer
+        if context.config.recovery.layout == "packed":
+            check_packing(pruned.model)
         self._planned = PlannedFineTunes(context, folder)
         self._objective, self._delivered_seed = objective, delivered_seed
         self._resident: Any = pruned.model  # wrapped by PEFT from the first adapter on

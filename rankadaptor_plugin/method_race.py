@@ -9,7 +9,12 @@ from rankadaptor_plugin.config import SEARCHED_RANKS, UNIFORM_LORA
 from rankadaptor_plugin.errors import ConfigError, RankSpaceError
 from rankadaptor_plugin.race_result import Entrant
 from rankadaptor_plugin.ranks import RankAllocation
-from rankadaptor_plugin.recovery_methods import Method, parse_method, pattern_allocation
+from rankadaptor_plugin.recovery_methods import (
+    Method,
+    check_scaling,
+    parse_method,
+    pattern_allocation,
+)
 from rankadaptor_plugin.summary import adapter_parameters
 
 if TYPE_CHECKING:
@@ -27,6 +32,8 @@ def check_methods(config: RecoveryConfig) -> None:
         ConfigError: If one is unknown or cannot have a switch of the run, or two are the same.
     """
     methods = config.methods
+    for text in (*methods, UNIFORM_LORA):
+        check_scaling(parse_method(text).with_switches(config), config)
     own = (SEARCHED_RANKS, UNIFORM_LORA)
     seen: dict[Method, str] = {parse_method(name).with_switches(config): name for name in own}
     for text in methods:
@@ -105,6 +112,8 @@ def trained_parameters(
     allocation: RankAllocation, space: RankSpace, config: RecoveryConfig, adapter: Path
 ) -> int:
     """Returns the number of parameters that the fine-tune of an allocation trains.
+
+    Of AdaLoRA, those that are left in the end; it begins with half as many again.
 
     Args:
         allocation: The ranks, and the method.

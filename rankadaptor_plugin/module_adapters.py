@@ -6,6 +6,7 @@ scoring and swapping know plain LoRA alone.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from rankadaptor_plugin import adapters
 from rankadaptor_plugin.adapter_files import without_old_name
@@ -21,7 +23,7 @@ from rankadaptor_plugin.structures import structure_of
 from rankadaptor_plugin.units import is_transposed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import nn
     from transformers import PreTrainedModel
@@ -67,6 +69,31 @@ def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return base
 
 
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Tells whether a bare model has adapter layers inside it."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+@contextlib.contextmanager
+def restored_on_failure(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Leaves the model below as it was, and without adapter layers, if the block fails."""
+    bare = base_of(model)
+    modes = [(module, module.training) for module in bare.modules()]
+    flags = [(p, p.requires_grad) for p in bare.parameters()]
+    try:
+        yield
+    except BaseException:
+        adapted = {n: m for n, m in bare.named_modules() if isinstance(m, BaseTunerLayer)}
+        for name, layer in adapted.items():
+            bare.set_submodule(name, layer.get_base_layer())
+        vars(bare).pop("peft_config", None)  # or PEFT would warn of adapters that are gone
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+
+
 def bare_model(base: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Returns the model below, with all adapter layers taken off it."""
     if isinstance(base, PeftModel):
@@ -86,6 +113,11 @@ def adapted_modules(model: PeftModel) -> dict[str, LoraLayer]:
 def adapter_ranks(model: PeftModel) -> dict[str, int]:
     """Returns the rank of every module that has the adapter, by its name in the model below."""
     return {name: module.r[adapters.ADAPTER] for name, module in adapted_modules(model).items()}
+
+
+def adapter_weights(model: PeftModel) -> list[nn.Parameter]:
+    """Returns the A matrices of the adapter."""
+    return [weight_of(module, "lora_A") for module in adapted_modules(model).values()]
 
 
 def weight_of(module: LoraLayer, kind: str, adapter: str = adapters.ADAPTER) -> nn.Parameter:

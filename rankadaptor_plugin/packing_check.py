@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rankadaptor_plugin.batches import passes, trained_tokens
+from rankadaptor_plugin.errors import ConfigError
 from rankadaptor_plugin.losses import forward_logits
 from rankadaptor_plugin.training_sequences import TrainingSequence
 
@@ -19,6 +20,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LENGTHS = (7, 5, 6)  # tokens
+
+
+def check_packing(model: PreTrainedModel) -> None:
+    """Checks that a model keeps packed sequences apart.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    if not supports_packing(model):
+        raise ConfigError(
+            f"The layout is packed, but {type(model).__name__} mixes the sequences of a row. Set "
+            '[recovery] layout = "sorted".'
+        )
 
 
 @torch.no_grad()

@@ -18,10 +18,11 @@ import torch
 from rankadaptor_plugin import recovery_methods
 from rankadaptor_plugin.batches import LAYOUTS, batches
 from rankadaptor_plugin.candidate_batch import can_train_together, train_together
+from rankadaptor_plugin.device import is_out_of_memory
 from rankadaptor_plugin.errors import ArtifactError
 from rankadaptor_plugin.module_adapters import bare_model
 from rankadaptor_plugin.packing_check import supports_packing
-from rankadaptor_plugin.training import MicroBatch, is_out_of_memory, train
+from rankadaptor_plugin.training import MicroBatch, train
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

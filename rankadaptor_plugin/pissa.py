@@ -14,6 +14,7 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 
 from rankadaptor_plugin.adapters import ADAPTER, trainable_parameters
 from rankadaptor_plugin.module_adapters import (
@@ -73,7 +74,8 @@ def _joined(model: PeftModel, dropout: float) -> PeftModel:
 def _start(module: Any, name: str, seed: int) -> None:
     """Sets the first weights of a module, and those of what is taken off again."""
     base = module.get_base_layer()
-    matrix = (base.weight.T if is_transposed(base) else base.weight).detach().float()
+    weight = dequantize_module_weight(base)
+    matrix = (weight.T if is_transposed(base) else weight).detach().float()
     down, up = weight_of(module, "lora_A"), weight_of(module, "lora_B")
     left, values, right = principal(matrix, module.r[ADAPTER], seed, name)
     root = (values / module.scaling[ADAPTER]).sqrt()

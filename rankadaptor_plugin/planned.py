@@ -10,12 +10,13 @@ import logging
 import math
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.candidate_batch import Trained, can_train_together, train_together
+from rankadaptor_plugin.device import is_out_of_memory
 from rankadaptor_plugin.module_adapters import base_of
 from rankadaptor_plugin.pass_calibration import Choice, measure
-from rankadaptor_plugin.training import MicroBatch, is_out_of_memory
+from rankadaptor_plugin.training import MicroBatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 Job = tuple["RankAllocation", int]  # with its seed
 
 _FILE = "passes"  # in the run folder: what the calibration found
+_OPEN = "open"  # there: whether layout and candidates per pass were left open
 
 
 class PlannedFineTunes:
@@ -52,6 +54,17 @@ class PlannedFineTunes:
         self._plan: list[Job] = []
         self._made: dict[Job, tuple[Trained, float]] = {}
         self.micro = MicroBatch.of(self._config)
+        self._together = MicroBatch.of(self._config)  # of each of several
+        self._open = [self._config.layout == "auto", not self._config.candidates_per_pass]
+        # Read now, where a torn file is no trial's fault.
+        self._kept = (
+            folder.read_result(_FILE, self._from_json, documents=False) if any(self._open) else None
+        )
+
+    def _from_json(self, data: dict[str, Any]) -> Choice | None:
+        """Returns what was chosen, unless something else was open to choice then."""
+        choice = Choice.from_json(data)
+        return choice if data.get(_OPEN) == self._open else None
 
     def expect(self, jobs: Sequence[Job]) -> None:
         """Takes the fine-tunes that are due next, those that were made before included."""
@@ -88,25 +101,28 @@ class PlannedFineTunes:
         config = self._config
         fixed = Choice(config.layout, config.candidates_per_pass, {})
         bare = base_of(base)
-        if can_train_together(config, bare.device, bare):
+        if reason := can_train_together(config, bare.device, bare):
+            if fixed.together > 1:
+                logger.warning("Fine-tunes run one by one: %s", reason)
             fixed = replace(fixed, together=1)
-        is_open = config.layout == "auto"
-        if not is_open and fixed.together:
+        if not self._open[0] and fixed.together:
             return fixed
-        kept = self._folder.read_result(_FILE, Choice.from_json)
+        kept = self._kept
         if kept is None:
             kept = measure(
                 base,
                 self._context.corpus.sequences,
                 config,
-                list(dict.fromkeys([allocation for allocation, _ in [job, *self._plan]])),
+                list(dict.fromkeys(replace(a, method="") for a, _ in [job, *self._plan])),
                 seed=job[1],
                 teacher=self._context.teacher,
             )
             logger.info("Fastest: layout %s, %d per pass", kept.layout, kept.together)
-            self._folder.write_json(f"{_FILE}.json", kept.to_json())
+            self._folder.write_json(f"{_FILE}.json", {**kept.to_json(), _OPEN: self._open})
         return Choice(
-            kept.layout if is_open else config.layout, fixed.together or kept.together, kept.seconds
+            layout=kept.layout if self._open[0] else config.layout,
+            together=fixed.together or kept.together,
+            seconds=kept.seconds,
         )
 
     def _group(self, job: Job, together: int) -> list[Job]:
@@ -121,8 +137,8 @@ class PlannedFineTunes:
 
     def _train(self, base: PreTrainedModel | PeftModel, group: list[Job]) -> bool:
         """Makes the fine-tunes of a group; returns whether memory sufficed."""
-        config = replace(self._config, layout=self.micro.layout, micro_batch_size=self.micro.size)
-        sequences = self._context.corpus.sequences
+        config, sequences = self._config, self._context.corpus.sequences
+        self._together.layout = self.micro.layout
         began = time.perf_counter()
         try:
             found = train_together(
@@ -132,12 +148,13 @@ class PlannedFineTunes:
                 config,
                 steps=config.steps_for(len(sequences)),
                 teacher=self._context.teacher,
+                micro=self._together,
             )
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             logger.warning("Out of memory: from now on fine-tunes run one by one")
-            self._plan = []
+            self._choice = replace(self.choice(base, group[0]), together=1)
             return False
         seconds = (time.perf_counter() - began) / len(group)
         self._made = {job: (one, seconds) for job, one in zip(group, found, strict=True)}

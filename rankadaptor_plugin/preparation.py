@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from rankadaptor_plugin import plugin_list, run_file
 from rankadaptor_plugin.base_model import check_folder, load_tokenizer
+from rankadaptor_plugin.batches import check_sequences
 from rankadaptor_plugin.calibration_text import calibration_documents, calibration_samples
 from rankadaptor_plugin.context import Oracle, OracleSettings, Pruner, RunContext
 from rankadaptor_plugin.corpus import Corpus, encode, load_corpus
@@ -140,6 +141,20 @@ def prepare(
         validation_seed=config.corpus.validation_seed,
         cache=folder.path / TOKENIZED,
     )
+    if not corpus.validation and (config.recovery.keep_best or config.recovery.validate_every):
+        logger.warning(
+            "[recovery] keep_best and validate_every look at held-out rows, but there are none: "
+            "[corpus] validation is 0"
+        )
+    check_sequences(corpus.sequences, _window(config, source, given))
+    steps = config.recovery.steps_for(len(corpus.sequences))
+    if config.recovery.warmup_steps >= steps:
+        logger.warning(
+            "[recovery] warmup_steps %d is no less than the %d steps of a fine-tune, which never "
+            "reaches learning_rate",
+            config.recovery.warmup_steps,
+            steps,
+        )
     text = config.prune.calibration
     if text and given is None and not Path(text).is_file():
         raise ConfigError(

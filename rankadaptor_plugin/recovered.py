@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rankadaptor_plugin.adapter_files import save_adapter
-from rankadaptor_plugin.module_adapters import adapter_ranks
+from rankadaptor_plugin.errors import RecoveryError
+from rankadaptor_plugin.module_adapters import adapter_ranks, adapter_weights
 from rankadaptor_plugin.training import mean_loss
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 @dataclass(kw_only=True)
 class RecoveredAdapter:
     """A fine-tuned model; its weights live in the resident base and the adapter on it.
+
+    The next fine-tune of the model takes the place of this one: save it before.
 
     Attributes:
         model: In evaluation mode.
@@ -48,9 +51,27 @@ class RecoveredAdapter:
     fidelity: float = 1.0
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._weights = adapter_weights(self.model)
+
+    def _check_is_there(self) -> None:
+        now = adapter_weights(self.model)
+        if len(now) != len(self._weights) or any(
+            one is not other for one, other in zip(now, self._weights, strict=True)
+        ):
+            raise RecoveryError(
+                "The adapter is no longer on the model: another fine-tune has taken its place, or "
+                "it was unloaded. Save an adapter before the next fine-tune."
+            )
+
     @property
     def ranks(self) -> dict[str, int]:
-        """The rank of each module that has an adapter, as it came out."""
+        """The rank of each module that has an adapter, as it came out.
+
+        Raises:
+            RecoveryError: If the adapter is no longer on the model.
+        """
+        self._check_is_there()
         return adapter_ranks(self.model)
 
     def save(self, folder: str | Path, *, base: str | None = None) -> None:
@@ -61,8 +82,10 @@ class RecoveredAdapter:
             base: Folder of the pruned model, which PEFT notes; None keeps what it knows.
 
         Raises:
+            RecoveryError: If the adapter is no longer on the model.
             ArtifactError: If it cannot be written.
         """
+        self._check_is_there()
         save_adapter(self.model, Path(folder), self.provenance, base)
 
 

@@ -7,7 +7,7 @@ a search see the same batches in the same order, and the global random state is 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,15 @@ from rankadaptor_plugin.batches import batches, check_sequences
 from rankadaptor_plugin.candidate_batch import put
 from rankadaptor_plugin.config import CorpusConfig, RecoveryConfig
 from rankadaptor_plugin.corpus import Corpus, corpus_of_rows, load_corpus
+from rankadaptor_plugin.device import seeded_devices
 from rankadaptor_plugin.errors import ConfigError, RecoveryError
-from rankadaptor_plugin.packing_check import supports_packing
+from rankadaptor_plugin.module_adapters import restored_on_failure
+from rankadaptor_plugin.packing_check import check_packing
 from rankadaptor_plugin.ranks import RankAllocation
 from rankadaptor_plugin.recipes import Recipe
 from rankadaptor_plugin.recipes import recipe as preset
 from rankadaptor_plugin.recovered import HeldOut, RecoveredAdapter
+from rankadaptor_plugin.teacher import check_predictions
 from rankadaptor_plugin.training import MicroBatch
 
 if TYPE_CHECKING:
@@ -34,6 +37,10 @@ if TYPE_CHECKING:
 
     from rankadaptor_plugin.candidate_batch import Trained
     from rankadaptor_plugin.teacher import LiveTeacher
+
+
+_UNRECORDED = ("methods", "steps", "epochs", "trainer_arguments", "candidates_per_pass")
+"""What of the settings says nothing of one fine-tune, or may be no plain value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,21 +103,35 @@ def recover(
     config, table = _settings(recipe)
     if not isinstance(corpus, Corpus):
         corpus = _tokenized(corpus, tokenizer, table)
-    check_sequences(corpus.sequences)
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    check_sequences(corpus.sequences, window)
+    if corpus.validation:
+        check_sequences(corpus.validation, window)
     config = replace(config, steps=config.steps_for(len(corpus.sequences)), epochs=0.0)
     text = method or allocation.method or recovery_methods.LORA
     spec = recovery_methods.parse_method(text).with_switches(config)
     steps = 0 if spec.name == recovery_methods.NONE else steps_of(config, fidelity)
     look = steps_of(config, rung.fidelity) if rung else steps
     micro = micro or MicroBatch.of(config)
-    devices = [model.device] if model.device.type == "cuda" else []
+    if callbacks and config.engine != "trainer":
+        raise ConfigError(
+            f'callbacks are told by Trainer, but the engine is "{config.engine}". Set [recovery] '
+            'engine = "trainer", or leave them out.'
+        )
+    if config.distill_weight:
+        check_predictions(model.config, corpus.sequences, teacher)
+    else:
+        teacher = None
+    devices = seeded_devices(model.device)
     looks = HeldOut(corpus, config, steps, micro)
-    with torch.random.fork_rng(devices=devices):
+    with restored_on_failure(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)  # PEFT's own first weights and dropout draw from it
         tuned = recovery_methods.begin(
             model, spec, allocation, config, seed=seed, steps=steps, sequences=corpus.sequences
         )
         torch.manual_seed(seed)  # as many numbers as PEFT drew depend on the ranks
+        if micro.layout == "packed":
+            check_packing(tuned.model.get_base_model())
 
         def on_step(done: int, loss: float) -> bool:
             nonlocal paused, fidelity
@@ -128,42 +149,36 @@ def recover(
             return goes_on
 
         order = batches(corpus.sequences, config.batch_size, seed)
-        try:
-            if micro.layout == "packed":
-                _check_packing(tuned.model.get_base_model())
-            if config.engine == "trainer" and steps:
-                # Only here: the import of Trainer takes as long as that of the whole program.
-                from rankadaptor_plugin import trainer_engine
+        if config.engine == "trainer" and steps:
+            # Only here: the import of Trainer takes as long as that of the whole program.
+            from rankadaptor_plugin import trainer_engine
 
-                losses = trainer_engine.train(
-                    tuned,
-                    order,
-                    config,
-                    steps,
-                    micro=micro,
-                    teacher=teacher,
-                    on_step=on_step,
-                    callbacks=callbacks,
-                )
-            else:
-                losses = training.train(
-                    tuned, order, config, steps, micro=micro, teacher=teacher, on_step=on_step
-                )
-            looks.restore(tuned)
-            finished = tuned.finish()
-        except BaseException:
-            if tuned.model is not model:
-                tuned.model.unload()  # the caller holds the bare base alone, as it was
-            raise
+            losses = trainer_engine.train(
+                tuned,
+                order,
+                config,
+                steps,
+                micro=micro,
+                teacher=teacher,
+                on_step=on_step,
+                callbacks=callbacks,
+            )
+        else:
+            losses = training.train(
+                tuned, order, config, steps, micro=micro, teacher=teacher, on_step=on_step
+            )
+        looks.restore(tuned)
+        if not losses:  # nothing was trained: what the losses are as it is
+            looks.after(tuned, 0)
+            losses = [training.mean_loss(tuned.model.get_base_model(), next(order), micro)]
+        finished = tuned.finish()
     finished.eval()
-    if not losses:  # nothing was trained: what the loss is, on one batch
-        first = next(batches(corpus.sequences, config.batch_size, seed))
-        losses = [training.mean_loss(finished.get_base_model(), first, micro)]
     return _recovered(
         finished,
         allocation,
         spec,
         corpus,
+        config,
         seed,
         losses,
         steps=len(losses) if steps else 0,
@@ -204,17 +219,20 @@ def adopt(
     began = time.perf_counter()
     spec = recovery_methods.parse_method(recovery_methods.LORA).with_switches(config)
     steps = len(trained.losses)
-    tuned = recovery_methods.begin(
-        model, spec, allocation, config, seed=seed, steps=steps, sequences=corpus.sequences
-    )
-    put(tuned.model, trained)
     looks = HeldOut(corpus, config, steps, micro)
-    looks.after(tuned, steps)
+    with restored_on_failure(model):
+        tuned = recovery_methods.begin(
+            model, spec, allocation, config, seed=seed, steps=steps, sequences=corpus.sequences
+        )
+        put(tuned.model, trained)
+        looks.after(tuned, steps)
+        finished = tuned.finish()
     return _recovered(
-        tuned.finish(),
+        finished,
         allocation,
         spec,
         corpus,
+        config,
         seed,
         trained.losses,
         steps=steps,
@@ -228,6 +246,7 @@ def _recovered(
     allocation: RankAllocation,
     method: recovery_methods.Method,
     corpus: Corpus,
+    config: RecoveryConfig,
     seed: int,
     losses: list[float],
     *,
@@ -253,6 +272,7 @@ def _recovered(
             "seed": seed,
             "steps": steps,
             "sequences": len(corpus.sequences),
+            "settings": {k: v for k, v in asdict(config).items() if k not in _UNRECORDED},
             "train_loss": train_loss,
             "validation_loss": validation_loss,
         },
@@ -287,11 +307,3 @@ def _tokenized(
     if isinstance(corpus, (str, Path)):
         return load_corpus(corpus, tokenizer, **settings)
     return corpus_of_rows(corpus, tokenizer, **settings)
-
-
-def _check_packing(model: PreTrainedModel) -> None:
-    if not supports_packing(model):
-        raise ConfigError(
-            f"The layout is packed, but {type(model).__name__} mixes the sequences of a row. Set "
-            '[recovery] layout = "sorted".'
-        )

@@ -12,7 +12,7 @@ import torch
 
 from rankadaptor_plugin import adapters
 from rankadaptor_plugin.adalora import AdaLora
-from rankadaptor_plugin.errors import ConfigError
+from rankadaptor_plugin.errors import ConfigError, RecoveryError
 from rankadaptor_plugin.eva import attach_eva
 from rankadaptor_plugin.lora_fa import train_up_only
 from rankadaptor_plugin.method_names import (
@@ -23,7 +23,13 @@ from rankadaptor_plugin.method_names import (
     parse_method,
     pattern_allocation,
 )
-from rankadaptor_plugin.module_adapters import Scaling, adapter_ranks, bare_model
+from rankadaptor_plugin.module_adapters import (
+    Scaling,
+    adapter_ranks,
+    bare_model,
+    base_of,
+    has_adapters,
+)
 from rankadaptor_plugin.pissa import start_from_principal
 from rankadaptor_plugin.structures import decoder_layers
 from rankadaptor_plugin.tuned import Tuning
@@ -88,6 +94,20 @@ class Tuned(Protocol):
         """
 
 
+def check_scaling(method: Method, config: RecoveryConfig) -> None:
+    """Checks that a method that divides by LoRA's scaling has one.
+
+    Raises:
+        ConfigError: If the scaling is 0.
+    """
+    divides = method.pissa or method.name in ("adalora", "lora-fa")
+    if divides and not (config.alpha or config.alpha_over_rank):
+        raise ConfigError(
+            f"The recovery method {method} divides by LoRA's scaling, which is 0. Set [recovery] "
+            "alpha_over_rank or alpha above 0."
+        )
+
+
 def begin(
     base: PreTrainedModel | PeftModel,
     method: Method,
@@ -111,19 +131,27 @@ def begin(
 
     Raises:
         RankSpaceError: If the allocation does not fit the model.
-        ConfigError: If the method cannot have a switch of the run, or needs a scaling above 0.
+        ConfigError: If the method cannot have a switch of the run, needs a scaling above 0, or is
+            AdaLoRA on a model that is spread over several devices.
+        RecoveryError: If `base` is no PEFT model but has adapters, or memory does not suffice.
         CorpusError: If EVA has no sequences.
     """
     method = method.with_switches(config)
     scaling = Scaling(
         alpha_over_rank=config.alpha_over_rank, alpha=config.alpha, rslora=method.rslora
     )
-    if not scaling.alpha_of(1) and (method.pissa or method.name in ("adalora", "lora-fa")):
-        raise ConfigError(
-            f"The recovery method {method} divides by LoRA's scaling, which is 0. Set [recovery] "
-            "alpha_over_rank or alpha above 0."
+    check_scaling(method, config)
+    if base is base_of(base) and has_adapters(base_of(base)):
+        raise RecoveryError(
+            "The model has the adapter of an earlier fine-tune on it. Give RecoveredAdapter.model "
+            "in its place, or call its unload() first."
         )
     bare = bare_model(base)
+    if method.name == "adalora" and len(set(getattr(bare, "hf_device_map", {}).values())) > 1:
+        raise ConfigError(
+            "The recovery method adalora compares ranks on one device, but the model is spread "
+            'over several. Leave it out, or set device_map = "".'
+        )
     if method.ranks:
         allocation = pattern_allocation(method.ranks, len(decoder_layers(bare)))
     ranks = adapters.module_ranks(bare, allocation, config.targets)
@@ -136,7 +164,6 @@ def begin(
             scaling,
             sequences,
             seed=seed,
-            batch_size=config.micro_batch_size,
             dropout=config.dropout,
             dora=method.dora,
         )

@@ -50,6 +50,8 @@ _FILES = (
     "report.json",
     "report.html",
     "noise.json",
+    "passes.json",
+    "proxy.json",
     "generations.json",
     "study.db",
     "timings.json",

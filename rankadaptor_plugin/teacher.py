@@ -47,6 +47,7 @@ class LiveTeacher:
     def __init__(self, model: PreTrainedModel) -> None:
         """Puts the model into evaluation mode and freezes it."""
         self._model = model.eval().requires_grad_(False)
+        self.config: PreTrainedConfig = model.config
 
     @torch.no_grad()
     def __call__(self, given: Pass) -> torch.Tensor:
@@ -74,6 +75,35 @@ def check_teacher(teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
             f"The teacher has a vocabulary of {theirs} tokens, the model that learns from it one "
             f"of {ours}. Distill from the model that it was pruned from, or set [recovery] "
             "distill_weight = 0."
+        )
+
+
+def check_predictions(
+    student: PreTrainedConfig, sequences: Sequence[TrainingSequence], teacher: LiveTeacher | None
+) -> None:
+    """Checks that there is a teacher for every sequence, and that it knows the student's tokens.
+
+    Raises:
+        ConfigError: If not.
+    """
+    if teacher is not None:
+        check_teacher(teacher.config, student)
+        return
+    size = student.get_text_config().vocab_size
+    for number, sequence in enumerate(sequences, start=1):
+        if sequence.teacher is None:
+            raise ConfigError(
+                f"[recovery] distill_weight is above 0, but training sequence {number} of "
+                f"{len(sequences)} has no predictions of a teacher. Add them with "
+                "rankadaptor_plugin.teacher.with_teacher, hand over a LiveTeacher, or set "
+                "distill_weight = 0."
+            )
+    greatest = max(int(s.teacher.indices.max()) for s in sequences if s.teacher is not None)
+    if greatest >= size:
+        raise ConfigError(
+            f"The teacher predicts token {greatest}, but the model that learns from it has a "
+            f"vocabulary of {size}. Distill from the model that it was pruned from, or set "
+            "[recovery] distill_weight = 0."
         )
 
 

@@ -9,7 +9,6 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import distributed as dist
 from transformers import TrainingArguments
 
 from rankadaptor_plugin.errors import ConfigError
@@ -56,10 +55,22 @@ _RUN = {
 }
 """The same at the top of the run file."""
 
-_RESHAPING = ("deepspeed", "parallelism_config", "use_liger_kernel")
+_RESHAPING = ("parallelism_config", "use_liger_kernel")
 """Arguments that leave another model behind, where all fine-tunes share one."""
 
-_SHARDING = ("fsdp", "fsdp_config")
+_SHARDING = ("fsdp", "fsdp_config", "deepspeed")
+"""Arguments for one fine-tune; see `rankadaptor_plugin.trainer_sharding`."""
+
+
+DEEPSPEED_OURS = (
+    "gradient_clipping",
+    "gradient_accumulation_steps",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+)
+"""Keys of DeepSpeed's own table that Trainer fills in with what it is given here."""
+
+_LAUNCHED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 def check_arguments(arguments: dict[str, Any], *, alone: bool = False) -> None:
@@ -67,14 +78,12 @@ def check_arguments(arguments: dict[str, Any], *, alone: bool = False) -> None:
 
     Args:
         arguments: The arguments.
-        alone: Whether they are those of one fine-tune, which may take all processes of a launcher
-            for itself.
+        alone: Whether they are those of one fine-tune, not of a run with many.
 
     Raises:
-        ConfigError: If Trainer knows no such argument, or a key of ours stands for it; if a model
-            is to be sharded that all fine-tunes of a run share, or over a single process.
+        ConfigError: If Trainer knows no such argument, or a key of ours stands for it, or a model
+            would be sharded that all fine-tunes of a run share.
     """
-    launched = "WORLD_SIZE" in os.environ or dist.is_available() and dist.is_initialized()
     known = [f.name for f in fields(TrainingArguments) if f.init]
     for name in arguments:
         if name not in known:
@@ -87,10 +96,10 @@ def check_arguments(arguments: dict[str, Any], *, alone: bool = False) -> None:
                 f"[recovery.trainer_arguments] {name} would change the pruned model, which all "
                 "fine-tunes share. Leave it out; device_map spreads a model over GPUs."
             )
-        if name in _SHARDING and not (alone and launched):
+        if name in _SHARDING and not alone:
             raise ConfigError(
-                f"[recovery.trainer_arguments] {name} is for one fine-tune in the processes of "
-                "torchrun, which share its model. Leave it out, or call "
+                f"[recovery.trainer_arguments] {name} would shard the pruned model, which all "
+                "fine-tunes of a run share. Leave it out; for one fine-tune call "
                 "rankadaptor_plugin.recovery.recover in a script that torchrun starts."
             )
         if name in _OURS or name in _RUN:
@@ -113,19 +122,28 @@ def training_arguments(
         model: What is trained; it stays on its device.
 
     Raises:
-        ConfigError: If Trainer does not know one, a key of ours stands for it, or Trainer refuses
-            them.
+        ConfigError: If Trainer does not know one, a key of ours stands for it, Trainer refuses
+            them, or ``accelerate launch`` has set others.
     """
     wanted = copy.deepcopy(config.trainer_arguments)  # TrainingArguments changes fsdp_config
     check_arguments(wanted, alone=True)
-    fsdp = wanted.get("fsdp")
-    # Shards go to the GPUs that are there, whereas the model they come from waits in host memory.
-    on_gpu = torch.cuda.is_available() if fsdp else model.device.type == "cuda"
+    if not is_sharding(wanted) and any(os.environ.get(name) == "true" for name in _LAUNCHED):
+        raise ConfigError(
+            "Accelerate is told to shard the model, and [recovery.trainer_arguments] is not. Start "
+            "the script with torchrun, and set fsdp or deepspeed there."
+        )
+    if deepspeed := wanted.get("deepspeed"):
+        deepspeed.update(dict.fromkeys(DEEPSPEED_OURS, "auto"))
+        del deepspeed["train_batch_size"]  # the product of others
+    on_gpu = model.device.type == "cuda"
+    if is_sharding(wanted):  # of a model that waits in host memory, for the GPUs that there are
+        on_gpu = torch.cuda.is_available()
     chosen = {
         "output_dir": folder,
         "max_steps": steps,
         "max_grad_norm": config.max_grad_norm,
-        "use_cpu": not on_gpu,
+        # DeepSpeed finds out for itself; Accelerate would leave it out on a CPU.
+        "use_cpu": not (on_gpu or deepspeed),
         "fp16": model.dtype == torch.float16 and on_gpu,
         "save_strategy": "no",
         "logging_strategy": "no",
@@ -137,6 +155,11 @@ def training_arguments(
         arguments = TrainingArguments(**{**chosen, **wanted})
         arguments._n_gpu = min(arguments.n_gpu, 1)  # or Trainer would cut the batches up once more
     return arguments
+
+
+def is_sharding(arguments: dict[str, Any]) -> bool:
+    """Tells whether FSDP or DeepSpeed is asked for."""
+    return bool(arguments.get("fsdp") or arguments.get("deepspeed"))
 
 
 @contextlib.contextmanager

@@ -8,31 +8,39 @@ gradient accumulation does not allow. Losses and weights are those of the own lo
 from __future__ import annotations
 
 import contextlib
-import random
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from rankadaptor_plugin.batches import passes, trained_tokens
+from rankadaptor_plugin.batches import trained_tokens
+from rankadaptor_plugin.device import is_out_of_memory
 from rankadaptor_plugin.losses import forward_logits, token_loss
-from rankadaptor_plugin.trainer_arguments import check_arguments, refusals, training_arguments
-from rankadaptor_plugin.trainer_sharding import gradient_norm, sharded
+from rankadaptor_plugin.trainer_arguments import is_sharding, refusals, training_arguments
+from rankadaptor_plugin.trainer_sharding import (
+    gradient_norm,
+    own_passes,
+    place,
+    shard_over_cpus,
+    sharded,
+)
+from rankadaptor_plugin.trainer_traces import (
+    as_it_was,
+    random_state_kept,
+    set_torch_states,
+    torch_states,
+)
 from rankadaptor_plugin.training import (
     Watch,
     checkpointed,
-    is_out_of_memory,
     learning_rate_factor,
     mixed_precision,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-    from peft import PeftModel
 
     from rankadaptor_plugin.batches import Pass
     from rankadaptor_plugin.config import RecoveryConfig
@@ -74,10 +82,9 @@ def train(
         ConfigError: If ``trainer_arguments`` are wrong.
         RecoveryError: If the fine-tune diverges, or memory does not suffice in any way.
     """
-    if not config.trainer_arguments.get("fsdp"):
+    if not is_sharding(config.trainer_arguments):
         return _trained(tuned, batches, config, steps, micro, teacher, on_step, callbacks)
-    check_arguments(config.trainer_arguments, alone=True)
-    with sharded(tuned) as shards:
+    with sharded(tuned, config.trainer_arguments) as shards:
         on_step = shards.watched(on_step)
         return _trained(shards.work, batches, config, steps, micro, teacher, on_step, callbacks)
 
@@ -94,8 +101,8 @@ def _trained(
 ) -> list[float]:
     model = tuned.model
     watch = Watch(model.config.get_text_config().vocab_size, steps, config)
-    with tempfile.TemporaryDirectory() as folder, _as_it_was(model):
-        with refusals(), _random_state_kept():  # Trainer seeds every generator when it is made
+    with tempfile.TemporaryDirectory() as folder, as_it_was(model):
+        with refusals(), random_state_kept():  # Trainer seeds every generator when it is made
             trainer = _Trainer(
                 tuned,
                 _Steps(batches, steps),
@@ -128,6 +135,9 @@ class _Steps:
 class _Trainer(Trainer):  # type: ignore[misc] # of a library without types
     """Trainer with the gradients of a whole optimizer step in one of its steps."""
 
+    is_fsdp_enabled: bool
+    optimizer: Any
+
     def __init__(
         self,
         tuned: Tuned,
@@ -150,11 +160,19 @@ class _Trainer(Trainer):  # type: ignore[misc] # of a library without types
         """Returns the loss of the last step, in nats per trained token."""
         return self._loss
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Makes the accelerator; that of Accelerate shards over GPUs alone, this one over CPUs."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            shard_over_cpus(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes the optimizer of the method; FSDP puts its shards into it afterwards."""
         config = self._recovery
-        self.optimizer = self._tuned.optimizer(config.learning_rate, config.weight_decay)
-        return self.optimizer
+        made = self._tuned.optimizer(config.learning_rate, config.weight_decay)
+        self.optimizer = made
+        return made
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -179,14 +197,14 @@ class _Trainer(Trainer):  # type: ignore[misc] # of a library without types
         model.train()
         batch, accelerator = inputs["sequences"], self.accelerator
         device = self._tuned.model.device
-        states = _torch_states()
+        states = torch_states()
         while (loss := self._accumulated(model, batch)) is None:
             for parameter in self._tuned.parameters():
                 parameter.grad = None
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             self._micro.halve()
-            _set_torch_states(states)  # the same dropout again
+            set_torch_states(states)  # the same dropout again
         if (extra := self._tuned.extra_loss()) is not None:
             accelerator.backward(extra)
         total: torch.Tensor = accelerator.reduce(loss.to(self.args.device), "sum")
@@ -200,29 +218,29 @@ class _Trainer(Trainer):  # type: ignore[misc] # of a library without types
         count = trained_tokens(batch)
         try:
             total = torch.zeros((), device=self._tuned.model.device)
-            parts = self._passes(batch)
+            parts = own_passes(batch, self._micro, *place(self.accelerator))
             for number, (part, weight) in enumerate(parts, start=1):
                 is_last = number == len(parts)
-                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                with contextlib.nullcontext() if is_last else self._gradients_kept(model):
                     given = part.to(total.device)
                     total += self._backward(model, given, weight, count)
         except RuntimeError as error:
             # Other processes would wait for the passes that this one takes more of.
-            if self.accelerator.num_processes > 1 or not is_out_of_memory(error):
+            if place(self.accelerator)[1] > 1 or not is_out_of_memory(error):
                 raise
             return None
         return total
 
-    def _passes(self, batch: Sequence[TrainingSequence]) -> list[tuple[Pass, float]]:
-        """Returns this process's passes with their weights, as many as any other process has."""
-        processes = self.accelerator.num_processes
-        shares = [batch[process::processes] for process in range(processes)]
-        laid = [passes(share, self._micro.layout, self._micro.size) for share in shares if share]
-        own = laid[self.accelerator.process_index :][:1]
-        weighted = [(part, 1.0) for parts in own for part in parts]
-        # A process that is done earlier must not leave the others waiting for its shards.
-        idle = max(map(len, laid)) - len(weighted)
-        return weighted + [(laid[0][0], 0.0)] * idle
+    @contextlib.contextmanager
+    def _gradients_kept(self, model: torch.nn.Module) -> Iterator[None]:
+        """Lets a pass add its gradients to those that come before and after it."""
+        state = self.accelerator.gradient_state
+        with self.accelerator.no_sync(model):
+            state._set_sync_gradients(False)  # DeepSpeed would make a step of them
+            try:
+                yield
+            finally:
+                state._set_sync_gradients(True)
 
     def _backward(
         self, model: torch.nn.Module, given: Pass, weight: float, count: int
@@ -242,7 +260,7 @@ class _Trainer(Trainer):  # type: ignore[misc] # of a library without types
         # Divided by the tokens of the whole step, so that the parts add up to their mean.
         loss = weight * loss / count
         # Gradients of several processes are averaged, where they have to add up.
-        self.accelerator.backward(loss * self.accelerator.num_processes)
+        self.accelerator.backward(loss * place(self.accelerator)[1])
         return loss.detach()
 
 
@@ -262,6 +280,10 @@ class _Followed(TrainerCallback):  # type: ignore[misc] # of a library without t
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **around: Any) -> None:
         """Lets the method follow, while the gradients are there."""
+        if args.fp16:  # its scaler may have left out the step: what is no number is not weighed
+            for parameter in self._tuned.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         self._tuned.after_step(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **around: Any) -> None:
@@ -269,39 +291,3 @@ class _Followed(TrainerCallback):  # type: ignore[misc] # of a library without t
         self.losses.append(self.loss_of())
         if not self._on_step(state.global_step, self.losses[-1]):
             control.should_training_stop = True
-
-
-@contextlib.contextmanager
-def _as_it_was(model: PeftModel) -> Iterator[None]:
-    """Takes away what Trainer and Accelerate put on a model."""
-    before, use_cache = set(vars(model)), model.config.use_cache
-    try:
-        yield
-    finally:
-        for name in vars(model).keys() - before:
-            delattr(model, name)
-        model.config.use_cache = use_cache
-
-
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    states = random.getstate(), np.random.get_state(), _torch_states()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        _set_torch_states(states[2])
-
-
-def _torch_states() -> list[torch.Tensor]:
-    """Returns the state of the CPU's generator and, where they are in use, the GPUs'."""
-    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    gpus = torch.cuda.get_rng_state_all() if in_use else []
-    return [torch.get_rng_state(), *gpus]
-
-
-def _set_torch_states(states: list[torch.Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    for index, state in enumerate(states[1:]):
-        torch.cuda.set_rng_state(state, index)

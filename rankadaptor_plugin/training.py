@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rankadaptor_plugin.batches import passes, trained_tokens
+from rankadaptor_plugin.device import is_out_of_memory
 from rankadaptor_plugin.errors import RecoveryError
 from rankadaptor_plugin.losses import forward_logits, token_loss
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _HOPELESS = 5  # steps in a row
+_SKIPPED = 40  # steps in a row; float16 begins with a loss scale of 2 ** 16
 _FAR = 2.0  # times the loss of guessing, or of the first step where that is higher
 
 
@@ -79,7 +81,7 @@ class Watch:
     def __init__(self, vocabulary: int, steps: int, config: RecoveryConfig) -> None:
         self._guessing, self._steps, self._config = math.log(vocabulary), steps, config
         self._first: float | None = None
-        self._above = 0
+        self._above = self._skipped = 0
 
     def check(self, step: int, loss: float, norm: float = 0.0) -> None:
         """Looks at one step, counted from 0.
@@ -103,6 +105,19 @@ class Watch:
             raise RecoveryError(
                 f"The fine-tune diverges: the training loss is {loss:.4g} {where}, for "
                 f"{_HOPELESS} steps above {limit:.4g}. {advice}"
+            )
+
+    def check_skipped(self, step: int, skipped: bool) -> None:
+        """Looks at whether a step was left out because its gradients are no numbers in float16.
+
+        Raises:
+            RecoveryError: If that happens again and again, whatever the loss scale.
+        """
+        self._skipped = self._skipped + 1 if skipped else 0
+        if self._skipped >= _SKIPPED:
+            raise RecoveryError(
+                f"The gradients are not finite at step {step + 1} of {self._steps}, nor at the "
+                f'{_SKIPPED - 1} steps before. Set dtype = "bfloat16" or "float32".'
             )
 
 
@@ -153,7 +168,12 @@ def train(
             scaler.step(optimizer)
             scale = scaler.get_scale()
             scaler.update()
-            if scaler.get_scale() >= scale:  # lowered where it has left out the step
+            skipped = scaler.get_scale() < scale
+            watch.check_skipped(step, skipped)
+            if skipped:  # what is no number must not be weighed by the method either
+                for parameter in parameters:
+                    parameter.grad = None if parameter.grad is None else parameter.grad.zero_()
+            else:
                 schedule.step()
             tuned.after_step(step)
             optimizer.zero_grad(set_to_none=True)
@@ -177,15 +197,12 @@ def _accumulated(
     while True:
         try:
             return _gradients(tuned, batch, config, micro, scaler, teacher)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        # Outside of the clause, where the error no longer holds on to the tensors of the pass.
         for parameter in tuned.parameters():
             parameter.grad = None
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        micro.halve()
+        _make_room(device, micro)
         torch.set_rng_state(states[0])  # the same dropout again
         if states[1] is not None:
             torch.cuda.set_rng_state(states[1], device)
@@ -222,22 +239,38 @@ def _gradients(
     return float(total)
 
 
+def _make_room(device: torch.device, micro: MicroBatch) -> None:
+    """Halves a pass; called where the error no longer holds on to the tensors of the last one."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    micro.halve()
+
+
 @torch.no_grad()
 def mean_loss(
     model: PreTrainedModel, sequences: Sequence[TrainingSequence], micro: MicroBatch
 ) -> float:
     """Returns the loss on sequences that are not trained on, in nats per trained token.
 
-    The model is put into evaluation mode.
+    The model is put into evaluation mode. Where memory does not suffice `micro` is halved.
+
+    Raises:
+        RecoveryError: If memory does not suffice for one sequence.
     """
     model.eval()
-    total = 0.0
-    for part in passes(sequences, micro.layout, micro.size):
-        given = part.to(model.device)
-        with mixed_precision(model):
-            logits = forward_logits(model, given)
-        total += float(token_loss(logits, given))
-    return total / trained_tokens(sequences)
+    while True:
+        try:
+            total = 0.0
+            for part in passes(sequences, micro.layout, micro.size):
+                given = part.to(model.device)
+                with mixed_precision(model):
+                    logits = forward_logits(model, given)
+                total += float(token_loss(logits, given))
+            return total / trained_tokens(sequences)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        _make_room(model.device, micro)
 
 
 def mixed_precision(model: PreTrainedModel) -> torch.autocast:
@@ -249,7 +282,7 @@ def mixed_precision(model: PreTrainedModel) -> torch.autocast:
 @contextlib.contextmanager
 def checkpointed(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
     """Computes activations twice instead of keeping them, while the block lasts."""
-    if not wanted:
+    if not wanted or model.is_activation_checkpointing:
         yield
         return
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -257,13 +290,6 @@ def checkpointed(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
         yield
     finally:
         model.activation_checkpointing_disable()
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tells whether memory did not suffice; on the CPU torch says so in a plain error."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return "not enough memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def learning_rate_factor(step: int, config: RecoveryConfig) -> float:

@@ -326,7 +326,7 @@ def test_memory_that_does_not_suffice_halves_the_passes(make_llama, sequences, m
     trained = train_together(make_llama(), UNEVEN, sequences, CONFIG, steps=2)
     monkeypatch.undo()
     assert rows == [12, 6, *[3] * 8]
-    assert "from now on 1 sequences per pass and candidate" in caplog.text
+    assert "from now on 1 sequences per pass" in caplog.text
     assert_same(trained, separate(make_llama(), UNEVEN, sequences, CONFIG, 2))
 
 

@@ -255,7 +255,7 @@ def test_files_go_where_the_user_says(run, tmp_path):
         ({"max_steps": 1}, r"set \[recovery\] steps"),
         ({"seed": 1}, "set seed"),
         ({"save_strategy": "often"}, "refuses .*often"),
-        ({"fsdp": True}, "share. Leave it out"),
+        ({"use_liger_kernel": True}, "share. Leave it out"),
         ({"fp16": True, "bf16": True}, "refuses .*bf16"),
     ],
 )
