@@ -8,34 +8,39 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rankadaptor_plugin import recovery_methods, training
-from rankadaptor_plugin.batches import batches, check_sequences
+from rankadaptor_plugin.batches import batches
 from rankadaptor_plugin.candidate_batch import put
-from rankadaptor_plugin.config import CorpusConfig, RecoveryConfig
-from rankadaptor_plugin.corpus import Corpus, corpus_of_rows, load_corpus
 from rankadaptor_plugin.device import seeded_devices
 from rankadaptor_plugin.errors import ConfigError, RecoveryError
 from rankadaptor_plugin.module_adapters import restored_on_failure
 from rankadaptor_plugin.packing_check import check_packing
-from rankadaptor_plugin.ranks import RankAllocation
-from rankadaptor_plugin.recipes import Recipe
-from rankadaptor_plugin.recipes import recipe as preset
 from rankadaptor_plugin.recovered import HeldOut, RecoveredAdapter
+from rankadaptor_plugin.recovery_inputs import (
+    as_allocation,
+    as_corpus,
+    as_settings,
+    check_numbers,
+)
 from rankadaptor_plugin.teacher import check_predictions
 from rankadaptor_plugin.training import MicroBatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
     from rankadaptor_plugin.candidate_batch import Trained
+    from rankadaptor_plugin.config import RecoveryConfig
+    from rankadaptor_plugin.corpus import Corpus
+    from rankadaptor_plugin.ranks import RankAllocation
+    from rankadaptor_plugin.recipes import Recipe
     from rankadaptor_plugin.teacher import LiveTeacher
 
 
@@ -98,15 +103,10 @@ def recover(
         RecoveryError: If the fine-tune diverges, or memory does not suffice.
     """
     began, paused = time.perf_counter(), 0.0
-    if not isinstance(allocation, RankAllocation):
-        allocation = RankAllocation(tuple(allocation))
-    config, table = _settings(recipe)
-    if not isinstance(corpus, Corpus):
-        corpus = _tokenized(corpus, tokenizer, table)
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    check_sequences(corpus.sequences, window)
-    if corpus.validation:
-        check_sequences(corpus.validation, window)
+    check_numbers(seed, fidelity)
+    allocation = as_allocation(allocation)
+    config, table = as_settings(recipe)
+    corpus = as_corpus(corpus, tokenizer, table, model)
     config = replace(config, steps=config.steps_for(len(corpus.sequences)), epochs=0.0)
     text = method or allocation.method or recovery_methods.LORA
     spec = recovery_methods.parse_method(text).with_switches(config)
@@ -282,28 +282,3 @@ def _recovered(
 def steps_of(config: RecoveryConfig, fidelity: float) -> int:
     """Returns the optimizer steps of a share of a fine-tune, at least one."""
     return max(1, round(config.steps * fidelity))
-
-
-def _settings(recipe: RecoveryConfig | Recipe | str) -> tuple[RecoveryConfig, CorpusConfig]:
-    if isinstance(recipe, RecoveryConfig):
-        return recipe, CorpusConfig()
-    if isinstance(recipe, str):
-        recipe = preset(recipe)
-    return recipe.recovery, recipe.corpus
-
-
-def _tokenized(
-    corpus: Sequence[dict[str, Any]] | str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    table: CorpusConfig,
-) -> Corpus:
-    settings: dict[str, Any] = {
-        "template": table.template,
-        "max_tokens": table.max_tokens,
-        "limit": table.limit,
-        "validation": table.validation,
-        "validation_seed": table.validation_seed,
-    }
-    if isinstance(corpus, (str, Path)):
-        return load_corpus(corpus, tokenizer, **settings)
-    return corpus_of_rows(corpus, tokenizer, **settings)

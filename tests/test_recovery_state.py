@@ -10,7 +10,13 @@ import torch
 from rankadaptor_plugin import training
 from rankadaptor_plugin.config import RecoveryConfig
 from rankadaptor_plugin.corpus import Corpus
-from rankadaptor_plugin.errors import ArtifactError, ConfigError, CorpusError, RecoveryError
+from rankadaptor_plugin.errors import (
+    ArtifactError,
+    ConfigError,
+    CorpusError,
+    RankSpaceError,
+    RecoveryError,
+)
 from rankadaptor_plugin.recovery import recover
 from rankadaptor_plugin.training_sequences import TrainingSequence
 
@@ -145,6 +151,27 @@ def test_a_sequence_longer_than_the_context_is_refused(make_llama):
     rows = Corpus(sequences=[TrainingSequence(tokens, tokens)], dropped=0)
     with pytest.raises(CorpusError, match="300 tokens, but the context of the model is 64"):
         recover(model, None, [4, 4], rows, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"allocation": [8.0, 8.0]}, RankSpaceError, "must be a list of whole numbers"),
+        ({"allocation": "8-8"}, RankSpaceError, "The allocation is '8-8'"),
+        ({"allocation": 8}, RankSpaceError, "The allocation is 8"),
+        ({"recipe": {"steps": 3}}, ConfigError, "The recipe is of type dict"),
+        ({"corpus": None}, ConfigError, "The corpus is of type NoneType"),
+        ({"seed": "x"}, ConfigError, "The seed is 'x'"),
+        ({"seed": -1}, ConfigError, "The seed is -1"),
+        ({"fidelity": 0.0}, ConfigError, "fidelity is 0.0"),
+        ({"fidelity": 2.0}, ConfigError, "above 0 and at most 1"),
+    ],
+)
+def test_wrong_arguments_are_one_line(make_llama, corpus, changes, error, message):
+    given = {"allocation": [4, 4], "corpus": corpus, "recipe": CONFIG, **changes}
+    with pytest.raises(error, match=message) as caught:
+        recover(make_llama(), None, **given)
+    assert "\n" not in str(caught.value)
 
 
 def test_callbacks_without_trainer_are_refused(make_llama, corpus):
