@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 LAYOUTS = ("padded", "sorted", "packed")
 
+_LONGEST = 2**24  # tokens of a sequence, beyond any context
+
 
 @dataclass(frozen=True, eq=False)
 class Pass:
@@ -32,12 +34,15 @@ class Pass:
             are packed, ``position_ids``; each of shape (b, t), int64.
         positions: Index into the (b * t) predictions of each that is trained, shape (n,), int64.
         targets: The tokens that they should have predicted, shape (n,), int64.
+        places: Of each of the (b * t) tokens, a number that tells its sequence in the optimizer
+            step and its position there, whatever the layout; any for padding. int64.
         teacher: What the unpruned model predicts there; None without distillation.
     """
 
     inputs: dict[str, torch.Tensor]
     positions: torch.Tensor
     targets: torch.Tensor
+    places: torch.Tensor
     teacher: TeacherTokens | None = None
 
     @property
@@ -51,6 +56,7 @@ class Pass:
             {name: tensor.to(device) for name, tensor in self.inputs.items()},
             self.positions.to(device),
             self.targets.to(device),
+            self.places.to(device),
             self.teacher and self.teacher.to(device),
         )
 
@@ -99,7 +105,12 @@ def trained_tokens(batch: Sequence[TrainingSequence]) -> int:
     return sum(int((sequence.labels[1:] != IGNORED).sum()) for sequence in batch)
 
 
-def passes(batch: Sequence[TrainingSequence], layout: str, micro_batch_size: int) -> list[Pass]:
+def passes(
+    batch: Sequence[TrainingSequence],
+    layout: str,
+    micro_batch_size: int,
+    numbers: Sequence[int] | None = None,
+) -> list[Pass]:
     """Lays out the sequences of an optimizer step.
 
     Args:
@@ -107,57 +118,70 @@ def passes(batch: Sequence[TrainingSequence], layout: str, micro_batch_size: int
         layout: One of `LAYOUTS`.
         micro_batch_size: Most sequences per pass; packed ones as many as take no more tokens than
             so many of the longest would.
+        numbers: Place of each sequence in the optimizer step; None counts from 0.
     """
+    rows = list(zip(numbers or range(len(batch)), batch, strict=True))
     if layout == "packed":
-        return [_packed(part) for part in _filled(batch, micro_batch_size)]
+        return [_packed(part) for part in _filled(rows, micro_batch_size)]
     if layout == "sorted":
-        batch = sorted(batch, key=lambda sequence: -len(sequence.tokens))
+        rows.sort(key=lambda row: -len(row[1].tokens))
     return [
-        _padded(batch[start : start + micro_batch_size])
-        for start in range(0, len(batch), micro_batch_size)
+        _padded(rows[start : start + micro_batch_size])
+        for start in range(0, len(rows), micro_batch_size)
     ]
 
 
-def _filled(
-    batch: Sequence[TrainingSequence], micro_batch_size: int
-) -> Iterator[list[TrainingSequence]]:
-    room = micro_batch_size * max(len(sequence.tokens) for sequence in batch)
-    part: list[TrainingSequence] = []
+_Row = tuple[int, TrainingSequence]  # with its place in the optimizer step
+
+
+def _filled(rows: Sequence[_Row], micro_batch_size: int) -> Iterator[list[_Row]]:
+    room = micro_batch_size * max(len(sequence.tokens) for _, sequence in rows)
+    part: list[_Row] = []
     used = 0
-    for sequence in batch:
+    for number, sequence in rows:
         if used + len(sequence.tokens) > room:
             yield part
             part, used = [], 0
-        part.append(sequence)
+        part.append((number, sequence))
         used += len(sequence.tokens)
     yield part
 
 
-def _padded(batch: Sequence[TrainingSequence]) -> Pass:
+def _padded(rows: Sequence[_Row]) -> Pass:
     """Pads on the right to the longest; causal attention never looks at what comes after."""
-    longest = max(len(sequence.tokens) for sequence in batch)
-    input_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+    longest = max(len(sequence.tokens) for _, sequence in rows)
+    input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
-    for row, sequence in enumerate(batch):
+    for row, (_, sequence) in enumerate(rows):
         input_ids[row, : len(sequence.tokens)] = sequence.tokens
         attention_mask[row, : len(sequence.tokens)] = 1
-    starts = [row * longest for row in range(len(batch))]
-    return _trained(batch, starts, {"input_ids": input_ids, "attention_mask": attention_mask})
+    starts = [row * longest for row in range(len(rows))]
+    places = torch.cat([_places(number, longest) for number, _ in rows])
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    return _trained([sequence for _, sequence in rows], starts, inputs, places)
 
 
-def _packed(batch: Sequence[TrainingSequence]) -> Pass:
-    lengths = [len(sequence.tokens) for sequence in batch]
-    starts = [sum(lengths[:i]) for i in range(len(batch))]
+def _packed(rows: Sequence[_Row]) -> Pass:
+    lengths = [len(sequence.tokens) for _, sequence in rows]
+    starts = [sum(lengths[:i]) for i in range(len(rows))]
     # Where positions begin anew, transformers takes it for another sequence and masks attention.
     inputs = {
-        "input_ids": torch.cat([sequence.tokens for sequence in batch])[None],
+        "input_ids": torch.cat([sequence.tokens for _, sequence in rows])[None],
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
     }
-    return _trained(batch, starts, inputs)
+    places = torch.cat([_places(number, len(sequence.tokens)) for number, sequence in rows])
+    return _trained([sequence for _, sequence in rows], starts, inputs, places)
+
+
+def _places(number: int, length: int) -> torch.Tensor:
+    return torch.arange(length) + number * _LONGEST
 
 
 def _trained(
-    batch: Sequence[TrainingSequence], starts: Sequence[int], inputs: dict[str, torch.Tensor]
+    batch: Sequence[TrainingSequence],
+    starts: Sequence[int],
+    inputs: dict[str, torch.Tensor],
+    places: torch.Tensor,
 ) -> Pass:
     positions, targets = [], []
     for start, sequence in zip(starts, batch, strict=True):
@@ -170,5 +194,6 @@ def _trained(
         inputs,
         torch.cat(positions),
         torch.cat(targets),
+        places,
         TeacherTokens.joined(taught) if taught else None,
     )

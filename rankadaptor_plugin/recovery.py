@@ -26,6 +26,7 @@ from rankadaptor_plugin.recovery_inputs import (
     as_settings,
     check_numbers,
 )
+from rankadaptor_plugin.sequence_dropout import install
 from rankadaptor_plugin.teacher import check_predictions
 from rankadaptor_plugin.training import MicroBatch
 
@@ -129,6 +130,7 @@ def recover(
         tuned = recovery_methods.begin(
             model, spec, allocation, config, seed=seed, steps=steps, sequences=corpus.sequences
         )
+        install(tuned.model, seed)
         torch.manual_seed(seed)  # as many numbers as PEFT drew depend on the ranks
         if micro.layout == "packed":
             check_packing(tuned.model.get_base_model())

@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 from rankadaptor_plugin.batches import trained_tokens
 from rankadaptor_plugin.device import is_out_of_memory
 from rankadaptor_plugin.losses import forward_logits, token_loss
+from rankadaptor_plugin.sequence_dropout import tell
 from rankadaptor_plugin.trainer_arguments import is_sharding, refusals, training_arguments
 from rankadaptor_plugin.trainer_sharding import (
     gradient_norm,
@@ -247,6 +248,7 @@ class _Trainer(Trainer):  # type: ignore[misc] # of a library without types
     ) -> torch.Tensor:
         bare = self._tuned.model.get_base_model()
         is_wrapped = model is not self.model or self.is_fsdp_enabled
+        tell(bare, given, self.state.global_step)
         with mixed_precision(bare), self.accelerator.autocast():
             # The bare model computes predictions of trained tokens alone, which a wrapper hides.
             logits = forward_logits(model if is_wrapped else bare, given)

@@ -142,8 +142,12 @@ def own_passes(
     batch: Sequence[TrainingSequence], micro: MicroBatch, process: int, processes: int
 ) -> list[tuple[Pass, float]]:
     """Returns the passes of one process with their weights, as many as every other has."""
-    shares = [batch[first::processes] for first in range(processes)]
-    laid = [passes(share, micro.layout, micro.size) for share in shares if share]
+    shares = [range(first, len(batch), processes) for first in range(processes)]
+    laid = [
+        passes([batch[i] for i in share], micro.layout, micro.size, share)
+        for share in shares
+        if share
+    ]
     own = laid[process] if process < len(laid) else []
     # One that is done earlier must not leave the others waiting for its part of the weights.
     idle = max(map(len, laid)) - len(own)

@@ -18,6 +18,7 @@ from rankadaptor_plugin.batches import passes, trained_tokens
 from rankadaptor_plugin.device import is_out_of_memory
 from rankadaptor_plugin.errors import RecoveryError
 from rankadaptor_plugin.losses import forward_logits, token_loss
+from rankadaptor_plugin.sequence_dropout import tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -160,7 +161,7 @@ def train(
     tuned.model.train()
     with checkpointed(model, config.gradient_checkpointing):
         for step in range(steps):
-            loss = _accumulated(tuned, next(batches), config, micro, scaler, teacher)
+            loss = _accumulated(tuned, next(batches), step, config, micro, scaler, teacher)
             scaler.unscale_(optimizer)
             limit = config.max_grad_norm or math.inf
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
@@ -186,6 +187,7 @@ def train(
 def _accumulated(
     tuned: Tuned,
     batch: Sequence[TrainingSequence],
+    step: int,
     config: RecoveryConfig,
     micro: MicroBatch,
     scaler: torch.amp.GradScaler,
@@ -196,7 +198,7 @@ def _accumulated(
     states = torch.get_rng_state(), _device_state(device)
     while True:
         try:
-            return _gradients(tuned, batch, config, micro, scaler, teacher)
+            return _gradients(tuned, batch, step, config, micro, scaler, teacher)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -211,6 +213,7 @@ def _accumulated(
 def _gradients(
     tuned: Tuned,
     batch: Sequence[TrainingSequence],
+    step: int,
     config: RecoveryConfig,
     micro: MicroBatch,
     scaler: torch.amp.GradScaler,
@@ -221,6 +224,7 @@ def _gradients(
     total = torch.zeros((), device=model.device)
     for part in passes(batch, micro.layout, micro.size):
         given = part.to(model.device)
+        tell(model, given, step)
         with mixed_precision(model):
             logits = forward_logits(model, given)
         loss = token_loss(

@@ -26,7 +26,13 @@ from rankadaptor_plugin.trainer_sharding import own_passes, sharded
 from rankadaptor_plugin.training import MicroBatch
 
 CONFIG = RecoveryConfig(
-    steps=4, batch_size=4, learning_rate=0.02, warmup_steps=2, max_grad_norm=0.5, weight_decay=0.1
+    steps=4,
+    batch_size=4,
+    learning_rate=0.02,
+    warmup_steps=2,
+    max_grad_norm=0.5,
+    weight_decay=0.1,
+    dropout=0.2,
 )
 
 
