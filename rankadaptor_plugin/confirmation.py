@@ -53,6 +53,7 @@ class ConfirmationRun:
         objective: What the search maximizes, on the search documents.
         train_loss: See `rankadaptor_plugin.trials.Outcome`.
         seconds: Wall time by part: ``recovery`` and ``oracle``.
+        validation_loss: See `rankadaptor_plugin.trials.Outcome`.
     """
 
     search: Score
@@ -60,6 +61,7 @@ class ConfirmationRun:
     objective: float
     train_loss: float
     seconds: dict[str, float]
+    validation_loss: float | None = None
 
     def with_search(self, score: Score) -> ConfirmationRun:
         """Returns the run with other scores on the search documents."""
@@ -76,6 +78,7 @@ class ConfirmationRun:
             "report": self.report and self.report.to_json(),
             "objective": self.objective,
             "train_loss": self.train_loss,
+            "validation_loss": self.validation_loss,
             "seconds": self.seconds,
         }
 
@@ -323,6 +326,7 @@ class Confirmation:
                 score=result.search,
                 objective=result.objective,
                 train_loss=result.train_loss,
+                validation_loss=result.validation_loss,
                 seconds=result.seconds,
             )
         earlier = self._recorded.get((allocation, seed))

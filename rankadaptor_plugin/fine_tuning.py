@@ -116,6 +116,7 @@ class FineTuner:
             },
             fidelity=recovered.fidelity,
             rungs={share: self._objective(looks[0])} if looks else {},
+            validation_loss=recovered.validation_loss,
         )
 
     def _recovered(
@@ -186,6 +187,7 @@ class FineTuner:
             objective=self._objective(outcome.score),
             train_loss=outcome.train_loss,
             seconds=outcome.seconds,
+            validation_loss=outcome.validation_loss,
         )
 
     def report_run(self, allocation: RankAllocation, seed: int) -> ConfirmationRun:

@@ -116,6 +116,7 @@ class Noise:
                 score=runs[0].search,
                 objective=runs[0].objective,
                 train_loss=runs[0].train_loss,
+                validation_loss=runs[0].validation_loss,
                 seconds=runs[0].seconds,
                 parameters=space.parameters(allocation),
             )

@@ -18,6 +18,7 @@ def trials(data: ReportData) -> Table:
     """Tabulates the trials in the order of the search."""
     metric = objective_metric(data)
     rows = []
+    held_out = any(trial.get("validation_loss") is not None for trial in data["trials"])
     for trial in data["trials"]:
         measured, predicted = trial.get("objective"), trial.get("predicted")
         off = None if measured is None or predicted is None else measured - predicted
@@ -33,6 +34,7 @@ def trials(data: ReportData) -> Table:
                 scored(predicted, metric),
                 scored(off, metric),
                 number(trial.get("train_loss")),
+                *([number(trial.get("validation_loss"))] if held_out else []),
                 number(sum(seconds.values()) if seconds else None, 1),
                 state,
                 ranks_text(trial),
@@ -40,7 +42,8 @@ def trials(data: ReportData) -> Table:
         )
     return Table(
         f"objective: {objective_label(data)}, on the search documents; error: measured minus "
-        "predicted; training loss in nats per token",
+        f"predicted; training loss{' and loss on held-out rows' if held_out else ''} in nats per "
+        "token",
         (
             "trial",
             "phase",
@@ -48,12 +51,13 @@ def trials(data: ReportData) -> Table:
             "predicted",
             "error",
             "training loss",
+            *(["held-out loss"] if held_out else []),
             "seconds",
             "state",
             "ranks, layer 0 first",
         ),
         tuple(rows),
-        (1, 7, 8),
+        (1, 8, 9) if held_out else (1, 7, 8),
     )
 
 

@@ -257,6 +257,7 @@ def _run(
         score=outcome.score,
         objective=None if stopped else value,
         train_loss=outcome.train_loss,
+        validation_loss=outcome.validation_loss,
         seconds=trial.seconds | outcome.seconds,
         rungs=outcome.rungs,
     )

@@ -43,6 +43,7 @@ class Outcome:
         seconds: Wall time by part: ``recovery`` and ``oracle``.
         fidelity: Share of the steps that were run.
         rungs: What the search maximizes, by share of the steps at which it was looked at.
+        validation_loss: Loss on the held-out rows, in nats per token; None without such rows.
     """
 
     score: Score
@@ -50,6 +51,7 @@ class Outcome:
     seconds: dict[str, float]
     fidelity: float = 1.0
     rungs: dict[float, float] = field(default_factory=dict)
+    validation_loss: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,7 @@ class Trial:
         reason: Why the trial failed.
         rungs: See `Outcome`.
         parameters: Trainable parameters; None in records that were made without.
+        validation_loss: See `Outcome`.
     """
 
     position: int
@@ -87,6 +90,7 @@ class Trial:
     reason: str | None = None
     rungs: dict[float, float] = field(default_factory=dict)
     parameters: int | None = None
+    validation_loss: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values, without per-document scores."""
@@ -102,6 +106,7 @@ class Trial:
             "objective": self.objective,
             "predicted": self.predicted,
             "train_loss": self.train_loss,
+            "validation_loss": self.validation_loss,
             "seconds": self.seconds,
             "reason": self.reason,
             "rungs": {str(share): value for share, value in self.rungs.items()},

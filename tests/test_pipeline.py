@@ -299,3 +299,17 @@ def test_the_example_of_recover_in_the_docs_runs(finished, tmp_path, monkeypatch
     assert "down_proj" in capsys.readouterr().out
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     assert (tmp_path / "adapter" / "rankadaptor.json").is_file()
+
+
+def test_the_loss_on_held_out_rows_is_in_the_report(tmp_path, write_run_file, command):
+    file = write_run_file(
+        tmp_path / "run.toml",
+        corpus={"validation": 40},
+        recovery={"candidates_per_pass": 2, "keep_best": False},
+        search={"max_trials": 2, "initial_trials": 2},
+    )
+    result = command("run", file)
+    assert result.exit_code == 0, result.stderr
+    report = report_of(tmp_path / "out")
+    assert all(trial["validation_loss"] > 0 for trial in report["trials"])
+    assert "held-out loss" in (tmp_path / "out" / "report.md").read_text("utf-8")
