@@ -30,12 +30,12 @@ class Pass:
     """The sequences of one forward pass.
 
     Attributes:
-        inputs: Arguments of the model: ``input_ids``, and ``attention_mask`` or, where sequences
-            are packed, ``position_ids``; each of shape (b, t), int64.
+        inputs: Arguments of the model: ``input_ids`` and, where sequences are packed,
+            ``position_ids``; each of shape (b, t), int64. All padding is on the right.
         positions: Index into the (b * t) predictions of each that is trained, shape (n,), int64.
         targets: The tokens that they should have predicted, shape (n,), int64.
         places: Of each of the (b * t) tokens, a number that tells its sequence in the optimizer
-            step and its position there, whatever the layout; any for padding. int64.
+            step and its position there, whatever the layout; -1 for padding. int64.
         teacher: What the unpruned model predicts there; None without distillation.
     """
 
@@ -148,17 +148,22 @@ def _filled(rows: Sequence[_Row], micro_batch_size: int) -> Iterator[list[_Row]]
 
 
 def _padded(rows: Sequence[_Row]) -> Pass:
-    """Pads on the right to the longest; causal attention never looks at what comes after."""
+    """Pads on the right to the longest; causal attention never looks at what comes after.
+
+    So no mask is needed, without which attention has its fastest kernels.
+    """
     longest = max(len(sequence.tokens) for _, sequence in rows)
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, (_, sequence) in enumerate(rows):
-        input_ids[row, : len(sequence.tokens)] = sequence.tokens
-        attention_mask[row, : len(sequence.tokens)] = 1
+    input_ids = torch.empty(len(rows), longest, dtype=torch.int64)
+    places = torch.full_like(input_ids, -1)
+    for row, (number, sequence) in enumerate(rows):
+        length = len(sequence.tokens)
+        input_ids[row, :length] = sequence.tokens
+        # A token of its own: some models warn of their padding token without a mask.
+        input_ids[row, length:] = sequence.tokens[-1]
+        places[row, :length] = _places(number, length)
     starts = [row * longest for row in range(len(rows))]
-    places = torch.cat([_places(number, longest) for number, _ in rows])
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    return _trained([sequence for _, sequence in rows], starts, inputs, places)
+    inputs = {"input_ids": input_ids}
+    return _trained([sequence for _, sequence in rows], starts, inputs, places.flatten())
 
 
 def _packed(rows: Sequence[_Row]) -> Pass:

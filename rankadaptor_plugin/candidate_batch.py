@@ -24,13 +24,15 @@ from rankadaptor_plugin.candidate_passes import arranged, gradients
 from rankadaptor_plugin.device import is_out_of_memory, seeded_devices
 from rankadaptor_plugin.errors import RecoveryError
 from rankadaptor_plugin.stacked_adapters import StackedWeights, bare_and_frozen
-from rankadaptor_plugin.training import MicroBatch, Watch, learning_rate_factor
+from rankadaptor_plugin.training import MicroBatch, Watch, checkpointed, learning_rate_factor
+from rankadaptor_plugin.tuned import adamw
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from transformers import PreTrainedModel
 
+    from rankadaptor_plugin.candidate_passes import Numbered
     from rankadaptor_plugin.config import RecoveryConfig
     from rankadaptor_plugin.ranks import RankAllocation
     from rankadaptor_plugin.teacher import LiveTeacher
@@ -72,7 +74,7 @@ class _Candidate:
         self.config, self.row, self.order, self._watch = config, row, order, watch
         self.losses: list[float] = []
         self.failed: str | None = None
-        self._optimizer = torch.optim.AdamW([row], weight_decay=config.weight_decay)
+        self._optimizer = adamw([row], config.learning_rate, config.weight_decay)
 
     def step(self, number: int, loss: float) -> bool:
         """Takes an optimizer step; returns whether the candidate goes on."""
@@ -104,7 +106,7 @@ def can_train_together(
         return f"the device is {device.type}, not cpu or cuda"
     if config.engine != "own":
         return f"[recovery] engine is {config.engine}, not own"
-    for name in ("dropout", "dora", "pissa", "gradient_checkpointing", "keep_best"):
+    for name in ("dora", "pissa", "keep_best"):
         if value := getattr(config, name):
             return f"[recovery] {name} is {str(value).lower()}"
     if config.validate_every:
@@ -187,12 +189,12 @@ def train_together(
             for i in range(len(candidates))
         ]
         every = list(running)
-        with weights.on(bare):
+        with weights.on(bare), checkpointed(bare, config.gradient_checkpointing):
             bare.train()
             micro = micro or MicroBatch.of(config)
             for step in range(steps):
                 drawn = [arranged(next(one.order), micro.layout) for one in running]
-                losses = _accumulated(bare, weights, drawn, config, micro, teacher)
+                losses = _accumulated(bare, weights, drawn, step, config, micro, teacher)
                 alive = [i for i, one in enumerate(running) if one.step(step, losses[i])]
                 weights.clear_gradients()
                 if len(alive) < len(running):
@@ -244,7 +246,8 @@ def _drops_out(module: nn.Module) -> bool:
 def _accumulated(
     model: PreTrainedModel,
     weights: StackedWeights,
-    drawn: Sequence[Sequence[TrainingSequence]],
+    drawn: Sequence[Sequence[Numbered]],
+    step: int,
     config: RecoveryConfig,
     micro: MicroBatch,
     teacher: LiveTeacher | None,
@@ -256,7 +259,7 @@ def _accumulated(
     """
     while True:
         try:
-            return gradients(model, weights, drawn, config, micro.size, teacher)
+            return gradients(model, weights, drawn, step, config, micro.size, teacher)
         except RuntimeError as error:
             if micro.size == 1 or not is_out_of_memory(error):
                 raise

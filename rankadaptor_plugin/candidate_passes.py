@@ -25,16 +25,20 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.teacher import LiveTeacher
     from rankadaptor_plugin.training_sequences import TrainingSequence
 
+    Numbered = tuple[int, TrainingSequence]  # with its place in the optimizer step
 
-def arranged(batch: list[TrainingSequence], layout: str) -> list[TrainingSequence]:
-    """Orders a candidate's sequences; those at one place of all candidates share a pass."""
-    return batch if layout == "padded" else sorted(batch, key=lambda s: -len(s.tokens))
+
+def arranged(batch: list[TrainingSequence], layout: str) -> list[Numbered]:
+    """Numbers a candidate's sequences and orders them; those at one place share a pass."""
+    rows = list(enumerate(batch))
+    return rows if layout == "padded" else sorted(rows, key=lambda row: -len(row[1].tokens))
 
 
 def gradients(
     model: PreTrainedModel,
     weights: StackedWeights,
-    drawn: Sequence[Sequence[TrainingSequence]],
+    drawn: Sequence[Sequence[Numbered]],
+    step: int,
     config: RecoveryConfig,
     size: int,
     teacher: LiveTeacher | None,
@@ -44,7 +48,8 @@ def gradients(
     Args:
         model: The bare model with the candidates' adapters.
         weights: Those.
-        drawn: The sequences of each candidate, as many of each.
+        drawn: The sequences of each candidate, as many of each; see `arranged`.
+        step: The optimizer step, counted from 0.
         config: The ``[recovery]`` table.
         size: Most sequences of a candidate per pass.
         teacher: The unpruned model, where it predicts on the way.
@@ -52,16 +57,18 @@ def gradients(
     Returns:
         The loss of each candidate, in nats per trained token.
     """
-    counts = [trained_tokens(batch) for batch in drawn]
+    counts = [trained_tokens([sequence for _, sequence in batch]) for batch in drawn]
     totals = torch.zeros(len(drawn), device=model.device)
     for start in range(0, len(drawn[0]), size):
         parts = [batch[start : start + size] for batch in drawn]
-        rows = [sequence for part in parts for sequence in part]
-        given = passes(rows, "padded", len(rows))[0].to(model.device)
+        numbers, rows = zip(*(row for part in parts for row in part), strict=True)
+        given = passes(rows, "padded", len(rows), numbers)[0].to(model.device)
+        weights.tell(given, step)
         with mixed_precision(model):
             logits = forward_logits(model, given)
         taught = teacher(given) if teacher is not None else None
-        losses = _losses(logits, given, [trained_tokens(part) for part in parts], config, taught)
+        own = [trained_tokens([sequence for _, sequence in part]) for part in parts]
+        losses = _losses(logits, given, own, config, taught)
         # Divided by the tokens of the whole step, so that the parts add up to their mean.
         losses = losses / torch.tensor(counts, device=model.device)
         weights.add_gradients(losses.sum())

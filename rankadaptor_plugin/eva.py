@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from rankadaptor_plugin.batches import Pass
     from rankadaptor_plugin.training_sequences import TrainingSequence
 
 _MORE = 2  # most ranks of a module, per rank that it would have, rho in the paper
@@ -64,10 +65,10 @@ def attach_eva(
     mode = bare.training
     found = _Components(bare.eval(), ranks)
     try:
-        for inputs in _stream(sequences, 2 * max(found.most.values()), seed):
+        for given in _stream(sequences, 2 * max(found.most.values()), seed):
             if found.settled():
                 break
-            found.add(inputs)
+            found.add(given)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -108,20 +109,20 @@ class _Components:
         self._likeness: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
-    def add(self, inputs: dict[str, torch.Tensor]) -> None:
-        """Reads a batch of ``input_ids`` and ``attention_mask``, shape (b, t)."""
-        inputs = {name: tensor.to(self._model.device) for name, tensor in inputs.items()}
+    def add(self, given: Pass) -> None:
+        """Reads a batch."""
+        tokens = given.inputs["input_ids"].to(self._model.device)
         if not self._source:
-            self._find_sources({name: tensor[:1, :_PROBE] for name, tensor in inputs.items()})
-        real = inputs["attention_mask"].flatten().bool()
+            self._find_sources(tokens[:1, :_PROBE])
+        real = given.places >= 0
         pending = self._pending()
 
         def read(name: str, states: torch.Tensor) -> None:
             self._read(name, states.reshape(len(real), -1)[real.to(states.device)].float())
 
-        self._watch(pending, read, inputs)
+        self._watch(pending, read, tokens)
 
-    def _find_sources(self, inputs: dict[str, torch.Tensor]) -> None:
+    def _find_sources(self, tokens: torch.Tensor) -> None:
         seen: dict[str, torch.Tensor] = {}
 
         def note(name: str, states: torch.Tensor) -> None:
@@ -129,12 +130,12 @@ class _Components:
             self._source[name] = next(same, name)
             seen.setdefault(self._source[name], states)
 
-        self._watch(self._names, note, inputs)
+        self._watch(self._names, note, tokens)
         for name, first in self._source.items():
             self._pca.setdefault(first, None)
             self._count[first] = max(self._count.get(first, 0), self.most[name])
 
-    def _watch(self, names: Sequence[str], told: Any, inputs: dict[str, torch.Tensor]) -> None:
+    def _watch(self, names: Sequence[str], told: Any, tokens: torch.Tensor) -> None:
         """Runs the model below its head, and tells the input of each of the matrices."""
         handles = [
             self._model.get_submodule(name).register_forward_pre_hook(
@@ -143,7 +144,7 @@ class _Components:
             for name in names
         ]
         try:
-            self._model.base_model(**inputs, use_cache=False)
+            self._model.base_model(input_ids=tokens, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -198,13 +199,11 @@ class _Components:
         return components
 
 
-def _stream(
-    sequences: Sequence[TrainingSequence], tokens: int, seed: int
-) -> Iterator[dict[str, torch.Tensor]]:
+def _stream(sequences: Sequence[TrainingSequence], tokens: int, seed: int) -> Iterator[Pass]:
     """Yields batches of at least so many sequences and tokens."""
     one_by_one = batches(sequences, 1, seed)
     for _ in range(_MOST_BATCHES):
         batch: list[TrainingSequence] = []
         while len(batch) < _SEQUENCES or sum(len(s.tokens) for s in batch) < tokens:
             batch += next(one_by_one)
-        yield passes(batch, "padded", len(batch))[0].inputs
+        yield passes(batch, "padded", len(batch))[0]

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
+from rankadaptor_plugin.logits import logits_at
 from rankadaptor_plugin.loglikelihood_plan import Plan, plan
 
 if TYPE_CHECKING:
@@ -129,26 +130,13 @@ class _Passes:
             options["attention_mask"] = self._here(forward.mask)
             options["position_ids"] = self._here(forward.positions)
         options = {name: value for name, value in options.items() if name in self._accepted}
-        head, places = self._base.get_output_embeddings(), self._here(forward.places)
-        picked = False
-
-        def pick(_: Any, inputs: tuple[Any, ...]) -> Any:
-            nonlocal picked
-            hidden = inputs[0]
-            if hidden.shape[:2] != forward.tokens.shape:
-                return None
-            picked = True
-            return (hidden.flatten(0, 1)[places.to(hidden.device)][None], *inputs[1:])
-
-        handle = head.register_forward_pre_hook(pick) if head is not None else None
-        try:
-            output = self._model(input_ids=self._here(forward.tokens), **options)
-        finally:
-            if handle is not None:
-                handle.remove()
-        logits = output.logits.flatten(0, 1)
-        if not picked:
-            logits = logits[places.to(logits.device)]
+        logits, output = logits_at(
+            self._model,
+            self._base.get_output_embeddings(),
+            self._here(forward.places),
+            self._here(forward.tokens),
+            **options,
+        )
         return self._read(logits, forward), getattr(output, "past_key_values", None)
 
     def _read(self, logits: torch.Tensor, forward: Forward) -> Reading:

@@ -6,14 +6,16 @@ and student at a temperature T, times T^2, so that its gradient stays of the siz
 
 from __future__ import annotations
 
-import inspect
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
+from rankadaptor_plugin.logits import logits_at
+
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
     from rankadaptor_plugin.batches import Pass
@@ -23,22 +25,27 @@ LEAST = math.log(torch.finfo(torch.float32).tiny)
 """In place of the logarithm of 0: an infinite one would make a loss that is not a number."""
 
 
-def forward_logits(model: PreTrainedModel, given: Pass) -> torch.Tensor:
-    """Returns the predictions that are trained.
+def forward_logits(
+    model: PreTrainedModel, given: Pass, *, called: nn.Module | None = None
+) -> torch.Tensor:
+    """Returns the predictions that are trained; no others are computed.
 
     Args:
         model: The bare model; adapter layers inside it count.
         given: The sequences, on the model's device.
+        called: What wraps the model, such as FSDP; None calls the model itself.
 
     Returns:
         Shape (n, v), in the model's type.
     """
-    only: dict[str, Any] = {}
-    if given.is_packed and "logits_to_keep" in inspect.signature(model.forward).parameters:
-        only["logits_to_keep"] = given.positions  # of no other token is a prediction computed
-    logits: torch.Tensor = model(**given.inputs, **only, use_cache=False).logits
-    logits = logits.flatten(0, 1)
-    return logits if only else logits[given.positions]
+    logits, _ = logits_at(
+        called or model,
+        model.get_output_embeddings(),
+        given.positions,
+        **given.inputs,
+        use_cache=False,
+    )
+    return logits
 
 
 def token_loss(

@@ -25,19 +25,33 @@ _FACTORS = (-7046029254386353131, -4658895280553007687)  # of splitmix64, as sig
 _BITS = 24  # of a hash that are compared
 
 
-class _Place:
+class DropoutPlace:
     """Where in the fine-tune its modules are; all of them share one.
 
     Args:
         seed: Seed of the fine-tune.
+
+    Attributes:
+        tokens: A random number for each token of the pass, int32.
     """
 
     def __init__(self, seed: int) -> None:
-        self.seed, self.step = seed, 0
+        self._seed, self._step = seed, 0
         self.tokens = torch.empty(0, dtype=torch.int32)
 
+    def move(self, step: int, places: torch.Tensor) -> None:
+        """Goes to another pass.
+
+        Args:
+            step: The optimizer step, counted from 0.
+            places: Of the tokens; see `rankadaptor_plugin.batches.Pass`.
+        """
+        self._step = step
+        self.tokens = _mixed(places, self.key("tokens"))
+
     def key(self, what: str) -> int:
-        return zlib.crc32(f"{self.seed} {self.step} {what}".encode())
+        """Returns what a hash of something at this step begins with."""
+        return zlib.crc32(f"{self._seed} {self._step} {what}".encode())
 
 
 class SequenceDropout(nn.Module):
@@ -49,7 +63,7 @@ class SequenceDropout(nn.Module):
         place: Where the fine-tune is.
     """
 
-    def __init__(self, share: float, name: str, place: _Place) -> None:
+    def __init__(self, share: float, name: str, place: DropoutPlace) -> None:
         super().__init__()
         self.p, self.place = share, place
         self._name = name
@@ -68,7 +82,7 @@ class SequenceDropout(nn.Module):
 
 def install(model: PeftModel, seed: int) -> None:
     """Puts such dropout in the place of PEFT's, where there is any."""
-    place = _Place(seed)
+    place = DropoutPlace(seed)
     for name, module in adapted_modules(model).items():
         for adapter, dropout in module.lora_dropout.items():
             if isinstance(dropout, nn.Dropout):
@@ -86,8 +100,7 @@ def tell(model: nn.Module, given: Pass, step: int) -> None:
     found = (m.place for m in model.modules() if isinstance(m, SequenceDropout))
     place = next(found, None)
     if place is not None:
-        place.step = step
-        place.tokens = _mixed(given.places, place.key("tokens"))
+        place.move(step, given.places)
 
 
 def _mixed(numbers: torch.Tensor, key: int) -> torch.Tensor:

@@ -17,7 +17,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from rankadaptor_plugin.adapters import ADAPTER, nested_rows
+from rankadaptor_plugin.fused_lora import adapted_product, can_fuse
 from rankadaptor_plugin.module_adapters import Scaling
+from rankadaptor_plugin.sequence_dropout import DropoutPlace, SequenceDropout
 from rankadaptor_plugin.structures import matrix_shape
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from rankadaptor_plugin.batches import Pass
     from rankadaptor_plugin.config import RecoveryConfig
 
 _PREFIX = "base_model.model."  # of PEFT; part of the names that initial weights are drawn by
@@ -42,10 +45,13 @@ class Stacked(nn.Module):
     """Shape (k, r, in)."""
 
     up: torch.Tensor
-    """Shape (k, r, out)."""
+    """Shape (k, out, r)."""
 
     scales: torch.Tensor
     """Shape (k, 1, 1)."""
+
+    dropouts: list[SequenceDropout]
+    """Of each candidate; empty without."""
 
     def __init__(self, matrix: nn.Module) -> None:
         super().__init__()
@@ -65,11 +71,18 @@ class Stacked(nn.Module):
         Returns:
             Shape (k * n, ..., out).
         """
+        fed = x
+        if self.dropouts:
+            own = zip(self.dropouts, x.chunk(len(self.dropouts)), strict=True)
+            fed = torch.cat([dropout(part) for dropout, part in own])
+        if can_fuse(self.matrix):
+            dropped = None if fed is x else fed
+            return adapted_product(self.matrix, x, self.down, self.up, self.scales, dropped)
         whole: torch.Tensor = self.matrix(x)
-        blocks = x.reshape(len(self.down), -1, x.shape[-1])
+        blocks = fed.reshape(len(self.down), -1, x.shape[-1])
         inner = torch.bmm(blocks, self.down.mT) * self.scales
         flat = whole.reshape(len(self.up), -1, whole.shape[-1])
-        return torch.baddbmm(flat, inner, self.up).reshape(whole.shape)
+        return torch.baddbmm(flat, inner, self.up.mT).reshape(whole.shape)
 
 
 @dataclass(frozen=True)
@@ -96,8 +109,8 @@ class StackedWeights:
     Args:
         model: The bare model.
         ranks: Rank of each module by candidate, those without adapter left out.
-        settings: The ``[recovery]`` table of each candidate.
-        seeds: Seeds of their initial weights.
+        settings: The ``[recovery]`` table of each candidate; all have the same dropout.
+        seeds: Seeds of their initial weights and dropout.
 
     Attributes:
         rows: The weights of each candidate in a row; their gradients are set.
@@ -110,7 +123,8 @@ class StackedWeights:
         settings: Sequence[RecoveryConfig],
         seeds: Sequence[int],
     ) -> None:
-        self._ranks = list(ranks)
+        self._ranks, self._dropped = list(ranks), settings[0].dropout
+        self._dropping = [DropoutPlace(seed) for seed in seeds] if self._dropped else []
         self._places: dict[str, _Place] = {}
         end = 0
         for name in dict.fromkeys(name for own in ranks for name in own):
@@ -170,12 +184,23 @@ class StackedWeights:
         """Sets all gradients to zero, in place."""
         self._gradients.zero_()
 
+    def tell(self, given: Pass, step: int) -> None:
+        """Tells the dropout which pass comes next.
+
+        Args:
+            given: The pass, as many sequences of each candidate.
+            step: The optimizer step, counted from 0.
+        """
+        for place, own in zip(self._dropping, given.places.chunk(len(self.rows)), strict=False):
+            place.move(step, own)
+
     def keep(self, chosen: Sequence[int]) -> None:
         """Drops all candidates but some, by number; the parameters of those stay the same ones."""
         kept = torch.tensor(chosen, dtype=torch.int64, device=self._table.device)
         self._table, self._gradients = self._table[kept], self._gradients[kept]
         self._scales = {name: scales[kept] for name, scales in self._scales.items()}
         self._ranks = [self._ranks[i] for i in chosen]
+        self._dropping = [self._dropping[i] for i in chosen] if self._dropping else []
         self.rows = [self.rows[i] for i in chosen]
         for row, values in zip(self.rows, self._table, strict=True):
             row.data = values
@@ -185,12 +210,12 @@ class StackedWeights:
         """Returns a copy of a candidate's weights by the names that PEFT gives them."""
         found = {}
         for name, rank in self._ranks[number].items():
-            down, up = (
-                part[number, :rank] for part in self._stack(self._table, self._places[name])
-            )
+            down, up = self._stack(self._table, self._places[name])
             path = f"{_PREFIX}{name}.lora_"
-            found[f"{path}A.{ADAPTER}.weight"] = down.clone()
-            found[f"{path}B.{ADAPTER}.weight"] = up.T.clone(memory_format=torch.contiguous_format)
+            found[f"{path}A.{ADAPTER}.weight"] = down[number, :rank].clone()
+            found[f"{path}B.{ADAPTER}.weight"] = up[number, :, :rank].clone(
+                memory_format=torch.contiguous_format
+            )
         return found
 
     def _connect(self) -> None:
@@ -199,15 +224,16 @@ class StackedWeights:
             row.grad = gradient
         for name, layer in self._layers.items():
             layer.scales = self._scales[name]
+            layer.dropouts = [SequenceDropout(self._dropped, name, at) for at in self._dropping]
             weights = self._stack(self._table, self._places[name])
             layer.down, layer.up = (part.detach().requires_grad_() for part in weights)
 
     def _stack(self, table: torch.Tensor, place: _Place) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the views (k, r, in) and (k, r, out) of a table that belong to a matrix."""
+        """Returns the views (k, r, in) and (k, out, r) of a table that belong to a matrix."""
         down, up = table[:, place.start : place.middle], table[:, place.middle : place.end]
         return (
             down.view(-1, place.rank, place.features),
-            up.view(-1, place.rank, place.outputs),
+            up.view(-1, place.rank, place.outputs).mT,
         )
 
 

@@ -247,11 +247,9 @@ class _Trainer(Trainer):  # type: ignore[misc] # of a library without types
         self, model: torch.nn.Module, given: Pass, weight: float, count: int
     ) -> torch.Tensor:
         bare = self._tuned.model.get_base_model()
-        is_wrapped = model is not self.model or self.is_fsdp_enabled
         tell(bare, given, self.state.global_step)
         with mixed_precision(bare), self.accelerator.autocast():
-            # The bare model computes predictions of trained tokens alone, which a wrapper hides.
-            logits = forward_logits(model if is_wrapped else bare, given)
+            logits = forward_logits(bare, given, called=model)
         loss = token_loss(
             logits,
             given,

@@ -17,6 +17,7 @@ import torch
 from rankadaptor_plugin.batches import passes, trained_tokens
 from rankadaptor_plugin.device import is_out_of_memory
 from rankadaptor_plugin.errors import RecoveryError
+from rankadaptor_plugin.fused_lora import fused
 from rankadaptor_plugin.losses import forward_logits, token_loss
 from rankadaptor_plugin.sequence_dropout import tell
 
@@ -159,7 +160,7 @@ def train(
     watch = Watch(model.config.get_text_config().vocab_size, steps, config)
     losses: list[float] = []
     tuned.model.train()
-    with checkpointed(model, config.gradient_checkpointing):
+    with checkpointed(model, config.gradient_checkpointing), fused(model):
         for step in range(steps):
             loss = _accumulated(tuned, next(batches), step, config, micro, scaler, teacher)
             scaler.unscale_(optimizer)

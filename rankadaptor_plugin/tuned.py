@@ -65,4 +65,4 @@ def adamw(
 ) -> torch.optim.AdamW:
     """Returns the optimizer of all methods; no parameters are fine."""
     group = {"params": list(parameters)}
-    return torch.optim.AdamW([group], lr=learning_rate, weight_decay=weight_decay)
+    return torch.optim.AdamW([group], lr=learning_rate, weight_decay=weight_decay, fused=True)

@@ -114,8 +114,8 @@ def test_a_model_without_position_ids_is_not_packed(make_llama, monkeypatch):
     model = make_llama()
     forward = model.forward
 
-    def refusing(input_ids, attention_mask, use_cache):
-        return forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+    def refusing(input_ids, use_cache):
+        return forward(input_ids=input_ids, use_cache=use_cache)
 
     monkeypatch.setattr(model, "forward", refusing)
     assert not supports_packing(model)
@@ -154,6 +154,20 @@ def test_every_trained_token_is_in_one_pass(lengths, size, layout):
         else:
             assert len(given_.inputs["input_ids"]) <= size
     assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize("layout", ["padded", "sorted"])
+def test_padding_is_marked_and_repeats_a_token_of_its_row(layout):
+    batch = [sequence(n, seed=n) for n in (3, 7, 5)]
+    (given_,) = passes(batch, layout, 3)
+    rows, real = given_.inputs["input_ids"], given_.places.view(3, 7) >= 0
+    assert given_.inputs.keys() == {"input_ids"}  # no mask: attention is causal
+    lengths = {n: sequence(n, seed=n) for n in (3, 7, 5)}
+    for row, own in zip(rows, real, strict=True):
+        length = int(own.sum())
+        assert torch.equal(row[:length], lengths[length].tokens)
+        assert own[:length].all()
+        assert (row[length:] == row[length - 1]).all()
 
 
 def test_sorting_pads_no_more_than_the_order_that_was_drawn():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rankadaptor_plugin import adapters, candidate_passes
+from rankadaptor_plugin import adapters, candidate_passes, sequence_dropout
 from rankadaptor_plugin.batches import batches
 from rankadaptor_plugin.candidate_batch import can_train_together, put, train_together
 from rankadaptor_plugin.config import RecoveryConfig
@@ -73,10 +73,12 @@ class Plain:
 
 def attached(model, allocation, config, seed):
     config = dataclasses.replace(config, **dict(allocation.settings))
-    names = ("alpha_over_rank", "alpha", "rslora", "targets")
-    return adapters.attach(
+    names = ("alpha_over_rank", "alpha", "rslora", "targets", "dropout")
+    model = adapters.attach(
         model, allocation, seed=seed, **{name: getattr(config, name) for name in names}
     )
+    sequence_dropout.install(model, seed)
+    return model
 
 
 def separate(model, candidates, sequences, config, steps, teacher=None):
@@ -127,6 +129,9 @@ def compare(make, sequences, candidates=UNEVEN, teacher=None, **changes):
         {"max_grad_norm": 0.0, "schedule": "constant"},
         {"rslora": True},
         {"alpha": 3.0},
+        {"gradient_checkpointing": True},
+        {"dropout": 0.3, "micro_batch_size": 3},
+        {"dropout": 0.1, "layout": "padded", "gradient_checkpointing": True},
         {"targets": ("q_proj", "down_proj")},
     ],
     ids=str,
@@ -365,10 +370,9 @@ def test_an_allocation_that_does_not_fit_is_refused(make_llama, sequences):
     [
         ({}, ""),
         ({"rslora": True, "layout": "packed", "distill_weight": 0.5}, ""),
-        ({"dropout": 0.1}, "[recovery] dropout is 0.1"),
+        ({"dropout": 0.1, "gradient_checkpointing": True}, ""),
         ({"dora": True}, "[recovery] dora is true"),
         ({"pissa": True}, "[recovery] pissa is true"),
-        ({"gradient_checkpointing": True}, "[recovery] gradient_checkpointing is true"),
         ({"keep_best": True}, "[recovery] keep_best is true"),
         ({"validate_every": 5}, "[recovery] validate_every is 5"),
         ({"engine": "trainer"}, "[recovery] engine is trainer, not own"),

@@ -128,10 +128,10 @@ def test_checkpointing_takes_less_memory_for_the_same_losses(make_llama, tuned_o
 
 @pytest.mark.parametrize("engine", ["own", "trainer"])
 def test_too_little_memory_halves_the_pass(make_base, tuned_on, monkeypatch, engine):
-    def hungry(model, given):
+    def hungry(model, given, **called):
         if len(given.inputs["input_ids"]) > 2:
             torch.empty(2**50, dtype=torch.uint8, device=CUDA)  # more than any GPU has
-        return forward_logits(model, given)
+        return forward_logits(model, given, **called)
 
     whole = tuned_on(make_base(), settings(engine=engine))
     monkeypatch.setattr(training if engine == "own" else trainer_engine, "forward_logits", hungry)

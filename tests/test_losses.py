@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankadaptor_plugin.batches import Pass, passes
+from rankadaptor_plugin.batches import LAYOUTS, Pass, passes
 from rankadaptor_plugin.corpus import IGNORED, TrainingSequence
 from rankadaptor_plugin.losses import LEAST, forward_logits, token_loss
 from rankadaptor_plugin.teacher_tokens import TeacherTokens
@@ -131,8 +131,8 @@ def test_predictions_are_those_of_the_trained_positions(make_llama, layout):
     torch.testing.assert_close(forward_logits(model, one), whole[3:8])
 
 
-def test_no_prediction_is_computed_that_is_not_trained_where_sequences_are_packed(make_llama):
-    """`logits_to_keep` changes nothing but the rows that there are."""
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_prediction_is_computed_that_is_not_trained(make_llama, layout):
     model, seen = make_llama(), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     sequences = []
@@ -140,8 +140,8 @@ def test_no_prediction_is_computed_that_is_not_trained_where_sequences_are_packe
         tokens = torch.randint(40, (length,), generator=torch.Generator().manual_seed(length))
         labels = torch.where(torch.arange(length) < 2, IGNORED, tokens)
         sequences.append(TrainingSequence(tokens, labels))
-    (packed,) = passes(sequences, "packed", 3)
-    kept_rows = forward_logits(model, packed)
-    whole = model(**packed.inputs, use_cache=False).logits[0]
-    assert seen == [(1, 13, 40), (1, 19, 40)]
-    torch.testing.assert_close(kept_rows, whole[packed.positions])
+    (given_,) = passes(sequences, layout, 3)
+    found = forward_logits(model, given_)
+    whole = model(**given_.inputs, use_cache=False).logits
+    assert seen == [(1, 13, 40), whole.shape]
+    torch.testing.assert_close(found, whole.flatten(0, 1)[given_.positions])

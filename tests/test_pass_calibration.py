@@ -160,7 +160,7 @@ def test_what_the_run_file_fixes_is_not_timed(make_llama, sequences):
 
 
 def test_fine_tunes_that_run_one_by_one_are_timed_so(make_llama, sequences):
-    config = dataclasses.replace(CONFIG, dropout=0.1, candidates_per_pass=4, layout="sorted")
+    config = dataclasses.replace(CONFIG, dora=True, candidates_per_pass=4, layout="sorted")
     assert measure(make_llama(), sequences, config, ALLOCATIONS, seed=0).together == 1
 
 

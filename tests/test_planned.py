@@ -454,7 +454,7 @@ def tuner(make_llama, corpus, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "table", [{"dropout": 0.1}, {"dora": True}, {"keep_best": True}, {"validate_every": 2}], ids=str
+    "table", [{"pissa": True}, {"dora": True}, {"keep_best": True}, {"validate_every": 2}], ids=str
 )
 def test_settings_that_cannot_be_trained_together_go_one_by_one(tuner, table):
     one, groups = tuner(**table)
@@ -693,7 +693,7 @@ def test_nothing_is_measured_where_the_run_file_leaves_nothing_open(together):
 
 
 def test_nothing_is_measured_where_fine_tunes_have_to_go_one_by_one(tuner, measured, tmp_path):
-    one, _ = tuner(dropout=0.1, candidates_per_pass=0)
+    one, _ = tuner(dora=True, candidates_per_pass=0)
     one.expect(JOBS)
     one.evaluate(JOBS[0][0], 1.0, 0)
     assert measured == []

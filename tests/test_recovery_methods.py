@@ -279,7 +279,8 @@ def test_half_precision_keeps_float32_adapters(name, make):
     during = logits_of(tuned.model)
     model = tuned.finish()
     assert {tensor.dtype for tensor in weights(model).values()} == {torch.float32}
-    torch.testing.assert_close(logits_of(model), during, rtol=0.05, atol=0.05)
+    difference = logits_of(model).float() - during.float()
+    assert difference.norm() < 0.03 * during.float().norm()
     assert same(bare_model(model).state_dict(), before)
 
 

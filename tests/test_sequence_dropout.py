@@ -13,7 +13,7 @@ from rankadaptor_plugin.batches import passes
 from rankadaptor_plugin.config import RecoveryConfig
 from rankadaptor_plugin.corpus import Corpus
 from rankadaptor_plugin.recovery import recover
-from rankadaptor_plugin.sequence_dropout import SequenceDropout, _Place, tell
+from rankadaptor_plugin.sequence_dropout import DropoutPlace, SequenceDropout, tell
 from rankadaptor_plugin.training_sequences import TrainingSequence
 
 CONFIG = RecoveryConfig(
@@ -58,7 +58,7 @@ def test_dropout_changes_a_fine_tune_and_its_seed_does_too(make_llama):
 class Model(torch.nn.Module):
     def __init__(self, share, seed, name="layer"):
         super().__init__()
-        self.dropout = SequenceDropout(share, name, _Place(seed))
+        self.dropout = SequenceDropout(share, name, DropoutPlace(seed))
 
 
 def kept(share, seed, step, lengths, *, name="layer", layout="padded", features=64):

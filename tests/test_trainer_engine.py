@@ -161,10 +161,10 @@ def test_every_method_goes_the_same_way(make_llama, sequences, method):
 def test_too_little_memory_halves_the_pass_and_changes_nothing(run, monkeypatch):
     whole, forward = run(training), trainer_engine.forward_logits
 
-    def small(model, given):
+    def small(model, given, **called):
         if len(given.inputs["input_ids"]) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return forward(model, given)
+        return forward(model, given, **called)
 
     monkeypatch.setattr(trainer_engine, "forward_logits", small)
     micro = MicroBatch(3)

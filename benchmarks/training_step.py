@@ -1,0 +1,209 @@
+"""What an optimizer step of the own loop costs, beside the plain loop of transformers and PEFT.
+
+    OMP_NUM_THREADS=1 python benchmarks/training_step.py
+
+The cases are those of ``layouts.py``, each in float32 and in bfloat16 with adapters in float32.
+Both loops see the same sequences in the same order and begin with the same adapter. The plain one
+calls PEFT's layers, gives the model an attention mask, lets it predict every token, leaves those
+out of the loss that are not trained, and takes torch's AdamW as it is. They take turns; in each
+turn a loop makes a few steps, the first of which only warms up, and the median of the others
+counts. Losses are compared, and what autograd keeps for the backward pass of the largest pass is
+counted. Printed and written to ``results/training_step-DATE.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import platform
+import statistics
+from datetime import date
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from embedded_default import processor
+from layouts import PACKAGES, RESULTS, Case, Clock, Turn, case, configs
+from torch.nn import functional
+from transformers.utils import logging as transformers_logging
+
+from rankadaptor_plugin import recovery_methods
+from rankadaptor_plugin.batches import batches, trained_tokens
+from rankadaptor_plugin.training import MicroBatch, learning_rate_factor, mixed_precision, train
+from rankadaptor_plugin.training_sequences import IGNORED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from rankadaptor_plugin.recovery_methods import Tuned
+    from rankadaptor_plugin.training_sequences import TrainingSequence
+
+    Loop = Callable[[Case, Tuned, int, Clock], list[float]]
+
+_SEED = 0
+
+
+def own(measured: Case, tuned: Tuned, steps: int, clock: Clock) -> list[float]:
+    """Makes steps with the loop of this package."""
+    config = measured.config
+    order = batches(measured.sequences, config.batch_size, _SEED)
+    return train(tuned, order, config, steps, micro=MicroBatch.of(config), on_step=clock.tick)
+
+
+def plain(measured: Case, tuned: Tuned, steps: int, clock: Clock) -> list[float]:
+    """Makes the same steps with what transformers and PEFT offer."""
+    config, model = measured.config, tuned.model
+    optimizer = torch.optim.AdamW(tuned.parameters(), weight_decay=config.weight_decay)
+    order = batches(measured.sequences, config.batch_size, _SEED)
+    model.train()
+    losses = []
+    for step in range(steps):
+        batch = next(order)
+        count, total = trained_tokens(batch), 0.0
+        for inputs, labels in padded(batch, config.micro_batch_size):
+            with mixed_precision(model.get_base_model()):
+                logits = model(**inputs, use_cache=False).logits
+            loss = functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum"
+            )
+            (loss / count).backward()
+            total += loss.item() / count
+        torch.nn.utils.clip_grad_norm_(tuned.parameters(), config.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = config.learning_rate * learning_rate_factor(step, config)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+        clock.tick()
+    return losses
+
+
+def padded(
+    batch: Sequence[TrainingSequence], size: int
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Yields inputs with a mask, and labels, of sequences sorted by length."""
+    ordered = sorted(batch, key=lambda sequence: -len(sequence.tokens))
+    for start in range(0, len(ordered), size):
+        part = ordered[start : start + size]
+        fill = torch.nn.utils.rnn.pad_sequence
+        tokens = fill([sequence.tokens for sequence in part], batch_first=True)
+        mask = fill([torch.ones_like(s.tokens) for s in part], batch_first=True)
+        labels = fill([s.labels for s in part], batch_first=True, padding_value=IGNORED)
+        yield {"input_ids": tokens, "attention_mask": mask}, labels
+
+
+@contextlib.contextmanager
+def begun(measured: Case, steps: int) -> Iterator[Tuned]:
+    """Begins a fine-tune with plain LoRA, and takes the adapter off at the end."""
+    tuned = recovery_methods.begin(
+        measured.model,
+        recovery_methods.parse_method(recovery_methods.LORA),
+        measured.allocations[0],
+        measured.config,
+        seed=_SEED,
+        steps=steps,
+        sequences=measured.sequences,
+    )
+    try:
+        yield tuned
+    finally:
+        tuned.model.unload()
+
+
+def turn(measured: Case, loop: Loop, steps: int) -> Turn:
+    """Lets a loop make a few steps from the beginning."""
+    clock = Clock()
+    with begun(measured, steps) as tuned:
+        losses = loop(measured, tuned, steps, clock)
+    return clock.turn(losses, 1)
+
+
+def kept_bytes(measured: Case, loop: Loop) -> int:
+    """Returns what is kept for the backward pass of a step in one pass, weights left out."""
+    whole = dataclasses.replace(measured.config, micro_batch_size=measured.config.batch_size)
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no place is used again
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with begun(measured, 1) as tuned:
+        weights = {p.untyped_storage().data_ptr() for p in tuned.model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loop(dataclasses.replace(measured, config=whole), tuned, 1, Clock())
+    return sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
+
+
+def measure(measured: Case, steps: int, turns: int) -> dict[str, Any]:
+    """Lets both loops take turns; returns what the results file holds of a case."""
+    found = [
+        {loop.__name__: turn(measured, loop, steps) for loop in (own, plain)} for _ in range(turns)
+    ]
+    kept = {loop.__name__: kept_bytes(measured, loop) for loop in (own, plain)}
+    return {
+        "seconds": {
+            name: statistics.median(one[name].cpu for one in found) for name in ("own", "plain")
+        },
+        "ratios": {
+            clock: [getattr(one["own"], clock) / getattr(one["plain"], clock) for one in found]
+            for clock in ("cpu", "wall")
+        },
+        "loss_difference": max(
+            abs(a - b)
+            for a, b in zip(found[0]["own"].losses, found[0]["plain"].losses, strict=True)
+        ),
+        "kept_bytes": kept,
+        "kept_ratio": kept["own"] / kept["plain"],
+    }
+
+
+def main() -> None:
+    """Measures, prints the table and writes all values."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--micro", type=int, default=16, help="sequences per pass")
+    parser.add_argument("--steps", type=int, default=6, help="of a turn, the first one included")
+    parser.add_argument("--turns", type=int, default=5)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    found = {}
+    for name, config in configs(options.batch_size):
+        made = case(config, 1)
+        recovery = dataclasses.replace(made.config, micro_batch_size=options.micro)
+        for dtype in (torch.float32, torch.bfloat16):
+            one = dataclasses.replace(made, model=made.model.to(dtype), config=recovery)
+            key = f"{name}, {str(dtype).removeprefix('torch.')}"
+            found[key] = measure(one, options.steps, options.turns)
+    machine = f"{processor()}, 1 of {os.cpu_count()} cores, Python {platform.python_version()}"
+    print(f"{machine}; {options.batch_size} sequences, {options.micro} per pass\n")
+    print("| case | plain, CPU s | own / plain, CPU | wall | kept | loss |")
+    print("| --- | --: | --: | --: | --: | --: |")
+    for key, one in found.items():
+        cells = [
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            for ratios in one["ratios"].values()
+        ]
+        print(
+            f"| {key} | {one['seconds']['plain']:.3f} | {' | '.join(cells)} | "
+            f"{one['kept_ratio']:.2f} | {one['loss_difference']:.1e} |"
+        )
+    result = {
+        "date": date.today().isoformat(),
+        "machine": machine,
+        "load_average": os.getloadavg(),
+        "versions": {package: version(package) for package in PACKAGES},
+        "options": vars(options),
+        **found,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"training_step-{date.today().isoformat()}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
