@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -19,6 +20,10 @@ from rankadaptor_plugin.plugins import plugin_manager
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+# How fast the machine is, and what else it does, is not what is tested.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 WORDS = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>"])}
 WORDS |= {f"w{i}": i + len(WORDS) for i in range(37)}

@@ -251,7 +251,7 @@ def test_a_rank_of_0_leaves_no_layer_of_the_adapter_before(make_llama):
     assert {name.split(".")[1] for name in adapted(model)} == {"1"}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(targets=st.sets(st.sampled_from(LLAMA.matrices), min_size=1))
 def test_targets_by_name_and_by_last_part_are_the_same(make_llama, targets):
     short = [name.rpartition(".")[2] for name in targets]

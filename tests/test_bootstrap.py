@@ -71,7 +71,7 @@ def mean(model, seeds, weights) -> float:
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(pairs())
 def test_the_estimate_is_the_difference_of_the_means(pair):
     first, second, weights = pair
@@ -82,7 +82,7 @@ def test_the_estimate_is_the_difference_of_the_means(pair):
     assert found.estimate == pytest.approx(expected, abs=1e-12)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(pairs())
 def test_swapping_the_models_turns_the_sign(pair):
     first, second, weights = pair
@@ -97,7 +97,7 @@ def test_swapping_the_models_turns_the_sign(pair):
     assert (swapped.is_gain, swapped.is_loss) == (found.is_loss, found.is_gain)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(pairs(), st.integers(0, 999))
 def test_the_order_of_rows_seeds_and_tasks_changes_nothing(pair, seed):
     first, second, weights = pair
@@ -114,7 +114,7 @@ def test_the_order_of_rows_seeds_and_tasks_changes_nothing(pair, seed):
     assert again == found
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(pairs())
 def test_the_numbers_hold_together(pair):
     first, second, weights = pair

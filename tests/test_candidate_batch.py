@@ -146,7 +146,7 @@ def test_candidates_together_become_what_each_does_alone(make_llama, sequences, 
     ),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_any_ranks_do(make_llama, sequences, ranks, seed):
     candidates = [(RankAllocation(tuple(own)), seed + i) for i, own in enumerate(ranks)]
     compare(make_llama, sequences, candidates, steps=2)

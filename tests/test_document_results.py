@@ -64,9 +64,7 @@ def scores(draw):
     return Score(tasks=tasks)
 
 
-@settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(scores())
 def test_all_comes_back_bit_for_bit(tmp_path, score):
     path = tmp_path / "score.parquet"

@@ -146,7 +146,7 @@ def test_local_search_finds_the_optimum_of_an_additive_function(limit):
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 1000),
     costs=st.lists(st.integers(1, 9), min_size=6, max_size=6),

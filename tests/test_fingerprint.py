@@ -75,7 +75,7 @@ def test_weights_that_are_not_in_memory_are_not_compared(make_llama):
     assert fingerprint(make_llama().to("meta"))["weights"] == ""
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(layer=st.integers(0, 1), row=st.integers(0, 23), column=st.integers(0, 15))
 def test_one_changed_number_of_a_small_tensor_is_seen(make_llama, layer, row, column):
     model = make_llama()

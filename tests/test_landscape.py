@@ -89,14 +89,12 @@ def no_listing(monkeypatch):
     monkeypatch.setattr(landscape_module, "_LISTED", 0)
 
 
-@settings(deadline=None)
 @given(space=spaces(), seed=st.integers(0, 99))
 def test_rows_and_positions_of_levels_are_one_to_one(space, seed):
     codes, rows = Codes(space), space.sample(5, np.random.default_rng(seed))
     np.testing.assert_array_equal(codes.rows(codes.index(rows)), rows)
 
 
-@settings(deadline=None)
 @given(space=spaces())
 def test_codes_are_standardised_and_orthogonal(space):
     codes = Codes(space)
@@ -110,7 +108,6 @@ def test_codes_are_standardised_and_orthogonal(space):
         assert (one * two).mean() == pytest.approx(0, abs=1e-9)
 
 
-@settings(deadline=None)
 @given(space=spaces(), seed=st.integers(0, 99))
 def test_values_are_the_sum_that_is_promised(space, seed):
     one, rows = random_landscape(space, seed), space.sample(4, np.random.default_rng(seed))
@@ -125,7 +122,6 @@ def test_values_are_the_sum_that_is_promised(space, seed):
         assert value == pytest.approx(expected)
 
 
-@settings(deadline=None)
 @given(space=spaces(), seed=st.integers(0, 99))
 def test_gains_are_differences_of_values(space, seed):
     one, rows = random_landscape(space, seed), space.sample(1, np.random.default_rng(seed))
@@ -142,7 +138,7 @@ def test_gains_are_differences_of_values(space, seed):
     assert np.isneginf(gains[0][~one.codes.valid]).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(space=spaces(), seed=st.integers(0, 99), data=st.data())
 def test_the_highest_row_lies_in_the_space_and_uses_its_budget(space, seed, data):
     lowest = space.parameters(space.lowest())
@@ -153,7 +149,7 @@ def test_the_highest_row_lies_in_the_space_and_uses_its_budget(space, seed, data
     assert space.budget is None or is_full(space, row, most)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(space=spaces(), seed=st.integers(0, 99))
 def test_a_climbed_row_lies_in_the_space_and_uses_its_budget(space, seed):
     landscape = random_landscape(space, seed)
@@ -163,7 +159,7 @@ def test_a_climbed_row_lies_in_the_space_and_uses_its_budget(space, seed):
     assert space.budget is None or is_full(space, row)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(space=spaces(), seed=st.integers(0, 99))
 def test_small_spaces_are_searched_exactly(space, seed):
     landscape = random_landscape(space, seed)
@@ -225,7 +221,7 @@ def test_a_flat_landscape_is_left_where_it_is():
     np.testing.assert_array_equal(found, start[0])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(space=spaces(), seed=st.integers(0, 99), data=st.data())
 def test_no_tried_row_is_returned_while_another_is_left(space, seed, data):
     landscape = random_landscape(space, seed)

@@ -103,7 +103,7 @@ def test_works_on_every_space_with_any_number_of_data(space, count):
         assert space.parameters(space.check(space.allocation(row))) <= most
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 999), name=st.sampled_from(["budget", "limits", "rank 0", "groups"]))
 def test_proposals_are_new_and_a_function_of_the_generator(seed, name):
     space, model = SPACES[name], fitted(SPACES[name], lambda rows: rows.sum(axis=1), 6, seed=seed)

@@ -185,7 +185,7 @@ def test_an_uneven_model_with_an_adapter_is_scored_and_still_trains(name):
 TOKENS = st.lists(st.integers(3, 8), min_size=1, max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     requests=st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=12),
     contexts=st.lists(TOKENS, max_size=2),

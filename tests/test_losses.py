@@ -59,7 +59,7 @@ def test_a_live_teacher_adds_the_divergence_times_the_square_of_the_temperature(
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     k=st.integers(1, 12),
     scale=st.floats(0.01, 60),

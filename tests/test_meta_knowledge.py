@@ -67,7 +67,7 @@ def saved(path, sources=None):
 
 
 @given(st.lists(studies(), min_size=1, max_size=3))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_studies_come_back_as_they_were(tmp_path, sources):
     path = saved(tmp_path / "meta.safetensors", tuple(sources))
     back = MetaKnowledge.load(path).sources

@@ -90,7 +90,7 @@ def test_a_power_below_chance_needs_no_gain() -> None:
     assert least_detectable_gain(5, 1.0, power=0.01) == 0.0
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(SDS, SDS, st.sampled_from([0.5, 0.8]), st.sampled_from([0.0, 0.1]))
 def test_fine_tunes_are_the_inverse_of_the_least_gain(
     gain: float, sd: float, power: float, document_sd: float
@@ -105,7 +105,7 @@ def test_fine_tunes_are_the_inverse_of_the_least_gain(
     assert count == 4 or least_detectable_gain(count // 2 - 1, sd, **options) > gain
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(SDS, SDS, st.floats(1.0, 10.0))
 def test_larger_gains_and_less_noise_take_no_more_fine_tunes(
     gain: float, sd: float, factor: float
@@ -116,7 +116,7 @@ def test_larger_gains_and_less_noise_take_no_more_fine_tunes(
     assert count(factor * gain, sd) <= count(gain, sd) <= count(gain, factor * sd)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(2, 50), SDS, st.floats(0.0, 3.0), st.floats(0.1, 0.9))
 def test_more_seeds_show_smaller_gains(seeds: int, sd: float, documents: float, power: float):
     one, more = (
@@ -144,7 +144,7 @@ def test_expected_gain_by_simulation() -> None:
     assert expected_best_gain(12, 0.3, 0.4) == pytest.approx(gain, rel=0.03)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 10**6), SDS, st.floats(0.0, 1.0))
 def test_expected_gain_grows_with_all_three(trials: int, sd: float, icc: float) -> None:
     gain = expected_best_gain(trials, sd, icc)
@@ -210,7 +210,7 @@ def test_objective_without_any_difference_finds_nothing() -> None:
     assert (result.plausible_gain_high, result.outcome) == (0.0, "drowned")
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.4, 0.8]), st.floats(0.0, 1.0))
 def test_floor_properties(seed: int, icc: float, documents: float) -> None:
     found = table(icc, 4, 3, np.random.default_rng(seed))

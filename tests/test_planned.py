@@ -603,7 +603,7 @@ def groups_of(monkeypatch, base, planned_, jobs):
 
 
 @given(count=st.integers(1, 40), most=st.integers(1, 9), data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_groups_partition_a_plan_evenly_and_do_not_depend_on_what_is_left(
     make_llama, tmp_path_factory, count, most, data
 ):

@@ -84,7 +84,7 @@ def test_the_chance_of_a_pair_is_counted_once() -> None:
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(advantages(), st.sampled_from([0.8, 0.95, 0.99]))
 def test_an_interval_is_no_narrower_than_that_of_the_seeds_alone(advantage, confidence) -> None:
     found = advantage.interval(confidence)
@@ -97,7 +97,7 @@ def test_an_interval_is_no_narrower_than_that_of_the_seeds_alone(advantage, conf
     assert advantage.interval(0.999).half_width >= found.half_width
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(advantages(), st.floats(0.1, 10))
 def test_an_interval_turns_and_scales_with_the_values(advantage, factor) -> None:
     found = advantage.interval(0.95)
@@ -202,7 +202,6 @@ def test_two_seeds_that_differ_much_eliminate_nobody() -> None:
 # ------------------------------------------------------------------------------------- rules
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 8), st.integers(2, 12), st.integers(2, 12), st.sampled_from([0.5, 0.9, 0.999])
 )

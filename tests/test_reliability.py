@@ -113,7 +113,7 @@ def test_between_sd_is_nearly_unbiased_with_many_allocations() -> None:
     assert np.mean([r.seed_sd for r, _ in results]) == pytest.approx(1.0, abs=0.03)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(tables(), st.sampled_from([0.8, 0.95, 0.99]))
 def test_bounds(table: np.ndarray, confidence: float) -> None:
     found = reliability(table, confidence=confidence)
@@ -123,7 +123,7 @@ def test_bounds(table: np.ndarray, confidence: float) -> None:
     assert found.seed_sd > 0
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(tables(), st.integers(0, 2**32 - 1))
 def test_constants_and_order_do_not_count(table: np.ndarray, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -135,7 +135,7 @@ def test_constants_and_order_do_not_count(table: np.ndarray, seed: int) -> None:
     assert one == pytest.approx(other, rel=1e-6, abs=1e-6)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(tables(), st.sampled_from([-1e-6, 0.01, -3.0, 1e9]))
 def test_sds_scale_with_the_unit(table: np.ndarray, factor: float) -> None:
     one, other = reliability(table), reliability(factor * table)
@@ -145,7 +145,7 @@ def test_sds_scale_with_the_unit(table: np.ndarray, factor: float) -> None:
         assert getattr(other, name) == pytest.approx(abs(factor) * getattr(one, name), rel=1e-6)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(tables())
 def test_a_wider_interval_holds_the_narrower(table: np.ndarray) -> None:
     narrow, wide = reliability(table, confidence=0.8), reliability(table, confidence=0.99)

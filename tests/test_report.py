@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rankadaptor_plugin import report_tables as tables
@@ -309,7 +309,6 @@ def test_verdict_without_a_distinct_finalist() -> None:
     )
 
 
-@settings(deadline=None)
 @given(st.floats(-1, 1), st.floats(0, 1))
 def test_the_sentence_never_contradicts_the_interval(estimate: float, half_width: float) -> None:
     found = comparison(estimate, half_width)

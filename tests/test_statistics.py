@@ -66,7 +66,7 @@ def test_welch_satterthwaite_by_hand() -> None:
     assert result.half_width == pytest.approx(float(t.ppf(0.975, freedom)) * result.stderr)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(pairs(), st.sampled_from([0.8, 0.95, 0.99]))
 def test_properties(pair, confidence: float) -> None:
     ours, theirs, weights = pair

@@ -236,7 +236,7 @@ def cases(draw):
 
 
 @given(cases())
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_effects_are_finite_and_about_zero_in_every_column(case):
     knowledge, target = case
     prior = prior_effects(knowledge, target, features(target.layers), name="file")

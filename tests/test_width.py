@@ -201,7 +201,7 @@ def test_a_floor_above_the_ratio_is_said(caplog):
     step=st.integers(1, 30),
     heads=st.sampled_from([(4, 4), (4, 2), (1, 1)]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_global_ranking_leaves_every_layer_something(ratio, limits, step, heads):
     model = tiny(num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=8)
     asked = {
