@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from typing import TYPE_CHECKING, TypeVar
 
@@ -46,6 +47,10 @@ def write_folder(folder: Path, fill: Callable[[Path], T]) -> T:
             if outdated.exists():
                 os.replace(outdated, folder)
             raise
+    except shutil.Error as error:
+        found = error.args[0]  # of copytree a list: source, target and reason of each file
+        reason = found[0][-1] if isinstance(found, list) else found
+        raise OSError(re.sub(r"^\[Errno \d+\] ", "", str(reason))) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(outdated, ignore_errors=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+from shutil import copytree
 
 import pytest
 from hypothesis import given
@@ -129,6 +131,24 @@ def test_a_folder_below_a_file_cannot_be_opened(tmp_path):
         folder.write_json("a.json", 1)
     with pytest.raises(ArtifactError, match="x cannot be written: Not a directory"):
         folder.write_folder("x", lambda path: None)
+
+
+def test_a_full_disk_while_a_folder_is_copied_is_one_plain_reason(folder, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("a", "b"):
+        (source / name).write_text("")
+
+    def copy(one, other):
+        raise OSError(errno.ENOSPC, "No space left on device", one)
+
+    with pytest.raises(ArtifactError) as failure:
+        folder.write_folder(
+            "x", lambda path: copytree(source, path, copy_function=copy, dirs_exist_ok=True)
+        )
+    assert "No space left on device" in str(failure.value)
+    assert not any(part in str(failure.value) for part in "[(")
+    assert not (folder.path / "x").exists()
 
 
 def test_a_folder_is_replaced_as_a_whole(folder):
