@@ -74,16 +74,21 @@ def batches(
         waiting = waiting[size:]
 
 
-def check_sequences(sequences: Sequence[TrainingSequence], window: int | None = None) -> None:
+def check_sequences(
+    sequences: Sequence[TrainingSequence],
+    window: int | None = None,
+    vocabulary: int | None = None,
+) -> None:
     """Checks that there is something to train on everywhere.
 
     Args:
         sequences: The sequences.
         window: Context of the model, in tokens; None for no limit.
+        vocabulary: Number of tokens that the model knows; None for no limit.
 
     Raises:
-        CorpusError: If there is no sequence, one without a token to train on, or one that is longer
-            than the context.
+        CorpusError: If there is no sequence, one without a token to train on, one that is longer
+            than the context, or one with a token beyond the vocabulary.
     """
     if not sequences:
         raise CorpusError("The corpus holds no training sequence. Give at least one row.")
@@ -97,6 +102,11 @@ def check_sequences(sequences: Sequence[TrainingSequence], window: int | None = 
             raise CorpusError(
                 f"Training sequence {number} of {len(sequences)} has {len(sequence.tokens)} "
                 f"tokens, but the context of the model is {window}. Lower [corpus] max_tokens."
+            )
+        if vocabulary and (largest := int(sequence.tokens.max())) >= vocabulary:
+            raise CorpusError(
+                f"Training sequence {number} of {len(sequences)} has token {largest}, but the "
+                f"model knows tokens below {vocabulary}. Give the tokenizer of the model."
             )
 
 

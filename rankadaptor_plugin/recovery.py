@@ -63,6 +63,7 @@ class Rung:
     goes_on: Callable[[PeftModel], bool]
 
 
+@torch.enable_grad()
 def recover(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -101,8 +102,13 @@ def recover(
         RankSpaceError: If the ranks do not fit the model.
         ConfigError: If method or settings do not go together, or with the model.
         CorpusError: If there is nothing to train on.
-        RecoveryError: If the fine-tune diverges, or memory does not suffice.
+        RecoveryError: If the fine-tune diverges, memory does not suffice, or the call is made under
+            ``torch.inference_mode()``.
     """
+    if torch.is_inference_mode_enabled():
+        raise RecoveryError(
+            "recover() trains, which torch.inference_mode() does not allow. Call it outside of it."
+        )
     began, paused = time.perf_counter(), 0.0
     check_numbers(seed, fidelity)
     allocation = as_allocation(allocation)

@@ -71,7 +71,7 @@ def as_corpus(
 
     Raises:
         ConfigError: If it is something else, or cannot be read.
-        CorpusError: If there is nothing to train on, or a sequence is longer than the context.
+        CorpusError: If there is nothing to train on, or a sequence does not fit the model.
     """
     settings: dict[str, Any] = {
         "template": table.template,
@@ -90,9 +90,10 @@ def as_corpus(
             )
         corpus = corpus_of_rows(corpus, tokenizer, **settings)
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    check_sequences(corpus.sequences, window)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    check_sequences(corpus.sequences, window, vocabulary)
     if corpus.validation:
-        check_sequences(corpus.validation, window)
+        check_sequences(corpus.validation, window, vocabulary)
     return corpus
 
 

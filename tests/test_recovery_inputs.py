@@ -143,6 +143,26 @@ def test_a_sequence_whose_labels_are_all_masked_is_refused_by_its_number(refused
     )
 
 
+def test_tokens_of_another_vocabulary_are_refused_by_their_sequence(refused):
+    strange = TrainingSequence(torch.tensor([3, 40, 5]), torch.tensor([3, 40, 5]))
+    refused(
+        *(CorpusError, "sequence 2 of 2 has token 40", "below 40", "tokenizer of the model"),
+        data=Corpus(sequences=[sequence(4, 0), strange], dropped=0),
+    )
+
+
+def test_gradients_are_switched_on_and_inference_mode_is_refused(make_llama, corpus):
+    def run():
+        return recover(make_llama(), None, [2, 2], corpus, CONFIG, 0).losses
+
+    expected = run()
+    with torch.no_grad():
+        assert run() == expected
+    with torch.inference_mode(), pytest.raises(RecoveryError) as caught:
+        run()
+    assert_one_line(caught, "inference_mode() does not allow", "outside")
+
+
 def test_rows_that_are_all_longer_than_allowed_are_refused(refused, make_tokenizer):
     small = recipe("quick", template="plain", max_tokens=2, steps=2)
     refused(
