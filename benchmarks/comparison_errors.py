@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from rankadaptor_plugin.bootstrap import compare_pairs
-from rankadaptor_plugin.scores import Score, TaskScore
-from rankadaptor_plugin.statistics import compare
+from rankadaptor_plugin.core.scores import Score, TaskScore
+from rankadaptor_plugin.verdict.bootstrap import compare_pairs
+from rankadaptor_plugin.verdict.statistics import compare
 
 RESULTS = Path(__file__).parent / "results"
 TASKS, DOCUMENTS, RESAMPLES = 7, 300, 1000

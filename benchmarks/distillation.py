@@ -7,9 +7,10 @@ r"""What the unpruned model as a teacher gives, at equal steps.
 The model is pruned as the run file says, and recovered by uniform LoRA: without a teacher, and with
 every weight and temperature, from the kept likeliest tokens and from a live teacher. All of them
 are fine-tuned with the same seeds and batches, and scored on the report documents. Intervals have
-seeds and documents random, and pair both (`rankadaptor_plugin.statistics`); 95 %, one by one, so of
-many comparisons some are outside by chance. The first row of the table, without a teacher, is what
-the others are compared with. Printed and written to ``results/distillation-NAME-DATE.json``.
+seeds and documents random, and pair both (`rankadaptor_plugin.verdict.statistics`); 95 %, one by
+one, so of many comparisons some are outside by chance. The first row of the table, without a
+teacher, is what the others are compared with. Printed and written to
+``results/distillation-NAME-DATE.json``.
 """
 
 from __future__ import annotations
@@ -33,22 +34,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from embedded_default import processor
 
-from rankadaptor_plugin import run_file
-from rankadaptor_plugin.adapters import rank_space
-from rankadaptor_plugin.base_model import load_model
-from rankadaptor_plugin.embedded_default import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.config import run_file
+from rankadaptor_plugin.config.embedded_default import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.core.run_folder import RunFolder
+from rankadaptor_plugin.models.base_model import load_model
+from rankadaptor_plugin.pipeline.preparation import prepare
 from rankadaptor_plugin.plugins import plugin_manager
-from rankadaptor_plugin.preparation import prepare
-from rankadaptor_plugin.recovery import recover
-from rankadaptor_plugin.run_folder import RunFolder
-from rankadaptor_plugin.statistics import compare, interval_of_mean
-from rankadaptor_plugin.teacher import LiveTeacher, with_teacher
+from rankadaptor_plugin.recovery.adapters import rank_space
+from rankadaptor_plugin.recovery.recover import recover
+from rankadaptor_plugin.recovery.teacher import LiveTeacher, with_teacher
+from rankadaptor_plugin.verdict.statistics import compare, interval_of_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from rankadaptor_plugin.config import RunConfig
-    from rankadaptor_plugin.scores import Score
+    from rankadaptor_plugin.config.tables import RunConfig
+    from rankadaptor_plugin.core.scores import Score
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "lm-eval", "numpy")

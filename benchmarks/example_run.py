@@ -15,7 +15,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from rankadaptor_plugin import run_file
+from rankadaptor_plugin.config import run_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KEPT = (

@@ -36,25 +36,26 @@ import torch
 from embedded_default import processor
 from transformers.utils import logging as transformers_logging
 
-from rankadaptor_plugin import recovery_methods, run_file
-from rankadaptor_plugin.adapters import rank_space
-from rankadaptor_plugin.base_model import load_model
-from rankadaptor_plugin.batches import batches, passes
-from rankadaptor_plugin.candidate_batch import train_together
-from rankadaptor_plugin.embedded_default import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.config import run_file
+from rankadaptor_plugin.config.embedded_default import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.core.run_folder import RunFolder
+from rankadaptor_plugin.models.base_model import load_model
+from rankadaptor_plugin.pipeline.preparation import prepare
 from rankadaptor_plugin.plugins import plugin_manager
-from rankadaptor_plugin.preparation import prepare
-from rankadaptor_plugin.run_folder import RunFolder
-from rankadaptor_plugin.training import MicroBatch, train
+from rankadaptor_plugin.recovery.adapters import rank_space
+from rankadaptor_plugin.recovery.batches import batches, passes
+from rankadaptor_plugin.recovery.candidates import train_together
+from rankadaptor_plugin.recovery.methods import methods as recovery_methods
+from rankadaptor_plugin.recovery.training import MicroBatch, train
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel
 
-    from rankadaptor_plugin.config import RecoveryConfig, RunConfig
-    from rankadaptor_plugin.ranks import RankAllocation
-    from rankadaptor_plugin.training_sequences import TrainingSequence
+    from rankadaptor_plugin.config.tables import RecoveryConfig, RunConfig
+    from rankadaptor_plugin.core.ranks import RankAllocation
+    from rankadaptor_plugin.corpus.sequences import TrainingSequence
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -42,19 +42,19 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from rankadaptor_plugin.tasks import task_dir
+from tiny.tinyworld import TASKS
 
-from rankadaptor_plugin import adapters
-from rankadaptor_plugin.base_model import load_model, load_tokenizer
-from rankadaptor_plugin.config import OracleConfig, PruneConfig
-from rankadaptor_plugin.context import OracleSettings
-from rankadaptor_plugin.device import resolve_device, resolve_dtype
-from rankadaptor_plugin.embedded_default import model_folder
-from rankadaptor_plugin.oracles import LmEvalOracle
-from rankadaptor_plugin.ranks import RankAllocation
-from rankadaptor_plugin.structures import decoder_layers
-from rankadaptor_plugin.tinyworld import TASKS
-from rankadaptor_plugin.width import prune_width
+from rankadaptor_plugin.config.embedded_default import model_folder
+from rankadaptor_plugin.config.tables import OracleConfig, PruneConfig
+from rankadaptor_plugin.core.ranks import RankAllocation
+from rankadaptor_plugin.models.base_model import load_model, load_tokenizer
+from rankadaptor_plugin.models.device import resolve_device, resolve_dtype
+from rankadaptor_plugin.models.structures import decoder_layers
+from rankadaptor_plugin.oracle.contract import OracleSettings
+from rankadaptor_plugin.oracle.lm_eval_oracle import LmEvalOracle
+from rankadaptor_plugin.pruning.width import prune_width
+from rankadaptor_plugin.recovery import adapters
+from rankadaptor_plugin.tasks import task_dir
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rankadaptor_plugin.noise_floor import assess, expected_best_gain, least_detectable_gain
-from rankadaptor_plugin.reliability import reliability
+from rankadaptor_plugin.verdict.noise_floor import assess, expected_best_gain, least_detectable_gain
+from rankadaptor_plugin.verdict.reliability import reliability
 
 RESULTS = Path(__file__).parent / "results"
 TRIALS, SEEDS = 30, 5

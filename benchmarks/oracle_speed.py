@@ -57,13 +57,13 @@ from lm_eval_equality import (
     random_adapter,
     stock_values,
 )
-from rankadaptor_plugin.tasks import task_dir
+from tiny.tinyworld import TASKS
 
-from rankadaptor_plugin.base_model import load_model, load_tokenizer
-from rankadaptor_plugin.device import device_name, resolve_device, resolve_dtype
-from rankadaptor_plugin.embedded_default import model_folder
-from rankadaptor_plugin.tinyworld import TASKS
-from rankadaptor_plugin.width import prune_width
+from rankadaptor_plugin.config.embedded_default import model_folder
+from rankadaptor_plugin.models.base_model import load_model, load_tokenizer
+from rankadaptor_plugin.models.device import device_name, resolve_device, resolve_dtype
+from rankadaptor_plugin.pruning.width import prune_width
+from rankadaptor_plugin.tasks import task_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable

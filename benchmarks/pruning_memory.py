@@ -33,14 +33,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rankadaptor_plugin.config import PruneConfig
-from rankadaptor_plugin.importance import unit_scores
-from rankadaptor_plugin.structures import layer_units
+from rankadaptor_plugin.config.tables import PruneConfig
+from rankadaptor_plugin.models.structures import layer_units
+from rankadaptor_plugin.pruning.importance import unit_scores
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rankadaptor_plugin.units import Units
+    from rankadaptor_plugin.models.units import Units
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = {

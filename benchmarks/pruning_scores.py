@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rankadaptor_plugin.calibration import sequence_loss
-from rankadaptor_plugin.calibration_text import calibration_documents, calibration_samples
-from rankadaptor_plugin.channel import prune_channel
-from rankadaptor_plugin.config import PruneConfig
-from rankadaptor_plugin.depth import prune_depth
-from rankadaptor_plugin.width import prune_width
+from rankadaptor_plugin.config.tables import PruneConfig
+from rankadaptor_plugin.pruning.calibration import sequence_loss
+from rankadaptor_plugin.pruning.calibration_text import calibration_documents, calibration_samples
+from rankadaptor_plugin.pruning.channel import prune_channel
+from rankadaptor_plugin.pruning.depth import prune_depth
+from rankadaptor_plugin.pruning.width import prune_width
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WIDTH = {

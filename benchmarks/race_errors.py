@@ -7,10 +7,10 @@ the allocation's own worth, what it makes of the document, what the seed makes o
 Effects are in standard errors of a paired difference after six seeds, seed sd in multiples of what
 documents add to that difference; accuracy is whether such a score is above 0. Three designs:
 
-    race: ends for whoever is shown to be worse (`rankadaptor_plugin.race`);
+    race: ends for whoever is shown to be worse (`rankadaptor_plugin.verdict.race`);
     fixed: the same scores without elimination;
     halves: 3 seeds choose one competitor on other documents, 5 further ones compare it with uniform
-        LoRA by the Welch-Satterthwaite interval of `rankadaptor_plugin.statistics`.
+        LoRA by the Welch-Satterthwaite interval of `rankadaptor_plugin.verdict.statistics`.
 
 Errors: a gain claimed for a competitor that has none; the best competitor (the first of equal ones)
 eliminated although it is no worse than uniform LoRA. Each may happen in 5 % of the races; as
@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from rankadaptor_plugin.race import Advantage, Rules, eliminated
+from rankadaptor_plugin.verdict.race import Advantage, Rules, eliminated
 
 RESULTS = Path(__file__).parent / "results"
 TASKS, DOCUMENTS, CONFIDENCE, FULL = 2, 100, 0.95, 6

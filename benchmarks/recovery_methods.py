@@ -5,8 +5,8 @@ r"""The recovery methods beside uniform LoRA, at equal steps.
 The embedded default is pruned once, as its run file says, and fine-tuned with the same seeds by
 every method that takes ranks that are given: uniform ones, but for the pattern, whose sum is the
 same. All are scored on the report documents. Intervals have seeds and documents random, and pair
-both (`rankadaptor_plugin.statistics`); 95 %, one by one, so of many comparisons some are outside by
-chance. CPU seconds of a fine-tune are compared seed by seed, and the methods take turns.
+both (`rankadaptor_plugin.verdict.statistics`); 95 %, one by one, so of many comparisons some are
+outside by chance. CPU seconds of a fine-tune are compared seed by seed, and the methods take turns.
 
 Every adapter is also saved, and put by plain PEFT on the pruned model as it lies on disk; the
 largest difference in a logit, over all tokens of 32 training sequences, is told, and the largest
@@ -38,25 +38,25 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from rankadaptor_plugin import run_file
-from rankadaptor_plugin.adapter_files import without_old_name
-from rankadaptor_plugin.adapters import rank_space
-from rankadaptor_plugin.base_model import load_model
-from rankadaptor_plugin.batches import passes
-from rankadaptor_plugin.embedded_default import EMBEDDED_RUN_FILE
-from rankadaptor_plugin.method_race import given_entrants, trained_parameters
+from rankadaptor_plugin.config import run_file
+from rankadaptor_plugin.config.embedded_default import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.core.run_folder import RunFolder
+from rankadaptor_plugin.models.base_model import load_model
+from rankadaptor_plugin.pipeline.method_race import given_entrants, trained_parameters
+from rankadaptor_plugin.pipeline.preparation import prepare
 from rankadaptor_plugin.plugins import plugin_manager
-from rankadaptor_plugin.preparation import prepare
-from rankadaptor_plugin.recovery import recover
-from rankadaptor_plugin.run_folder import RunFolder
-from rankadaptor_plugin.statistics import compare, interval_of_mean
+from rankadaptor_plugin.recovery.adapters import rank_space
+from rankadaptor_plugin.recovery.batches import passes
+from rankadaptor_plugin.recovery.files import without_old_name
+from rankadaptor_plugin.recovery.recover import recover
+from rankadaptor_plugin.verdict.statistics import compare, interval_of_mean
 
 if TYPE_CHECKING:
-    from rankadaptor_plugin.config import RunConfig
-    from rankadaptor_plugin.preparation import Prepared
-    from rankadaptor_plugin.pruned_model import PrunedModel
-    from rankadaptor_plugin.recovered import RecoveredAdapter
-    from rankadaptor_plugin.scores import Score
+    from rankadaptor_plugin.config.tables import RunConfig
+    from rankadaptor_plugin.core.scores import Score
+    from rankadaptor_plugin.models.pruned_model import PrunedModel
+    from rankadaptor_plugin.pipeline.preparation import Prepared
+    from rankadaptor_plugin.recovery.recovered import RecoveredAdapter
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "lm-eval", "numpy")

@@ -13,10 +13,10 @@ report documents. The texts have one line per document, its prompt with the righ
 * report: the report documents. Nobody may search with these; they flatter what is predicted.
 
 None of them is in the recovery corpus. Printed and written to ``results/score_noise-DATE.json``:
-the reliability of each score (`rankadaptor_plugin.reliability`), and how well it ranks allocations
-from one seed: Spearman's correlation with the mean report score of the other seeds, the mean over
-the choices of this one seed. Their intervals, and those of the differences from `clp`, are
-percentiles of a bootstrap over the allocations, the same resamples for every score. Another
+the reliability of each score (`rankadaptor_plugin.verdict.reliability`), and how well it ranks
+allocations from one seed: Spearman's correlation with the mean report score of the other seeds, the
+mean over the choices of this one seed. Their intervals, and those of the differences from `clp`,
+are percentiles of a bootstrap over the allocations, the same resamples for every score. Another
 ``--seed`` repeats all of it with other allocations, fine-tunes and documents; it becomes part of
 the name.
 """
@@ -39,26 +39,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from embedded_default import processor
-from rankadaptor_plugin.tasks import task_dir
 from scipy.stats import rankdata
+from tiny.tinyworld import TASKS, World
 
-from rankadaptor_plugin import adapters, run_file
-from rankadaptor_plugin.base_model import load_model
-from rankadaptor_plugin.context import OracleSettings
-from rankadaptor_plugin.corpus import prompt_and_response, read_rows
-from rankadaptor_plugin.embedded_default import EMBEDDED_RUN_FILE, corpus_file
-from rankadaptor_plugin.lm_eval_tasks import Tasks
-from rankadaptor_plugin.noise import noise_allocations, noise_seeds
-from rankadaptor_plugin.objective import Objective, spreads
-from rankadaptor_plugin.oracle_documents import choose
-from rankadaptor_plugin.perplexity import PerplexityOracle
+from rankadaptor_plugin.config import run_file
+from rankadaptor_plugin.config.embedded_default import EMBEDDED_RUN_FILE, corpus_file
+from rankadaptor_plugin.core.run_folder import RunFolder
+from rankadaptor_plugin.core.scores import LOG_LIKELIHOOD, METRICS
+from rankadaptor_plugin.corpus.corpus import prompt_and_response, read_rows
+from rankadaptor_plugin.models.base_model import load_model
+from rankadaptor_plugin.oracle.contract import OracleSettings
+from rankadaptor_plugin.oracle.documents import choose
+from rankadaptor_plugin.oracle.oracle import Objective, spreads
+from rankadaptor_plugin.oracle.perplexity import PerplexityOracle
+from rankadaptor_plugin.oracle.tasks import Tasks
+from rankadaptor_plugin.pipeline.preparation import Prepared, prepare
 from rankadaptor_plugin.plugins import plugin_manager
-from rankadaptor_plugin.preparation import Prepared, prepare
-from rankadaptor_plugin.recovery import recover
-from rankadaptor_plugin.reliability import reliability
-from rankadaptor_plugin.run_folder import RunFolder
-from rankadaptor_plugin.scores import LOG_LIKELIHOOD, METRICS
-from rankadaptor_plugin.tinyworld import TASKS, World
+from rankadaptor_plugin.recovery import adapters
+from rankadaptor_plugin.recovery.recover import recover
+from rankadaptor_plugin.tasks import task_dir
+from rankadaptor_plugin.verdict.noise import noise_allocations, noise_seeds
+from rankadaptor_plugin.verdict.reliability import reliability
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -31,16 +31,21 @@ from layouts import PACKAGES, RESULTS, Case, Clock, Turn, case, configs
 from torch.nn import functional
 from transformers.utils import logging as transformers_logging
 
-from rankadaptor_plugin import recovery_methods
-from rankadaptor_plugin.batches import batches, trained_tokens
-from rankadaptor_plugin.training import MicroBatch, learning_rate_factor, mixed_precision, train
-from rankadaptor_plugin.training_sequences import IGNORED
+from rankadaptor_plugin.corpus.sequences import IGNORED
+from rankadaptor_plugin.recovery.batches import batches, trained_tokens
+from rankadaptor_plugin.recovery.methods import methods as recovery_methods
+from rankadaptor_plugin.recovery.training import (
+    MicroBatch,
+    learning_rate_factor,
+    mixed_precision,
+    train,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from rankadaptor_plugin.recovery_methods import Tuned
-    from rankadaptor_plugin.training_sequences import TrainingSequence
+    from rankadaptor_plugin.corpus.sequences import TrainingSequence
+    from rankadaptor_plugin.recovery.methods.methods import Tuned
 
     Loop = Callable[[Case, Tuned, int, Clock], list[float]]
 

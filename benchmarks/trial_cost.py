@@ -47,20 +47,20 @@ import torch
 from embedded_default import processor
 from trial_cost_turns import Clocks, Peers, Turns
 
-from rankadaptor_plugin import run_file
-from rankadaptor_plugin.base_model import load_model
-from rankadaptor_plugin.config import EMBEDDED
-from rankadaptor_plugin.embedded_default import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.config import run_file
+from rankadaptor_plugin.config.embedded_default import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.config.tables import EMBEDDED
+from rankadaptor_plugin.core.run_folder import RunFolder
+from rankadaptor_plugin.models.base_model import load_model
+from rankadaptor_plugin.models.pruned_loading import load_pruned
+from rankadaptor_plugin.pipeline.preparation import prepare
+from rankadaptor_plugin.pipeline.stage import _Stage
 from rankadaptor_plugin.plugins import plugin_manager
-from rankadaptor_plugin.preparation import prepare
-from rankadaptor_plugin.pruned_loading import load_pruned
-from rankadaptor_plugin.run_folder import RunFolder
-from rankadaptor_plugin.stage import _Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from rankadaptor_plugin.config import RunConfig
+    from rankadaptor_plugin.config.tables import RunConfig
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "lm-eval", "optuna")

@@ -39,9 +39,9 @@ def train(job: dict[str, Any], ranks: str, adapter: str) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rankadaptor_plugin import adapters
-    from rankadaptor_plugin.corpus import IGNORED, load_corpus
-    from rankadaptor_plugin.ranks import RankAllocation
+    from rankadaptor_plugin.core.ranks import RankAllocation
+    from rankadaptor_plugin.corpus.corpus import IGNORED, load_corpus
+    from rankadaptor_plugin.recovery import adapters
 
     torch.set_num_threads(1)
     clock.lap("imports")

@@ -16,18 +16,20 @@ from unittest import mock
 
 import numpy as np
 
-from rankadaptor_plugin import adapters, hookimpl, planned
-from rankadaptor_plugin.embedded_default import corpus_file
-from rankadaptor_plugin.oracle_requests import choice_scores
+from rankadaptor_plugin import hookimpl
+from rankadaptor_plugin.config.embedded_default import corpus_file
+from rankadaptor_plugin.oracle.oracle_requests import choice_scores
+from rankadaptor_plugin.pipeline import planned
 from rankadaptor_plugin.plugins import plugin_manager
+from rankadaptor_plugin.recovery import adapters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from rankadaptor_plugin.context import RunContext
-    from rankadaptor_plugin.preparation import Prepared
-    from rankadaptor_plugin.ranks import RankAllocation
-    from rankadaptor_plugin.trials import Trial
+    from rankadaptor_plugin.core.ranks import RankAllocation
+    from rankadaptor_plugin.core.trials import Trial
+    from rankadaptor_plugin.pipeline.context import RunContext
+    from rankadaptor_plugin.pipeline.preparation import Prepared
 
 PEER = Path(__file__).resolve().parent / "trial_cost_peer.py"
 TRAINED_WITH = (

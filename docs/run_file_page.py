@@ -7,8 +7,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from rankadaptor_plugin.config import OracleConfig, RunConfig
-from rankadaptor_plugin.run_file_template import _toml
+from rankadaptor_plugin.config.tables import OracleConfig, RunConfig
+from rankadaptor_plugin.config.template import _toml
 
 PAGE = Path(__file__).parent / "run-file.md"
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rankadaptor_plugin.hooks.compare import compare
-from rankadaptor_plugin.hooks.lm_eval import lm_eval
 
 from rankadaptor_plugin import hookimpl
+from rankadaptor_plugin.hooks.compare import compare
+from rankadaptor_plugin.hooks.lm_eval import lm_eval
 
 if TYPE_CHECKING:
     import pluggy
 
-    from rankadaptor_plugin.export import Format
+    from rankadaptor_plugin.pipeline.export import Format
 
 
 @hookimpl
@@ -31,7 +31,7 @@ def rankadaptor_register_commands(cli: click.Group) -> None:
 @click.pass_obj
 def plugins(manager: pluggy.PluginManager, as_json: bool) -> None:
     """List plugins, who provides them, their hooks and every registered name."""
-    from rankadaptor_plugin.plugin_list import describe
+    from rankadaptor_plugin.pipeline.registries import describe
 
     found = describe(manager)
     if as_json:
@@ -68,8 +68,8 @@ def export(manager: pluggy.PluginManager, run: Path, form: Format, output: Path 
     RUN is a run folder or a run file. hf loads where this package is installed, hf-remote-code
     and merged also where it is not.
     """
-    from rankadaptor_plugin.export import export as export_run
-    from rankadaptor_plugin.plugin_list import register_families, registries
+    from rankadaptor_plugin.pipeline.export import export as export_run
+    from rankadaptor_plugin.pipeline.registries import register_families, registries
 
     register_families(registries(manager))
     click.echo(export_run(run, form, output))
@@ -84,9 +84,9 @@ def inspect(manager: pluggy.PluginManager, folder: Path, as_json: bool) -> None:
 
     DIR is a model folder, pruned or not, an export or a run folder. No weights are read.
     """
-    from rankadaptor_plugin.inspection import inspect_folder
-    from rankadaptor_plugin.inspection_text import text
-    from rankadaptor_plugin.plugin_list import register_families, registries
+    from rankadaptor_plugin.models.inspection import inspect_folder
+    from rankadaptor_plugin.pipeline.registries import register_families, registries
+    from rankadaptor_plugin.report.inspection_text import text
 
     register_families(registries(manager))
     found = inspect_folder(folder)

@@ -55,8 +55,8 @@ def compare(
     such as adalora, or recovered (the delivered one, if left out). One RUN alone: all of its
     recovered models. Nothing is evaluated again.
     """
-    from rankadaptor_plugin.comparison_text import text
-    from rankadaptor_plugin.run_comparison import compare_runs
+    from rankadaptor_plugin.report.comparison_text import text
+    from rankadaptor_plugin.verdict.comparison import compare_runs
 
     found = compare_runs(
         runs,

@@ -25,7 +25,7 @@ def lm_eval(context: click.Context) -> None:
 
     Takes whatever lm-eval takes; lm-eval --help lists it.
     """
-    from rankadaptor_plugin.lm_eval_command import run
+    from rankadaptor_plugin.oracle.lm_eval_command import run
 
     manager: pluggy.PluginManager = context.obj
     run(context.args, manager.hook.rankadaptor_lm_eval_task_paths(), context.command_path)

@@ -30,7 +30,7 @@ def meta_learn(studies: tuple[str, ...], out: Path) -> None:
     STUDY is a run folder, an SQLite file or a storage URL of Optuna, with #NAME for one study among
     several. Name the file under [search] meta in a run file; the models may differ in depth.
     """
-    from rankadaptor_plugin.meta_knowledge import collect
+    from rankadaptor_plugin.search.transfer.meta_knowledge import collect
 
     knowledge = collect(studies, out)
     for source in knowledge.sources:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rankadaptor_plugin.tasks import task_dir
-
 from rankadaptor_plugin import hookimpl
+from rankadaptor_plugin.tasks import task_dir
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from rankadaptor_plugin.context import OracleFactory
-    from rankadaptor_plugin.registry import Registry
+    from rankadaptor_plugin.core.registry import Registry
+    from rankadaptor_plugin.oracle.contract import OracleFactory
 
 
 @hookimpl
 def rankadaptor_register_oracles(register: Registry[OracleFactory]) -> None:
     """Registers lm-eval's tasks, and perplexity on held-out text."""
-    register("lm-eval", "rankadaptor_plugin.oracles:lm_eval")
-    register("perplexity", "rankadaptor_plugin.perplexity:perplexity")
+    register("lm-eval", "rankadaptor_plugin.oracle.lm_eval_oracle:lm_eval")
+    register("perplexity", "rankadaptor_plugin.oracle.perplexity:perplexity")
 
 
 @hookimpl

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from rankadaptor_plugin import hookimpl
 
 if TYPE_CHECKING:
-    from rankadaptor_plugin.context import Recovered, RunContext
-    from rankadaptor_plugin.pruned_model import PrunedModel
+    from rankadaptor_plugin.models.pruned_model import PrunedModel
+    from rankadaptor_plugin.pipeline.context import Recovered, RunContext
 
 
 @hookimpl(trylast=True)
 def rankadaptor_post_prune(pruned: PrunedModel, context: RunContext) -> Recovered:
     """Searches the rank allocation, compares it with uniform LoRA, delivers the better one."""
-    from rankadaptor_plugin.stage import recover_pruned
+    from rankadaptor_plugin.pipeline.stage import recover_pruned
 
     return recover_pruned(pruned, context)

@@ -21,18 +21,14 @@ if TYPE_CHECKING:
 
     import click
 
-    from rankadaptor_plugin.context import (
-        OracleFactory,
-        PerformanceModelFactory,
-        Pruner,
-        Recovered,
-        RunContext,
-        SamplerFactory,
-    )
-    from rankadaptor_plugin.modeling_rankadaptor import Structure
-    from rankadaptor_plugin.pruned_model import PrunedModel
-    from rankadaptor_plugin.registry import Registry
-    from rankadaptor_plugin.trials import Trial
+    from rankadaptor_plugin.core.registry import Registry
+    from rankadaptor_plugin.core.trials import Trial
+    from rankadaptor_plugin.models.modeling_rankadaptor import Structure
+    from rankadaptor_plugin.models.pruned_model import PrunedModel
+    from rankadaptor_plugin.oracle.contract import OracleFactory
+    from rankadaptor_plugin.pipeline.context import Recovered, RunContext
+    from rankadaptor_plugin.pruning.contract import Pruner
+    from rankadaptor_plugin.search.contract import PerformanceModelFactory, SamplerFactory
 
 
 @hookspec

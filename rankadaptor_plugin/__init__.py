@@ -1,7 +1,7 @@
 """Per-layer LoRA ranks for recovering pruned LLMs (RankAdaptor, arXiv 2406.15734).
 
 Nothing is re-exported here: import from the module that owns the name, for example
-``from rankadaptor_plugin.search import search``. Plugins need `hookimpl` alone.
+``from rankadaptor_plugin.search.search import search``. Plugins need `hookimpl` alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,6 @@ if not (_here / "hooks").is_dir() and (_here.parent / "hooks" / "__init__.py").i
 
 # Pruned checkpoints then load through AutoModelForCausalLM; this imports neither torch nor
 # transformers.
-from rankadaptor_plugin import lazy_registration  # noqa: E402 (the path above comes first)
+from rankadaptor_plugin.models import registration  # noqa: E402
 
-lazy_registration.install()
+registration.install()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rankadaptor_plugin import __version__, plugins
-from rankadaptor_plugin.errors import RankAdaptorError
+from rankadaptor_plugin.core.errors import RankAdaptorError
 
 if TYPE_CHECKING:
     import pluggy
@@ -76,7 +76,7 @@ def run(
     broken off goes on when the same command is given again.
     """
     began = time.perf_counter()
-    from rankadaptor_plugin.run_command import run_file_or_embedded
+    from rankadaptor_plugin.pipeline.command import run_file_or_embedded
 
     try:
         click.echo(run_file_or_embedded(manager, run_file, output, quiet=quiet, began=began))
@@ -115,7 +115,7 @@ def noise(
     goes on from there. Without RUN.toml, takes the embedded default.
     """
     began = time.perf_counter()
-    from rankadaptor_plugin.run_command import measured_noise
+    from rankadaptor_plugin.pipeline.command import measured_noise
 
     given = {"seeds": seeds, "allocations": allocations, "gains": list(gains) or None}
     changes = {key: value for key, value in given.items() if value is not None}
@@ -132,7 +132,7 @@ def noise(
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
 def init(run_file: Path, model: str | None, force: bool) -> None:
     """Write a commented run file with every setting."""
-    from rankadaptor_plugin.run_file_template import write_template
+    from rankadaptor_plugin.config.template import write_template
 
     write_template(run_file, model=model, force=force)
     click.echo(f"Wrote {run_file}. Start it with: rankadaptor-plugin run {run_file}")

@@ -22,13 +22,13 @@ from peft import PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
-from rankadaptor_plugin import adapters
-from rankadaptor_plugin.checkpoint_check import check_checkpoint
-from rankadaptor_plugin.errors import ArtifactError, ConfigError
-from rankadaptor_plugin.export import MARK
-from rankadaptor_plugin.plugin_list import register_families, registries
+from rankadaptor_plugin.core.errors import ArtifactError, ConfigError
+from rankadaptor_plugin.models.checkpoints import check_checkpoint
+from rankadaptor_plugin.models.pruned_model import RECORD
+from rankadaptor_plugin.pipeline.export import MARK
+from rankadaptor_plugin.pipeline.registries import register_families, registries
 from rankadaptor_plugin.plugins import plugin_manager
-from rankadaptor_plugin.pruned_model import RECORD
+from rankadaptor_plugin.recovery import adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from rankadaptor_plugin.errors import PluginError
+from rankadaptor_plugin.core.errors import PluginError
 from rankadaptor_plugin.hooks import (
     commands,
     families,
@@ -23,7 +23,7 @@ from rankadaptor_plugin.hooks import (
     search,
     specs,
 )
-from rankadaptor_plugin.plugin_list import GROUP, provider
+from rankadaptor_plugin.pipeline.registries import GROUP, provider
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint

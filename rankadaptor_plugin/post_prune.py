@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig
 
-from rankadaptor_plugin import plugin_list, plugins, run_file
-from rankadaptor_plugin.base_model import check_folder, load_tokenizer
-from rankadaptor_plugin.embedded_default import model_folder
-from rankadaptor_plugin.pipeline import RunResult, run
-from rankadaptor_plugin.pruning import after_pruning, describe_pruned
+from rankadaptor_plugin import plugins
+from rankadaptor_plugin.config import run_file
+from rankadaptor_plugin.config.embedded_default import model_folder
+from rankadaptor_plugin.models.base_model import check_folder, load_tokenizer
+from rankadaptor_plugin.pipeline import registries as plugin_list
+from rankadaptor_plugin.pipeline.run import RunResult, run
+from rankadaptor_plugin.pruning.cutting import after_pruning, describe_pruned
 
 if TYPE_CHECKING:
     from collections.abc import Callable

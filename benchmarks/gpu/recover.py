@@ -35,17 +35,18 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rankadaptor_plugin import recovery_methods, training
-from rankadaptor_plugin.adapters import module_ranks
-from rankadaptor_plugin.batches import batches
-from rankadaptor_plugin.candidate_batch import train_together
-from rankadaptor_plugin.config import PruneConfig, RecoveryConfig
-from rankadaptor_plugin.corpus import IGNORED, TrainingSequence
-from rankadaptor_plugin.ranks import RankAllocation
-from rankadaptor_plugin.structures import decoder_layers, structure_of
-from rankadaptor_plugin.testing_models import tiny_tokenizer
-from rankadaptor_plugin.training import MicroBatch
-from rankadaptor_plugin.width import prune_width
+from rankadaptor_plugin.config.tables import PruneConfig, RecoveryConfig
+from rankadaptor_plugin.core.ranks import RankAllocation
+from rankadaptor_plugin.corpus.corpus import IGNORED, TrainingSequence
+from rankadaptor_plugin.models.structures import decoder_layers, structure_of
+from rankadaptor_plugin.pruning.width import prune_width
+from rankadaptor_plugin.recovery import training
+from rankadaptor_plugin.recovery.adapters import module_ranks
+from rankadaptor_plugin.recovery.batches import batches
+from rankadaptor_plugin.recovery.candidates import train_together
+from rankadaptor_plugin.recovery.methods import methods as recovery_methods
+from rankadaptor_plugin.recovery.training import MicroBatch
+from rankadaptor_plugin.testing.testing_models import tiny_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -264,7 +265,7 @@ class Bench:
         self._model = tuned.model
         train = training.train
         if config.engine == "trainer":
-            from rankadaptor_plugin import trainer_engine
+            from rankadaptor_plugin.recovery.trainer import engine as trainer_engine
 
             train = trainer_engine.train
         train(tuned, order, config, steps, micro=micro, on_step=on_step)

@@ -33,21 +33,21 @@ import optuna
 import torch
 from scoring_ways import LAYERS, OPERATIONS, Rate, alternatives, limits
 
-from rankadaptor_plugin.adaptive_sampler import auto
-from rankadaptor_plugin.candidate_scan import best_of_random
-from rankadaptor_plugin.config import PerformanceModelConfig
-from rankadaptor_plugin.context import SamplerSettings
-from rankadaptor_plugin.ensemble import MLPEnsemble
-from rankadaptor_plugin.linear_model import BayesianRegression
-from rankadaptor_plugin.mlp import MLPPerformanceModel, mlp
-from rankadaptor_plugin.parameters import distributions, parameters_of
-from rankadaptor_plugin.ranks import RankAllocation, RankSpace
+from rankadaptor_plugin.config.tables import PerformanceModelConfig
+from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
+from rankadaptor_plugin.search.adaptive import auto
+from rankadaptor_plugin.search.candidate_scan import best_of_random
+from rankadaptor_plugin.search.contract import SamplerSettings
+from rankadaptor_plugin.search.parameters import distributions, parameters_of
+from rankadaptor_plugin.search.performance.ensemble import MLPEnsemble
+from rankadaptor_plugin.search.performance.linear_model import BayesianRegression
+from rankadaptor_plugin.search.performance.mlp import MLPPerformanceModel, mlp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rankadaptor_plugin.performance_model import ProposingModel, Values
-    from rankadaptor_plugin.ranks import Allocations
+    from rankadaptor_plugin.core.ranks import Allocations
+    from rankadaptor_plugin.search.performance.performance_model import ProposingModel, Values
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "search"
 CONFIG = PerformanceModelConfig()

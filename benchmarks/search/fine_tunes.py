@@ -32,21 +32,22 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
-from rankadaptor_plugin import adapters, run_file
-from rankadaptor_plugin.base_model import load_model
-from rankadaptor_plugin.embedded_default import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.config import run_file
+from rankadaptor_plugin.config.embedded_default import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.core.ranks import RankAllocation
+from rankadaptor_plugin.core.run_folder import RunFolder
+from rankadaptor_plugin.core.scores import METRICS, Score
+from rankadaptor_plugin.models.base_model import load_model
+from rankadaptor_plugin.pipeline.preparation import prepare
 from rankadaptor_plugin.plugins import plugin_manager
-from rankadaptor_plugin.preparation import prepare
-from rankadaptor_plugin.ranks import RankAllocation
-from rankadaptor_plugin.recovery import Rung, recover
-from rankadaptor_plugin.run_folder import RunFolder
-from rankadaptor_plugin.scores import METRICS, Score
+from rankadaptor_plugin.recovery import adapters
+from rankadaptor_plugin.recovery.recover import Rung, recover
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from rankadaptor_plugin.config import RunConfig
-    from rankadaptor_plugin.ranks import RankSpace
+    from rankadaptor_plugin.config.tables import RunConfig
+    from rankadaptor_plugin.core.ranks import RankSpace
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "search"
 HALF = 0.5

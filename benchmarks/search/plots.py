@@ -6,7 +6,7 @@ import itertools
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from rankadaptor_plugin.report_svg import Frame
+from rankadaptor_plugin.report.svg import Frame
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

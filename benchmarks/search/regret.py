@@ -42,30 +42,31 @@ import simulators
 import torch
 from optuna.storages import InMemoryStorage
 
-from rankadaptor_plugin.config import PerformanceModelConfig, SearchConfig
-from rankadaptor_plugin.context import Registries, SamplerSettings
-from rankadaptor_plugin.meta_knowledge import MetaKnowledge
-from rankadaptor_plugin.parameters import untried
-from rankadaptor_plugin.plugin_list import registries
+from rankadaptor_plugin.config.tables import PerformanceModelConfig, SearchConfig
+from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
+from rankadaptor_plugin.core.scores import Score, TaskScore
+from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
+from rankadaptor_plugin.pipeline.registries import registries
 from rankadaptor_plugin.plugins import plugin_manager
-from rankadaptor_plugin.ranks import RankAllocation, RankSpace
-from rankadaptor_plugin.scores import Score, TaskScore
-from rankadaptor_plugin.source_studies import OBJECTIVE, SourceStudy
-from rankadaptor_plugin.space_record import LayerFeatures
-from rankadaptor_plugin.study import TrialStore
-from rankadaptor_plugin.transfer import prior_effects
-from rankadaptor_plugin.trials import Phase, Trial, TrialState
+from rankadaptor_plugin.search.contract import SamplerSettings
+from rankadaptor_plugin.search.parameters import untried
+from rankadaptor_plugin.search.record import LayerFeatures
+from rankadaptor_plugin.search.study import TrialStore
+from rankadaptor_plugin.search.transfer.meta_knowledge import MetaKnowledge
+from rankadaptor_plugin.search.transfer.source_studies import OBJECTIVE, SourceStudy
+from rankadaptor_plugin.search.transfer.transfer import prior_effects
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from optuna.samplers import BaseSampler
 
-    from rankadaptor_plugin.performance_model import (
+    from rankadaptor_plugin.core.ranks import Allocations
+    from rankadaptor_plugin.pipeline.context import Registries
+    from rankadaptor_plugin.search.performance.performance_model import (
         PerformanceModel,
         PriorEffects,
     )
-    from rankadaptor_plugin.ranks import Allocations
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "search"
 EVALUATIONS = 80

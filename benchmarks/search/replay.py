@@ -8,9 +8,9 @@ is installed. ``--meta`` names the table that the meta prior is learned from.
 
 What the figures are:
 
-* reliability of each score (`rankadaptor_plugin.reliability`); what the number of parameters, and
-  an additive function of the ranks, explain of what truly differs between allocations, and what the
-  latter explains of a seed's own rest;
+* reliability of each score (`rankadaptor_plugin.verdict.reliability`); what the number of
+  parameters, and an additive function of the ranks, explain of what truly differs between
+  allocations, and what the latter explains of a seed's own rest;
 * fidelity: Spearman's correlation of one seed's score, after half of the steps or all, with the
   mean of the other seeds;
 * proxy: the same for the adapter of the greatest rank that was cut to size;

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from rankadaptor_plugin.config import PerformanceModelConfig
-from rankadaptor_plugin.ensemble import MLPEnsemble
-from rankadaptor_plugin.linear_model import BayesianRegression
-from rankadaptor_plugin.mlp import mlp
+from rankadaptor_plugin.config.tables import PerformanceModelConfig
+from rankadaptor_plugin.search.performance.ensemble import MLPEnsemble
+from rankadaptor_plugin.search.performance.linear_model import BayesianRegression
+from rankadaptor_plugin.search.performance.mlp import mlp
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from replay_table import Array, Kind
 
-    from rankadaptor_plugin.performance_model import PerformanceModel, Prediction, PriorEffects
+    from rankadaptor_plugin.search.performance.performance_model import (
+        PerformanceModel,
+        Prediction,
+        PriorEffects,
+    )
 
 CHECKPOINTS = (10, 20, 40, 80)
 TURNS = 3

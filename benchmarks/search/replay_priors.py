@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rankadaptor_plugin.meta_knowledge import MetaKnowledge
-from rankadaptor_plugin.source_studies import OBJECTIVE, SourceStudy
-from rankadaptor_plugin.space_record import LayerFeatures
-from rankadaptor_plugin.transfer import prior_effects, proxy_effects
+from rankadaptor_plugin.search.record import LayerFeatures
+from rankadaptor_plugin.search.transfer.meta_knowledge import MetaKnowledge
+from rankadaptor_plugin.search.transfer.source_studies import OBJECTIVE, SourceStudy
+from rankadaptor_plugin.search.transfer.transfer import prior_effects, proxy_effects
 
 if TYPE_CHECKING:
     from replay_table import Kind
 
-    from rankadaptor_plugin.performance_model import PriorEffects
-    from rankadaptor_plugin.ranks import RankSpace
+    from rankadaptor_plugin.core.ranks import RankSpace
+    from rankadaptor_plugin.search.performance.performance_model import PriorEffects
 
 EARLIER = 60
 """Trials of the earlier study that the meta prior is learned from."""

@@ -8,8 +8,8 @@ import numpy as np
 from replay_table import TRUTHS, Kind
 from scipy.stats import rankdata
 
-from rankadaptor_plugin.reliability import reliability
-from rankadaptor_plugin.scores import METRICS
+from rankadaptor_plugin.core.scores import METRICS
+from rankadaptor_plugin.verdict.reliability import reliability
 
 if TYPE_CHECKING:
     from collections.abc import Callable

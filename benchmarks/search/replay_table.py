@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rankadaptor_plugin.ranks import RankSpace
-from rankadaptor_plugin.scores import METRICS
+from rankadaptor_plugin.core.ranks import RankSpace
+from rankadaptor_plugin.core.scores import METRICS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from rankadaptor_plugin.ranks import Allocations
+    from rankadaptor_plugin.core.ranks import Allocations
 
 Array = NDArray[np.float64]
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from rankadaptor_plugin.mlp import MLPPerformanceModel
-    from rankadaptor_plugin.ranks import RankSpace
+    from rankadaptor_plugin.core.ranks import RankSpace
+    from rankadaptor_plugin.search.performance.mlp import MLPPerformanceModel
 
 LAYERS = 26
 OPERATIONS = 2 * sum(i * o for i, o in itertools.pairwise((LAYERS, 32, 32, 32, 1)))

@@ -1,0 +1,1 @@
+"""The embedded model and its tasks, made from a seed."""

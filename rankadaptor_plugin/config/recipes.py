@@ -1,0 +1,132 @@
+"""Presets of ``[corpus]`` and ``[recovery]``: two public recipes, and a short one for searches.
+
+Sources, read at these commits: ``llm-pruner`` is post_training.py of LLM-Pruner (horseee/LLM-Pruner
+128a07d) with the options of its scripts and README; ``shortened`` is src/lora_retrain.py of
+Shortened LLaMA (Nota-NetsPresso/shortened-llm 4031a92) with those of its scripts. docs/data.md says
+where each value stands, and what of the originals no key says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from rankadaptor_plugin.config.tables import CorpusConfig, RecoveryConfig
+from rankadaptor_plugin.config.values import build
+from rankadaptor_plugin.core.errors import ConfigError
+from rankadaptor_plugin.core.registry import suggestion
+
+_ALPACA_LORA: dict[str, dict[str, Any]] = {
+    "corpus": {
+        "template": "alpaca",
+        "max_tokens": 256,
+        "limit": 0,
+        "validation": 2000,
+        "validation_seed": 42,
+    },
+    "recovery": {
+        "epochs": 2.0,
+        "batch_size": 64,
+        "micro_batch_size": 4,
+        "learning_rate": 1e-4,
+        "warmup_steps": 100,
+        "schedule": "linear",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "alpha_over_rank": 2.0,
+        "alpha": 0.0,
+        "dropout": 0.05,
+        "targets": [],
+        "validate_every": 100,
+        "keep_best": True,
+    },
+}
+"""Both public recipes are Alpaca-LoRA's program with the same options."""
+
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "llm-pruner": _ALPACA_LORA,
+    "shortened": _ALPACA_LORA,
+    "quick": {
+        "corpus": {"template": "alpaca", "max_tokens": 128},
+        "recovery": {
+            "steps": 200,
+            "batch_size": 16,
+            "micro_batch_size": 16,
+            "learning_rate": 3e-4,
+            "warmup_steps": 10,
+            "schedule": "linear",
+            "dropout": 0.0,
+        },
+    },
+}
+"""Presets by name: the two tables, with the values of a run file."""
+
+_TABLES: dict[str, type] = {"corpus": CorpusConfig, "recovery": RecoveryConfig}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What one fine-tune is made of.
+
+    Attributes:
+        corpus: How the recovery corpus is read.
+        recovery: How it is trained on.
+    """
+
+    corpus: CorpusConfig
+    recovery: RecoveryConfig
+
+
+def recipe(name: str, **changes: Any) -> Recipe:
+    """Returns a preset with changes.
+
+    Args:
+        name: A key of `RECIPES`.
+        changes: Keys of ``[corpus]`` or ``[recovery]``; no key is in both tables.
+
+    Raises:
+        ConfigError: On an unknown name or key (with a suggestion), a wrong type, or a wrong value.
+    """
+    if name not in RECIPES:
+        raise ConfigError(
+            f"Unknown recipe {name!r}.{suggestion(name, list(RECIPES))} "
+            f"Allowed: {', '.join(RECIPES)}."
+        )
+    keys = {key: table for table, cls in _TABLES.items() for key in _fields(cls)}
+    data: dict[str, Any] = {"recipe": name, "corpus": {}, "recovery": {}}
+    for key, value in changes.items():
+        if key not in keys:
+            raise ConfigError(
+                f"Unknown key {key} of a recipe.{suggestion(key, list(keys))} "
+                f"Allowed: {', '.join(keys)}."
+            )
+        data[keys[key]][key] = list(value) if isinstance(value, tuple) else value
+    data = with_preset(data)
+    return Recipe(
+        corpus=build(CorpusConfig, data["corpus"], "corpus"),
+        recovery=build(RecoveryConfig, data["recovery"], "recovery"),
+    )
+
+
+def with_preset(data: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values of a run file, filled up with those of the recipe that it names.
+
+    Own keys win. Own ``steps`` win over the ``epochs`` of the recipe, too, of which they would be
+    overruled. What is no known recipe and no table is left for the checks that follow.
+    """
+    name = data.get("recipe")
+    if not isinstance(name, str) or name not in RECIPES:
+        return data
+    merged = dict(data)
+    for table, preset in RECIPES[name].items():
+        own = data.get(table, {})
+        if isinstance(own, dict):
+            overruled = {"epochs"} if "steps" in own else set()
+            kept = {key: value for key, value in preset.items() if key not in overruled}
+            merged[table] = {**kept, **own}
+    return merged
+
+
+def _fields(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]

@@ -1,0 +1,673 @@
+"""What a run needs to know: one frozen dataclass per table of the run file.
+
+Every field carries its help text, so the commented run file that ``init`` writes, the checks and
+the documentation cannot drift apart. Types come from the annotations; values that only need a
+range have it in the field's metadata; rules across fields stand in ``__post_init__``. Reading
+and writing is the business of `rankadaptor_plugin.config.run_file`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from rankadaptor_plugin.core.errors import ConfigError, RankSpaceError
+
+EMBEDDED = "embedded"
+"""Stands for the model and the corpus that ship with the package."""
+
+AUTO, FIXED = "auto", "fixed"
+"""The default method, and the one that searches nothing: the run file names the allocation."""
+
+SEARCHED_RANKS, UNIFORM_LORA = "rankadaptor", "lora"
+"""Recovery methods: the rank allocation that was searched or given, and the baseline."""
+
+PATTERN = "pattern:"
+"""How a recovery method begins that gives the ranks by layer."""
+
+
+def _f(default: Any, help_: str, **rule: Any) -> Any:
+    """A field with its help text.
+
+    `rule` is ``low``, ``high`` (inclusive), ``above``, ``below`` (exclusive) or ``choices``.
+    """
+    return field(default=default, metadata={"help": help_, **rule})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """Stage 1: what is removed from the base model (paper, section 2)."""
+
+    method: str = _f(
+        "width",
+        "registered pruner: width (heads and MLP channels), channel (hidden size), depth (blocks)",
+    )
+    importance: str = _f(
+        "taylor", "score: taylor, magnitude, random; wanda for width, channel; ppl for depth"
+    )
+    taylor: str = _f(
+        "first",
+        "Taylor term per weight: first, second, mix (paper, equation 2), or vectorize",
+        choices=("first", "second", "mix", "vectorize"),
+    )
+    reduction: str = _f(
+        "sum",
+        "from the scores of a unit's matrices to one: sum, mean, max, or first",
+        choices=("sum", "mean", "max", "first"),
+    )
+    ratio: float = _f(0.5, "share to remove, between 0 and 1", above=0.0, below=1.0)
+    ratio_of: str = _f(
+        "units",
+        "the ratio is a share of the units in the layer range, or of all parameters of the model",
+        choices=("units", "parameters"),
+    )
+    ranking: str = _f(
+        "layer",
+        "layer: every layer loses the same share; global: units compete across layers",
+        choices=("layer", "global"),
+    )
+    floor: float = _f(0.0, "global ranking: least share of a layer's units removed", low=0.0)
+    ceiling: float = _f(
+        0.9, "global ranking: most share of a layer's units removed", low=0.0, below=1.0
+    )
+    blocks: int = _f(0, "depth: number of blocks to remove; 0 takes the ratio", low=0)
+    round_to: int = _f(
+        1, "round what stays to a multiple of this: MLP channels, or the hidden size", low=1
+    )
+    if_emptied: str = _f(
+        "clamp",
+        "the ratio asks for the last unit of a layer, or more than floor and ceiling allow: "
+        "clamp (with a warning), or refuse",
+        choices=("clamp", "refuse"),
+    )
+    keep_first: int = _f(4, "layers at the bottom that are not pruned (paper: 4 of 32)", low=0)
+    keep_last: int = _f(2, "layers at the top that are not pruned (paper: 2 of 32)", low=0)
+    calibration: str = _f(
+        "", "text, JSON or JSONL file for the scores; empty takes the recovery corpus"
+    )
+    calibration_samples: int = _f(10, "calibration sequences (paper: 10 or 50)", low=1)
+    calibration_tokens: int = _f(64, "tokens per calibration sequence", low=2)
+
+    def __post_init__(self) -> None:
+        if not self.floor <= self.ceiling:
+            raise ConfigError(
+                f"[prune] floor {self.floor:g} is above ceiling {self.ceiling:g}. Lower floor or "
+                "raise ceiling."
+            )
+
+    def layers(self, count: int) -> range:
+        """Returns the layers that are pruned of a model with so many.
+
+        Raises:
+            ConfigError: If none is left.
+        """
+        first, last = self.keep_first, count - self.keep_last
+        if first >= last:
+            raise ConfigError(
+                f"[prune] keep_first {self.keep_first} and keep_last {self.keep_last} leave none "
+                f"of the {count} layers to prune. Lower one of them."
+            )
+        return range(first, last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSpaceConfig:
+    """The solution space S (paper, section 4.1), and what the search may not exceed."""
+
+    candidates: tuple[int, ...] = _f(
+        (2, 4, 6, 8, 10, 12), "ranks a searched layer may take; 0 leaves it without adapter", low=0
+    )
+    default_rank: int = _f(8, "rank of layers that are not searched, and of uniform LoRA", low=1)
+    search: str = _f(
+        "pruned", "layers whose rank is searched: pruned or all", choices=("pruned", "all")
+    )
+    per: str = _f(
+        "layer",
+        "one rank per layer (paper), per group (attention and MLP), or per projection",
+        choices=("layer", "group", "projection"),
+    )
+    budget: str = _f(
+        "uniform",
+        "uniform: as many trainable parameters as uniform LoRA; free: no budget (paper)",
+        choices=("uniform", "free"),
+    )
+    max_parameters: int = _f(
+        0, "most trainable parameters of an allocation, a hard limit; 0 sets none", low=0
+    )
+    max_rank_sum: int = _f(
+        0, "most that the ranks of an allocation may add up to, a hard limit; 0 sets none", low=0
+    )
+    alpha_over_rank: tuple[float, ...] = _f(
+        (), "values of [recovery] alpha_over_rank to search along with the ranks", above=0.0
+    )
+    learning_rate: tuple[float, ...] = _f(
+        (), "values of [recovery] learning_rate to search along with the ranks", above=0.0
+    )
+
+    def __post_init__(self) -> None:
+        if not self.candidates:
+            raise RankSpaceError("[rank_space] candidates is empty. Name at least two ranks.")
+        for key in ("candidates", "alpha_over_rank", "learning_rate"):
+            values = getattr(self, key)
+            if tuple(sorted(set(values))) != values:
+                named = "rank candidates" if key == "candidates" else f"values of {key}"
+                raise RankSpaceError(
+                    f"The {named} {list(values)} are not ascending and distinct. "
+                    f"Sort [rank_space] {key} and remove repetitions."
+                )
+        if self.budget == "uniform" and self.candidates[0] > self.default_rank:
+            raise RankSpaceError(
+                f"The smallest rank candidate {self.candidates[0]} is above default_rank "
+                f"{self.default_rank}, so no allocation fits the budget of uniform LoRA. Add a "
+                'smaller candidate, raise default_rank, or set budget = "free".'
+            )
+        if self.budget == "uniform" and self.candidates[-1] <= self.default_rank:
+            raise RankSpaceError(
+                f"The greatest rank candidate {self.candidates[-1]} is not above default_rank "
+                f"{self.default_rank}, so the budget of uniform LoRA leaves a single allocation. "
+                'Add a greater candidate, lower default_rank, or set budget = "free".'
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """The recovery corpus: Alpaca rows, conversations, rows with "text", or plain text."""
+
+    path: str = _f(
+        EMBEDDED,
+        'JSON, JSONL or text file to fine-tune on, or a dataset on the hub such as "owner/name"; '
+        '"embedded" is the corpus in the package',
+    )
+    template: str = _f(
+        "alpaca",
+        'prompt of instruction rows: alpaca ("Below is an instruction ...") or plain (as it is)',
+        choices=("alpaca", "plain"),
+    )
+    max_tokens: int = _f(256, "longest training sequence, in tokens", low=2)
+    limit: int = _f(0, "use the first rows only; 0 uses all", low=0)
+    validation: int = _f(
+        0, "rows held out from training, on which the loss is measured; 0: none", low=0
+    )
+    validation_seed: int = _f(42, "seed that draws the held-out rows (LLM-Pruner: 42)", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryConfig:
+    """One fine-tune: LoRA on the pruned model, the same seeds and batches for every allocation."""
+
+    methods: tuple[str, ...] = _f(
+        ("rankadaptor",),
+        "what races uniform LoRA: rankadaptor (searched ranks), adalora, eva, lora-fa, dora, "
+        'rslora, pissa, none, lists such as "pattern:4-6-10-12"; only "lora": uniform LoRA alone',
+    )
+    steps: int = _f(600, "optimizer steps", low=1)
+    epochs: float = _f(0.0, "passes over the corpus in place of steps; 0 takes steps", low=0.0)
+    batch_size: int = _f(64, "sequences per optimizer step", low=1)
+    micro_batch_size: int = _f(16, "sequences per forward pass (paper: 16)", low=1)
+    learning_rate: float = _f(1e-4, "peak learning rate of AdamW", low=0.0)
+    warmup_steps: int = _f(20, "steps of linear warm-up", low=0)
+    schedule: str = _f(
+        "linear", "after the warm-up: linear to 0, or constant", choices=("linear", "constant")
+    )
+    weight_decay: float = _f(0.0, "decoupled weight decay", low=0.0)
+    max_grad_norm: float = _f(1.0, "gradient norm is clipped to this; 0 turns it off", low=0.0)
+    alpha_over_rank: float = _f(
+        2.0, "LoRA scaling alpha / r, the same in every layer (r 8, alpha 16 in the paper)", low=0.0
+    )
+    alpha: float = _f(
+        0.0, "LoRA alpha, the same for all ranks, in place of alpha_over_rank; 0: none", low=0.0
+    )
+    dropout: float = _f(0.0, "LoRA dropout", low=0.0, high=0.9)
+    targets: tuple[str, ...] = _f(
+        (), 'matrices with an adapter, such as ["q_proj", "v_proj"]; empty: all of a layer'
+    )
+    dora: bool = _f(False, "weight-decomposed LoRA in every fine-tune")
+    rslora: bool = _f(False, "scale by alpha / sqrt(r) in every fine-tune")
+    pissa: bool = _f(False, "start every fine-tune from the principal singular vectors")
+    validate_every: int = _f(
+        0, "steps between two looks at the held-out loss; 0: only after the last step", low=0
+    )
+    keep_best: bool = _f(False, "take the weights with the lowest held-out loss, not the last")
+    distill_weight: float = _f(
+        0.0,
+        "share of the loss that compares with the unpruned model's predictions; 0 does without",
+        low=0.0,
+        high=1.0,
+    )
+    distill_temperature: float = _f(2.0, "temperature of these predictions", above=0.0)
+    distill_top_k: int = _f(
+        64,
+        "most probable tokens that are kept of each prediction, computed once per corpus; 0: the "
+        "unpruned model stays in memory and predicts anew each time",
+        low=0,
+    )
+    gradient_checkpointing: bool = _f(False, "save memory, compute activations twice")
+    layout: str = _f(
+        "sorted",
+        "how an optimizer step's sequences are laid out in passes: padded, sorted by length, "
+        "packed (no padding, attention stays within a sequence), or auto, the fastest of them",
+        choices=("padded", "sorted", "packed", "auto"),
+    )
+    candidates_per_pass: int = _f(
+        0,
+        "fine-tunes trained in one pass where several are due; 1: one by one; 0: whatever a short "
+        "calibration finds fastest",
+        low=0,
+    )
+    engine: str = _f(
+        "own", "training loop: own, or trainer (transformers.Trainer)", choices=("own", "trainer")
+    )
+    trainer_arguments: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "further arguments of transformers.TrainingArguments, such as report_to"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.trainer_arguments and self.engine != "trainer":
+            raise ConfigError(
+                f"[recovery.trainer_arguments] {', '.join(self.trainer_arguments)} is for Trainer, "
+                f'but engine is "{self.engine}". Set [recovery] engine = "trainer", or leave them '
+                "out."
+            )
+
+    def steps_for(self, sequences: int) -> int:
+        """Returns the optimizer steps of a whole fine-tune on a corpus of so many sequences."""
+        if self.epochs:
+            return max(1, math.ceil(self.epochs * sequences / self.batch_size))
+        return self.steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleConfig:
+    """How a recovered model is scored: lm-eval tasks, on search and on report documents."""
+
+    name: str = _f("lm-eval", "registered oracle: lm-eval or perplexity")
+    search_name: str = _f("", "registered oracle that the search asks; empty: the same one")
+    tasks: tuple[str, ...] = _f((), "lm-eval task or group names")
+    search_tasks: tuple[str, ...] = _f(
+        (),
+        "tasks with the search documents; empty: TASK_search of each task where there is one, "
+        "else the documents of the task are cut in two",
+    )
+    task_path: str = _f("", "folder with more task YAML files; empty for none")
+    data_dir: str = _f(
+        "", "folder with local copies of the data of rankadaptor_commonsense7; empty: the hub"
+    )
+    text: str = _f("", "text, JSON or JSONL file for the oracle perplexity, not trained on")
+    search_documents: int = _f(100, "documents per task that the search sees", low=1)
+    report_documents: int = _f(
+        200, "documents per task for the report, never seen by the search; 0 uses the rest", low=0
+    )
+    overlap: str = _f(
+        "refuse",
+        "a document of the search tasks is a report document as well: refuse, or drop it",
+        choices=("refuse", "drop"),
+    )
+    objective: str = _f(
+        "",
+        "metric that the search maximizes: clp, margin, gold_ll or accuracy (paper); "
+        "empty: clp, or what the oracle has",
+    )
+    target: str = _f("", "search for this one task; empty for the weighted mean of all")
+    weights: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "weight per task in the mean; tasks left out weigh 1", "low": 0},
+    )
+    normalize: str = _f(
+        "none",
+        "scale of a task in the objective: none, or spread (one standard deviation over the "
+        "documents of the pruned model counts as 1)",
+        choices=("none", "spread"),
+    )
+    batch_tokens: int = _f(8192, "tokens per forward pass, padding included", low=1)
+    batch_size: int = _f(0, "most requests per forward pass; 0 sets no limit", low=0)
+    max_length: int = _f(0, "longest request in tokens; 0 takes the model's limit", low=0)
+
+    def __post_init__(self) -> None:
+        if self.report_documents == 1:
+            raise ConfigError(
+                "oracle.report_documents is 1, which gives no interval. Use 0 for all that are "
+                "left, or at least 2."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """The noise floor before the search: how much do scores depend on the seed alone?"""
+
+    seeds: int = _f(3, "fine-tunes of each allocation with different seeds; 0 skips it", low=0)
+    allocations: int = _f(4, "uniform LoRA and this many less one random allocations", low=2)
+    gains: tuple[float, ...] = _f(
+        (0.005, 0.01, 0.02),
+        "gains for which the fine-tunes needed are told, in the metric of the verdict; 0.01 of "
+        "accuracy is one point",
+        above=0.0,
+        below=1.0,
+    )
+    if_drowned: str = _f(
+        "uniform",
+        "no plausible gain rises above the noise: uniform (deliver uniform LoRA without a "
+        "search), or search all the same",
+        choices=("uniform", "search"),
+    )
+
+    def __post_init__(self) -> None:
+        if self.seeds == 1:
+            raise ConfigError(
+                "noise.seeds is 1, which shows no noise. Use at least 2, or 0 to skip the step."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Texts that the models continue, side by side in the report (paper, section 4.2)."""
+
+    max_new_tokens: int = _f(
+        64,
+        "most tokens to write after each prompt, and at most half the context window; 0 skips it",
+        low=0,
+    )
+    prompts: tuple[str, ...] = _f(
+        (), "prompts; empty takes one article and one list of steps, or those of the tiny world"
+    )
+    temperature: float = _f(0.8, "temperature of the sampled texts", above=0.0)
+    top_p: float = _f(0.95, "nucleus of the sampled texts", above=0.0, high=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerformanceModelConfig:
+    """Q, which predicts the score of an allocation (paper, section 3.2)."""
+
+    name: str = _f(
+        "mlp",
+        "registered performance model of method paper: mlp, its settings mlp-1, mlp-2, mlp-3 of "
+        "the paper's ablation, linear, or ensemble",
+    )
+    hidden: tuple[int, ...] = _f(
+        (32, 32, 32), "mlp, ensemble: widths of the hidden layers (paper: 32-32-32)", low=1
+    )
+    learning_rate: float = _f(0.01, "learning rate of its training", low=0.0)
+    meta: str = _f(
+        "joint",
+        "offline meta-learning: joint (all tasks, standardised), raw (as they are), reptile, or "
+        "none",
+        choices=("joint", "raw", "reptile", "none"),
+    )
+    meta_epochs: int = _f(200, "epochs of the offline meta-learning on all tasks; 0: none", low=0)
+    epochs: int = _f(200, "epochs of each incremental refit", low=1)
+    replay: bool = _f(
+        True, "each refit sees all target data; false: the newest alone, from the last weights"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Which allocations are fine-tuned, and when the search ends."""
+
+    method: str = _f(
+        AUTO,
+        "auto (linear and ensemble, whichever predicts better), linear, ensemble, paper, fixed, "
+        "random, or Optuna's tpe, gp, cmaes, qmc",
+    )
+    allocation: str = _f(
+        "",
+        'in place of a search: ranks such as "4-6-8-8", or a list of the paper\'s Table 7 such as '
+        '"paper:llama-7b:20:boolq"',
+    )
+    initial_trials: int = _f(
+        0, "random allocations before the method's own; 0: what it takes (paper: 10)", low=0
+    )
+    max_trials: int = _f(30, "most fine-tunes of the search, initial ones included", low=2)
+    max_hours: float = _f(
+        0.0,
+        "wall time of all fine-tunes and evaluations of the run, those of the confirmation kept "
+        "in reserve; a hard limit, 0 sets none",
+        low=0.0,
+    )
+    max_gpu_hours: float = _f(
+        0.0, "the same in hours times devices, where a CPU counts as one", low=0.0
+    )
+    batch: int = _f(1, "allocations proposed at once, before any of them is measured", low=1)
+    rung: float = _f(
+        0.0,
+        "look at each fine-tune after this share of its steps and end those below the median "
+        "there; 0 does not",
+        low=0.0,
+        below=1.0,
+    )
+    pareto: bool = _f(
+        False, "search the front of score against trainable parameters; needs budget free"
+    )
+    meta: str = _f("", "file of `rankadaptor-plugin meta-learn` with knowledge of earlier studies")
+    proxy: int = _f(
+        0,
+        "allocations scored beforehand on one adapter of the greatest rank, cut to size; their "
+        "scores weigh as much as they prove to predict; 0 does without",
+        low=0,
+    )
+    candidates: int = _f(
+        10_000, "paper: random allocations scored by the performance model per step", low=1
+    )
+    final_candidates: int = _f(
+        100_000,
+        "paper: random allocations of which the last model names one finalist; 0: none",
+        low=0,
+    )
+    tolerance: float = _f(
+        0.005,
+        "paper: stop when |predicted - measured| stays below this; 0 uses the whole budget",
+        low=0.0,
+    )
+    patience: int = _f(2, "paper: steps in a row below the tolerance", low=1)
+    max_failures: int = _f(3, "failed trials in a row that end the run", low=1)
+
+    def __post_init__(self) -> None:
+        if self.initial_trials > self.max_trials:
+            raise ConfigError(
+                f"[search] initial_trials {self.initial_trials} is more than max_trials "
+                f"{self.max_trials}. Raise max_trials or lower initial_trials."
+            )
+        if self.method == FIXED and not self.allocation:
+            raise ConfigError(
+                f'[search] method is "{FIXED}", but there is no allocation. Set allocation to '
+                'ranks such as "4-6-8-8".'
+            )
+        if self.allocation and self.method not in (FIXED, AUTO):
+            raise ConfigError(
+                f'[search] allocation is "{self.allocation}", which leaves nothing to search, but '
+                f'method is "{self.method}". Leave one of them out.'
+            )
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether nothing is searched, since the run file names the allocation."""
+        return bool(self.allocation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfirmConfig:
+    """The finalists' race against uniform LoRA: fresh seeds, report documents."""
+
+    finalists: int = _f(2, "best allocations of the search that enter the race", low=1)
+    seeds: int = _f(6, "fresh seeds at most; each one left in the race runs with each", low=2)
+    least_seeds: int = _f(3, "fresh seeds before the first one may be eliminated", low=2)
+    best_random: bool = _f(
+        False,
+        "the best of as many random allocations as the search made trials enters too; costs these "
+        "trials",
+    )
+    confidence: float = _f(
+        0.95,
+        "1 less the error rate: of all finalists together, of a gain that is none, and of "
+        "eliminating the best",
+        low=0.5,
+        high=0.999,
+    )
+
+    def __post_init__(self) -> None:
+        if self.least_seeds > self.seeds:
+            raise ConfigError(
+                f"confirm.least_seeds {self.least_seeds} is more than seeds {self.seeds}. Lower "
+                "least_seeds or raise seeds."
+            )
+
+
+_EVEN = {"cmaes", "qmc"}
+_OURS = {"auto", "linear", "ensemble"}
+_METHODS = _OURS | {"paper", "random", "tpe", "gp", "cmaes", "qmc"}
+_USED_BY = {"pareto": _OURS, "proxy": _OURS | {"paper"}, "meta": _OURS | {"paper"}}
+"""Keys of ``[search]`` that not every built-in method uses; those of plugins may."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run, as its run file describes it. Paths are relative to the run file."""
+
+    model: str = _f(EMBEDDED, 'folder of a Hugging Face causal LM; "embedded" is the tiny Llama')
+    recipe: str = _f(
+        "",
+        "preset of [corpus] and [recovery]: llm-pruner, shortened or quick; keys given here win",
+        choices=("", "llm-pruner", "shortened", "quick"),
+    )
+    output: str = _f("runs/embedded", "run folder; the same command continues a broken-off run")
+    seed: int = _f(0, "seed of everything that is random", low=0, high=2**31 - 1)
+    device: str = _f("auto", "auto, cpu, or cuda[:index]")
+    device_map: str = _f(
+        "",
+        "auto or balanced spreads the model over all GPUs (accelerate); empty: all on device",
+        choices=("", "auto", "balanced", "sequential"),
+    )
+    dtype: str = _f(
+        "auto",
+        "weights of the base model; auto: bfloat16 on a GPU, else float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    quantize: str = _f(
+        "",
+        "8bit or 4bit: quantized weights of the pruned model while it is fine-tuned (CUDA only, "
+        "bitsandbytes); empty: as they are",
+        choices=("", "8bit", "4bit"),
+    )
+    threads: int = _f(0, "CPU threads of torch; 0 leaves its default", low=0)
+    trust_remote_code: bool = _f(False, "run Python code that comes with the model folder")
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    rank_space: RankSpaceConfig = field(default_factory=RankSpaceConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    oracle: OracleConfig = field(default_factory=OracleConfig)
+    performance_model: PerformanceModelConfig = field(default_factory=PerformanceModelConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    confirm: ConfirmConfig = field(default_factory=ConfirmConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def __post_init__(self) -> None:
+        for key in ("model", "output"):
+            if not getattr(self, key):
+                raise ConfigError(f"{key} is empty. Name a folder.")
+        if self.device_map and self.device != "auto":
+            raise ConfigError(
+                f'device_map is "{self.device_map}", which chooses the devices, but device is '
+                f'"{self.device}". Set device = "auto", or device_map = "".'
+            )
+        if not self.oracle.tasks and "lm-eval" in (self.oracle.name, self.oracle.search_name):
+            raise ConfigError(
+                "[oracle] tasks is empty. Name at least one lm-eval task, for example "
+                'tasks = ["tiny_boolq"].'
+            )
+        self._check_methods()
+        if self.recovery.alpha and self.rank_space.alpha_over_rank:
+            raise ConfigError(
+                f"[rank_space] alpha_over_rank is searched, but [recovery] alpha "
+                f"{self.recovery.alpha:g} takes its place. Leave one of them out."
+            )
+        steps = {high - low for low, high in itertools.pairwise(self.rank_space.candidates)}
+        if self.search.method in _EVEN and len(steps) > 1:
+            raise ConfigError(
+                f'[search] method "{self.search.method}" takes evenly spaced rank candidates, not '
+                f"{list(self.rank_space.candidates)}. Change [rank_space] candidates or the method."
+            )
+        for key, methods in _USED_BY.items():
+            given, method = getattr(self.search, key), self.search.method
+            if given and method in _METHODS - methods:
+                raise ConfigError(
+                    f'[search] {key} is of no use with method "{method}". Use one of '
+                    f"{', '.join(sorted(methods))}, or leave {key} out."
+                )
+        if self.confirm.best_random and self.search.is_fixed:
+            raise ConfigError(
+                "confirm.best_random is as many random allocations as the search made trials, but "
+                "[search] allocation leaves no search. Leave one of them out."
+            )
+        if self.search.pareto and self.rank_space.budget != "free":
+            raise ConfigError(
+                f"[search] pareto searches over parameters, but [rank_space] budget is "
+                f'"{self.rank_space.budget}". Set budget = "free", with max_parameters if need be.'
+            )
+
+    def _check_methods(self) -> None:
+        methods = self.recovery.methods
+        if not methods:
+            raise ConfigError(
+                '[recovery] methods is empty. Name at least one, such as "rankadaptor" or "lora".'
+            )
+        if len(set(methods)) < len(methods):
+            raise ConfigError(
+                f"[recovery] methods {list(methods)} names a method twice. Name each one once."
+            )
+        if self.races_ranks:
+            return
+        for key, given in (
+            ("[search] allocation", self.search.is_fixed),
+            ("[confirm] best_random", self.confirm.best_random),
+        ):
+            if given:
+                raise ConfigError(
+                    f"{key} is of no use without the method {SEARCHED_RANKS}: [recovery] methods "
+                    f'is {list(methods)}. Add "{SEARCHED_RANKS}" to it, or leave {key} out.'
+                )
+
+    @property
+    def races_ranks(self) -> bool:
+        """Whether a rank allocation, searched or given, is among the recovery methods."""
+        return SEARCHED_RANKS in self.recovery.methods
+
+    @property
+    def searches(self) -> bool:
+        """Whether there is a search."""
+        return self.races_ranks and not self.search.is_fixed
+
+    @property
+    def further_methods(self) -> tuple[str, ...]:
+        """The recovery methods that race beside rank allocations and uniform LoRA."""
+        return tuple(m for m in self.recovery.methods if m not in (SEARCHED_RANKS, UNIFORM_LORA))
+
+    @property
+    def common_baseline(self) -> bool:
+        """Whether all finalists have the parameters of one uniform LoRA."""
+        space = self.rank_space
+        limited = bool(space.max_parameters or space.max_rank_sum)
+        return space.budget == "uniform" and not limited and not self.search.is_fixed
+
+    @property
+    def competitors(self) -> int:
+        """The most that enter the race against uniform LoRA; 1 where it runs alone."""
+        return max(1, self._allocations + len(self.further_methods))
+
+    @property
+    def _allocations(self) -> int:
+        if not self.races_ranks:
+            return 0
+        return 1 if self.search.is_fixed else self.confirm.finalists + self.confirm.best_random
+
+    @property
+    def race_fine_tunes(self) -> int:
+        """The most fine-tunes that the race takes."""
+        methods, own = self.further_methods, 0 if self.common_baseline else self._allocations
+        patterns = sum(PATTERN in method for method in methods)
+        # Uniform LoRA of the default rank: for methods, for allocations, or alone.
+        uniform = patterns < len(methods) or self._allocations > own or not (methods or own)
+        entrants = self._allocations + len(methods)
+        return self.confirm.seeds * (entrants + own + patterns + uniform)

@@ -1,0 +1,95 @@
+"""From plain values, as a TOML parser gives them, to the dataclasses of the config.
+
+Unknown keys are refused with a suggestion, wrong types and ranges with what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from typing import Any, TypeVar
+
+from rankadaptor_plugin.core.errors import ConfigError
+from rankadaptor_plugin.core.registry import suggestion
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], data: dict[str, Any], table: str) -> T:
+    """Builds a dataclass of the config, and those inside it.
+
+    Args:
+        cls: The dataclass.
+        data: Values by key, lists for tuples.
+        table: Name of the table, for messages; empty for the whole run file.
+
+    Raises:
+        ConfigError: On an unknown key (with a suggestion), a wrong type, or a wrong value.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{table}.{key}" if table else key
+        if key not in fields:
+            raise ConfigError(
+                f"Unknown key {name} in the run file.{suggestion(key, list(fields))} "
+                f"Allowed here: {', '.join(fields)}."
+            )
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{name} is {value!r}; it must be a table, written as [{name}].")
+            values[key] = build(typing.cast("type[Any]", hints[key]), value, name)
+        else:
+            values[key] = _value(name, value, hints[key])
+            _check_range(name, values[key], fields[key].metadata)
+    return cls(**values)
+
+
+def _value(name: str, value: Any, hint: Any) -> Any:
+    """Returns the value in its annotated type, or says what type it must have."""
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return value
+    if origin in (tuple, dict):
+        item = typing.get_args(hint)[0 if origin is tuple else 1]
+        if origin is tuple and isinstance(value, list):
+            return tuple(_value(f"{name}[{i}]", v, item) for i, v in enumerate(value))
+        if origin is dict and isinstance(value, dict):
+            return {k: _value(f"{name}.{k}", v, item) for k, v in value.items()}
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is hint:
+        return value
+    word = {
+        int: "a whole number",
+        float: "a number",
+        str: 'text in quotes, as in "text"',
+        bool: "true or false",
+        tuple: 'a list, as in ["a"]' if str in typing.get_args(hint) else "a list, as in [1, 2]",
+        dict: "a table, as in {name = 1.0}",
+    }[origin or hint]
+    raise ConfigError(f"{name} is {value!r}; it must be {word}. Change it in the run file.")
+
+
+def _check_range(name: str, value: Any, rule: Any) -> None:
+    items = value.values() if isinstance(value, dict) else value
+    for item in items if isinstance(value, (tuple, dict)) else [value]:
+        low, high, choices = rule.get("low"), rule.get("high"), rule.get("choices")
+        if choices is not None and item not in choices:
+            raise ConfigError(
+                f"{name} is {item!r}.{suggestion(item, list(choices))} "
+                f"Allowed: {', '.join(choices)}."
+            )
+        if isinstance(item, float) and not math.isfinite(item):
+            raise ConfigError(f"{name} is {item}; it must be a finite number. Change it.")
+        if low is not None and item < low:
+            raise ConfigError(f"{name} is {item}; it must be at least {low}. Raise it.")
+        if high is not None and item > high:
+            raise ConfigError(f"{name} is {item}; it must be at most {high}. Lower it.")
+        above, below = rule.get("above"), rule.get("below")
+        if above is not None and item <= above:
+            raise ConfigError(f"{name} is {item}; it must be more than {above:g}. Raise it.")
+        if below is not None and item >= below:
+            raise ConfigError(f"{name} is {item}; it must be less than {below:g}. Lower it.")

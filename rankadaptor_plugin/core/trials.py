@@ -1,0 +1,127 @@
+"""One trial of the search: a rank allocation, really fine-tuned and really evaluated."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rankadaptor_plugin.core.ranks import RankAllocation
+from rankadaptor_plugin.core.scores import Score
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+RECORD = "rankadaptor_trial"
+"""User attribute of an Optuna trial that holds the record of a finished `Trial`."""
+
+
+class TrialState(enum.StrEnum):
+    """How a trial ended."""
+
+    COMPLETE = "complete"
+    FAILED = "failed"
+    STOPPED = "stopped"  # ended at its rung
+
+
+class Phase(enum.StrEnum):
+    """The phase in which a trial was made: two of the paper's (section 3.3), then our own check."""
+
+    INITIALIZATION = "initialization"
+    ITERATION = "iteration"
+    CONFIRMATION = "confirmation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What evaluating an allocation gives back to the search.
+
+    Attributes:
+        score: Scores per task on the search documents.
+        train_loss: Mean training loss over the last tenth of the fine-tune, in nats per token.
+        seconds: Wall time by part: ``recovery`` and ``oracle``.
+        fidelity: Share of the steps that were run.
+        rungs: What the search maximizes, by share of the steps at which it was looked at.
+        validation_loss: Loss on the held-out rows, in nats per token; None without such rows.
+    """
+
+    score: Score
+    train_loss: float
+    seconds: dict[str, float]
+    fidelity: float = 1.0
+    rungs: dict[float, float] = field(default_factory=dict)
+    validation_loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A finished trial.
+
+    Attributes:
+        position: Place in the search, from 0; interrupted trials do not count.
+        phase: Initialization or iteration.
+        allocation: The ranks.
+        seed: Seed of the fine-tune, the same for all trials of a search.
+        fidelity: Share of the fine-tuning steps that were run, in (0, 1].
+        state: Complete, failed, or stopped at a rung.
+        score: Scores per task and metric, None if failed.
+        objective: What the search maximizes, P of the paper; None unless complete.
+        predicted: What the performance model said before, Q of the paper; None if it said nothing.
+        train_loss: See `Outcome`.
+        seconds: See `Outcome`, plus ``search``: time to propose the allocation.
+        reason: Why the trial failed.
+        rungs: See `Outcome`.
+        parameters: Trainable parameters; None in records that were made without.
+        validation_loss: See `Outcome`.
+    """
+
+    position: int
+    phase: Phase
+    allocation: RankAllocation
+    seed: int
+    fidelity: float
+    state: TrialState
+    score: Score | None = None
+    objective: float | None = None
+    predicted: float | None = None
+    train_loss: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    reason: str | None = None
+    rungs: dict[float, float] = field(default_factory=dict)
+    parameters: int | None = None
+    validation_loss: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values, without per-document scores."""
+        return {
+            "position": self.position,
+            "phase": self.phase.value,
+            **self.allocation.to_json(),
+            "parameters": self.parameters,
+            "seed": self.seed,
+            "fidelity": self.fidelity,
+            "state": self.state.value,
+            "score": None if self.score is None else self.score.to_json(),
+            "objective": self.objective,
+            "predicted": self.predicted,
+            "train_loss": self.train_loss,
+            "validation_loss": self.validation_loss,
+            "seconds": self.seconds,
+            "reason": self.reason,
+            "rungs": {str(share): value for share, value in self.rungs.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Trial:
+        """Builds a trial from what `to_json` returned."""
+        values = dict(data)
+        values["allocation"] = RankAllocation.from_json(data)
+        for key in ("ranks", "settings", "method"):
+            values.pop(key, None)
+        values["rungs"] = {float(share): v for share, v in values.pop("rungs", {}).items()}
+        values["phase"] = Phase(values["phase"])
+        values["state"] = TrialState(values["state"])
+        if values["score"] is not None:
+            values["score"] = Score.from_json(values["score"])
+        return cls(**values)

@@ -1,0 +1,178 @@
+"""The rows of a recovery corpus: read from a file or the hub, checked, and how they read as text.
+
+A file is told apart by its name and content: JSON or JSONL rows in Alpaca form (``instruction``,
+``input``, ``output``), conversations, rows with ``text``, and plain text files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from rankadaptor_plugin.config.hub_names import is_hub_name  # noqa: F401
+from rankadaptor_plugin.core.errors import ConfigError, CorpusError
+from rankadaptor_plugin.corpus.conversations import messages_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+ALPACA = {
+    True: (
+        "Below is an instruction that describes a task, paired with an input that provides "
+        "further context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    ),
+    False: (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+    ),
+}
+"""The prompts of Stanford Alpaca, with and without an input, as LLM-Pruner uses them."""
+
+_SETTINGS = {
+    "corpus": "[corpus] path",
+    "calibration text": "[prune] calibration",
+    "held-out text": "[oracle] text",
+}
+
+
+def hub_rows(name: str, limit: int = 0) -> list[dict[str, Any]]:
+    """Downloads a dataset of the hub, or takes it from its cache, and returns its split ``train``.
+
+    Args:
+        name: Such as ``yahma/alpaca-cleaned``.
+        limit: The first rows only; 0 takes all.
+
+    Returns:
+        As of `read_rows`.
+
+    Raises:
+        CorpusError: If it cannot be had, or a row is malformed.
+    """
+    import datasets  # takes a second, for those alone who name the hub
+
+    try:
+        split = datasets.load_dataset(name, split="train")
+        rows = split.select(range(min(limit or len(split), len(split)))).to_list()
+    except Exception as error:
+        # The hub, its client, the network and the format of the data each have errors of their own.
+        reason = " ".join(str(error).split())[:200]
+        raise CorpusError(
+            f"The corpus {name} is no file, and the hub gives no split train of a dataset with "
+            f"that name ({type(error).__name__}: {reason}). Correct [corpus] path, or give a file."
+        ) from error
+    return checked_rows(rows, name)
+
+
+def read_rows(path: Path, what: str = "corpus") -> list[dict[str, Any]]:
+    """Reads the rows of a corpus file, or of the ``"calibration text"`` or ``"held-out text"``.
+
+    Returns:
+        Dictionaries with either ``text``, or ``instruction``, ``input`` and ``output``, or
+        ``messages``, a list of dictionaries with ``role`` and ``content``.
+
+    Raises:
+        ConfigError: If the file is missing.
+        CorpusError: If it is malformed.
+    """
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise _unreadable(path, what, error) from error
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"The {what} {path} is not UTF-8 text: {error}. Convert it.") from error
+    if not content.strip():
+        raise CorpusError(f"The {what} {path} is empty. Give a file with at least one row.")
+    if path.suffix.lower() == ".json":
+        rows = _parse(content, path, what, line=None)
+        if not isinstance(rows, list):
+            raise CorpusError(f"The {what} {path} is not a JSON list of rows. Wrap it in [ ].")
+        return checked_rows(rows, str(path))
+    if path.suffix.lower() == ".jsonl":
+        return [
+            _row(_parse(line, path, what, line=number), f"{path}, row {number}")
+            # Not splitlines: JSON strings may hold the other characters that it breaks at.
+            for number, line in enumerate(content.split("\n"), start=1)
+            if line.strip()
+        ]
+    return [{"text": content}]
+
+
+def checked_rows(rows: Sequence[Any], name: str) -> list[dict[str, Any]]:
+    """Returns rows in the form of `read_rows`.
+
+    Raises:
+        CorpusError: If one is malformed; `name` says where.
+    """
+    return [_row(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def file_digest(path: Path) -> str:
+    """Returns a hash of a corpus file: its content, and the form that its name gives it.
+
+    Raises:
+        ConfigError: If the file is missing.
+    """
+    try:
+        with path.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(path, "corpus", error) from error
+    return f"{path.suffix.lower()} {content}"
+
+
+def rows_digest(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns a hash of checked rows."""
+    sha = hashlib.sha256()
+    for row in rows:
+        sha.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return sha.hexdigest()
+
+
+def prompt_and_response(row: dict[str, Any], template: str) -> tuple[str, str]:
+    """Returns what a row with a response reads as; the two follow each other without a gap.
+
+    A conversation reads as its turns, line by line, for those who take it as text.
+    """
+    if "messages" in row:
+        *before, last = (message["content"] for message in row["messages"])
+        return "".join(f"{text}\n" for text in before), last
+    if template == "alpaca":
+        return ALPACA[bool(row["input"])].format(**row), row["output"]
+    return f"{row['instruction']} {row['input']}".strip(), f" {row['output']}"
+
+
+def _unreadable(path: Path, what: str, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"The {what} {path} cannot be read: {error.strerror}. Correct {_SETTINGS[what]}."
+    )
+
+
+def _parse(content: str, path: Path, what: str, line: int | None) -> Any:
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        where = f"line {line}" if line else f"line {error.lineno}"
+        raise CorpusError(
+            f"The {what} {path} is not valid JSON in {where}: {error.msg}. Correct it."
+        ) from error
+
+
+def _row(row: Any, where: str) -> dict[str, Any]:
+    if isinstance(row, dict):
+        # Before `text`: Stanford's own file has both, and `text` would be trained on as a whole.
+        filled = {**row, "input": row.get("input") or ""}
+        texts: dict[str, Any] = {k: filled.get(k) for k in ("instruction", "input", "output")}
+        if all(isinstance(text, str) for text in texts.values()):
+            return texts
+        messages = messages_of(row, where)
+        if messages is not None:
+            return {"messages": messages}
+        if isinstance(row.get("text"), str):
+            return {"text": row["text"]}
+    raise CorpusError(
+        f"{where} is {repr(row)[:60]}; a row needs the texts instruction and output (and may have "
+        "input), or text, or messages. Correct the row."
+    )

@@ -1,0 +1,227 @@
+"""Whether the weights in a folder are those that its config.json describes, without reading them.
+
+Names and shapes stand in the headers of safetensors files, and in a model on the meta device. The
+two are compared before a load, where transformers would fill in or fail without saying why.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from rankadaptor_plugin.core.errors import ArtifactError, UnsupportedModelError
+from rankadaptor_plugin.models.families import family_of
+from rankadaptor_plugin.models.footprint import on_meta
+from rankadaptor_plugin.models.modeling_rankadaptor import PREFIX
+from rankadaptor_plugin.models.pruned_classes import register
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+Shapes = dict[str, tuple[int, ...]]
+"""Shape of each tensor by its name."""
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+# Buffers that older versions of transformers saved and newer ones compute.
+_FORMER = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+
+
+def check_checkpoint(folder: Path, *, strict: bool = True) -> PreTrainedModel:
+    """Compares names and shapes of the weights with those of the model in config.json.
+
+    Code that lies in the folder is never run. A pruned family is registered with
+    ``AutoModelForCausalLM`` on the way, also one that came with a plugin.
+
+    Args:
+        folder: A pruned model, an export, or a model of a supported family.
+        strict: Whether tensors that the model does not know are an error, or are ignored with a
+            warning, as transformers does.
+
+    Returns:
+        The model that config.json describes, on the meta device and in its type.
+
+    Raises:
+        ArtifactError: If they contradict each other, or a file is missing or torn; the message
+            names the first contradiction.
+        UnsupportedModelError: If the family is not supported, or the weights are quantized.
+    """
+    model = meta_model(folder)
+    expected: Shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    found = _as_in_model(header_shapes(folder), model, expected)
+    known = (*(model._keys_to_ignore_on_load_unexpected or ()), *_FORMER)
+    unknown = sorted(found.keys() - expected.keys(), key=_by_layer)
+    if unknown := [name for name in unknown if not _ignored(name, known)]:
+        problem = f"{unknown[0]} is in the weights, but in no model by config.json"
+        if strict:
+            raise _broken(folder, problem)
+        log.warning("%s: %s. It is ignored, with %d more.", folder, problem, len(unknown) - 1)
+    for name in expected:  # in the order of the model: the first contradiction comes first
+        if name not in found:
+            tied = (_tied_to(name, model) & found.keys()) or _ignored(
+                name, model._keys_to_ignore_on_load_missing or ()
+            )
+            if not tied:
+                raise _broken(folder, f"{name} is missing in the weights")
+        elif found[name] != expected[name]:
+            raise _broken(
+                folder,
+                f"{name} has shape {found[name]} in the weights but {expected[name]} by "
+                "config.json",
+            )
+    return model
+
+
+def meta_model(folder: Path) -> PreTrainedModel:
+    """Builds the model that a config.json describes, without memory for weights.
+
+    Raises:
+        ArtifactError: If there is no config.json, or no model can be built from it.
+        UnsupportedModelError: If the family is not supported, or the weights are quantized.
+    """
+    values = _read_json(folder, "config.json")
+    structure = family_of(values)
+    if quantization := values.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise UnsupportedModelError(
+            f"The weights in {folder} are quantized ({method or 'unknown method'}). Give the model "
+            "in float32, float16 or bfloat16."
+        )
+    try:
+        config_class = CONFIG_MAPPING[structure.model_type]
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    except KeyError:
+        raise UnsupportedModelError(
+            f'transformers has no causal language model of type "{structure.model_type}". Import '
+            "the package that registers it, or use a model of another family."
+        ) from None
+    if str(values["model_type"]).startswith(PREFIX):
+        config_class, model_class = register(model_class)
+    try:
+        config = config_class.from_dict(values)
+        return on_meta(model_class, config, config.dtype or torch.float32)
+    except Exception as error:  # configs raise all kinds, and so do models with odd sizes
+        raise _broken(
+            folder,
+            f"no model can be built from config.json: {_reason(error)}",
+        ) from error
+
+
+def header_shapes(folder: Path) -> Shapes:
+    """Reads the shape of each tensor from the headers of the safetensors files in a folder.
+
+    Of the two forms that transformers reads, one file or an index with its shards, the one file
+    goes first, as it does there.
+
+    Raises:
+        ArtifactError: If there is no such file, or one is torn, missing, or not as in the index.
+    """
+    if not folder.is_dir():
+        raise ArtifactError(f"There is no folder {folder}. Give a folder with a model.")
+    if (folder / _SINGLE).exists():
+        return _header(folder, _SINGLE)
+    if not (folder / _INDEX).exists():
+        raise _no_weights(folder)
+    index = _read_json(folder, _INDEX).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+        raise _broken(folder, f"{_INDEX} has no weight_map of file names")
+    shapes: Shapes = {}
+    for file in sorted(set(index.values())):
+        if "/" in file or "\\" in file or not (folder / file).is_file():
+            raise _broken(folder, f"the file {file!r} of {_INDEX} is missing")
+        held = _header(folder, file)
+        listed = {name for name, place in index.items() if place == file}
+        if absent := sorted(listed - held.keys(), key=_by_layer):
+            raise _broken(folder, f"{absent[0]} is not in {file}, where {_INDEX} says it is")
+        if unlisted := sorted(held.keys() - listed, key=_by_layer):
+            raise _broken(folder, f"{unlisted[0]} of {file} is missing in {_INDEX}")
+        shapes |= held
+    return shapes
+
+
+def _header(folder: Path, file: str) -> Shapes:
+    try:
+        with safe_open(folder / file, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in list(opened.keys())}
+    except (OSError, SafetensorError) as error:
+        raise _broken(folder, f"{file} is torn ({_reason(error)})") from error
+
+
+def _as_in_model(found: Shapes, model: PreTrainedModel, expected: Shapes) -> Shapes:
+    """Renames tensors as transformers does when it loads them, for example ``embed_out``."""
+    renamings = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+    renamed: Shapes = {}
+    for name, shape in found.items():
+        new, _ = rename_source_key(name, renamings, [], model.base_model_prefix, expected)
+        renamed[new] = shape
+    return renamed
+
+
+def _tied_to(name: str, model: PreTrainedModel) -> set[str]:
+    """Returns the other names of a tensor that has several."""
+    pairs: dict[str, str] = model.all_tied_weights_keys
+    source = pairs.get(name, name)
+    return {source, *(other for other, tied in pairs.items() if tied == source)} - {name}
+
+
+def _ignored(name: str, patterns: Iterable[str]) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _by_layer(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(part) if part.isdigit() else -1, part) for part in name.split(".")]
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        values = json.loads((folder / name).read_text("utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{folder} holds no model: {name} is missing. Give a folder with config.json and "
+            "safetensors weights."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise _broken(folder, f"{name} cannot be read ({_reason(error)})") from error
+    if not isinstance(values, dict):
+        raise _broken(folder, f"{name} holds no table of settings")
+    return values
+
+
+def _no_weights(folder: Path) -> ArtifactError:
+    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED)
+    if not pickled:
+        return _broken(folder, f"there is neither {_SINGLE} nor {_INDEX}")
+    return ArtifactError(
+        f"{folder} holds pickled weights ({pickled[0]}), which are refused as they can run code. "
+        "Where you trust them, convert them with AutoModelForCausalLM.from_pretrained(folder)"
+        ".save_pretrained(new_folder)."
+    )
+
+
+def _broken(folder: Path, reason: str) -> ArtifactError:
+    return ArtifactError(
+        f"{folder} holds no intact model: {reason.rstrip('.')}. Copy it again, or delete it and "
+        "prune anew."
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Returns the last line of a message: transformers begins with where it happened."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip().rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,95 @@
+"""Where a run computes: device, dtype, threads, and the memory that it took."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+from rankadaptor_plugin.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def resolve_device(device: str) -> torch.device:
+    """Returns the device of a run file.
+
+    Raises:
+        ConfigError: If there is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        resolved = torch.device("meta")
+    if resolved.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {device!r}. Allowed: auto, cpu, cuda, cuda:0 and so on.")
+    if resolved.type == "cuda" and not 0 <= (resolved.index or 0) < torch.cuda.device_count():
+        raise ConfigError(
+            f"device is {device!r}, but torch sees {torch.cuda.device_count()} GPUs. "
+            'Set device = "auto" or "cpu".'
+        )
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Returns the dtype of the base model's weights."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tells whether memory did not suffice; torch says so in plain errors as well."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    said = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+    return any(words in str(error) for words in said)
+
+
+def seeded_devices(device: torch.device) -> list[int]:
+    """Returns the GPUs whose random numbers a seed changes, for `torch.random.fork_rng`."""
+    return list(range(torch.cuda.device_count())) if device.type == "cuda" else []
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Sets torch's CPU threads for a while; 0 leaves them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def device_name(device: torch.device) -> str:
+    """Returns what a report calls a device."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Returns the most memory in use so far, in bytes.
+
+    On a GPU, what torch has allocated on all of them; on the CPU, the resident memory of the
+    process, or None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+
+
+def device_count(model: torch.nn.Module) -> int:
+    """Returns the number of devices that a model lies on, at least one."""
+    return len({parameter.device for parameter in model.parameters()}) or 1

@@ -1,0 +1,83 @@
+"""What a model costs: parameters, multiply-accumulates, cache and checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from rankadaptor_plugin.models.structures import decoder_layers, layer_widths, structure_of
+from rankadaptor_plugin.models.units import ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+TOKENS = 64
+"""Length of the sequence that the multiply-accumulates are counted for, as in LLM-Pruner."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model costs.
+
+    Attributes:
+        parameters: Number of parameters; tied weights count once.
+        macs: Multiply-accumulates of the forward pass over one sequence of `TOKENS` tokens: all
+            matrices, the output layer included, and the attention; each position attends to all.
+        kv_cache: Numbers that transformers' key-value cache holds per token of one sequence.
+    """
+
+    parameters: int
+    macs: int
+    kv_cache: int
+
+    def with_bytes(self, dtype: torch.dtype) -> dict[str, int]:
+        """Returns all figures, and the bytes of weights and cache in a type.
+
+        Returns:
+            ``parameters``, ``macs``, ``kv_cache_bytes`` per token, ``checkpoint_bytes``.
+        """
+        size = dtype.itemsize
+        return {
+            "parameters": self.parameters,
+            "macs": self.macs,
+            "kv_cache_bytes": self.kv_cache * size,
+            "checkpoint_bytes": self.parameters * size,
+        }
+
+
+def footprint(model: PreTrainedModel) -> Footprint:
+    """Counts what a model costs; it may be on the meta device.
+
+    Raises:
+        UnsupportedModelError: If the family is not supported.
+    """
+    matrices = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))]
+    structure = structure_of(model)
+    macs = sum(TOKENS * matrix.weight.numel() for matrix in matrices)
+    cached = 0
+    for layer, widths in zip(decoder_layers(model), layer_widths(model), strict=True):
+        size = structure.size_of_head(layer)
+        macs += 2 * TOKENS**2 * widths.heads * size  # queries times keys, weights times values
+        expanded = structure.cached_per_query and widths.kv_heads > 1
+        cached += 2 * (widths.heads if expanded else widths.kv_heads) * size
+    return Footprint(
+        parameters=sum(p.numel() for p in model.parameters()), macs=macs, kv_cache=cached
+    )
+
+
+def shape_of(model: PreTrainedModel) -> ModelShape:
+    """Reads hidden size and widths off a model."""
+    return ModelShape(model.config.hidden_size, layer_widths(model))
+
+
+def on_meta(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Builds a model without memory for its weights, to read shapes off it."""
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class._from_config(copy.deepcopy(config), dtype=dtype)
+    model.tie_weights()
+    return model

@@ -1,0 +1,79 @@
+"""The types that plugins and stages hand to each other.
+
+Protocols, not base classes: a plugin needs no import from here to satisfy them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rankadaptor_plugin.core.registry import Registry
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rankadaptor_plugin.config.tables import (
+        RunConfig,
+    )
+    from rankadaptor_plugin.core.ranks import RankAllocation
+    from rankadaptor_plugin.corpus.corpus import Corpus
+    from rankadaptor_plugin.models.modeling_rankadaptor import Structure
+    from rankadaptor_plugin.oracle.contract import Oracle, OracleFactory
+    from rankadaptor_plugin.pruning.contract import Pruner
+    from rankadaptor_plugin.recovery.teacher import LiveTeacher
+    from rankadaptor_plugin.search.contract import (
+        PerformanceModelFactory,
+        SamplerFactory,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovered:
+    """What a recovery stage hands back.
+
+    Attributes:
+        adapter: PEFT folder of the delivered adapter.
+        allocation: Its ranks.
+        summary: What the report needs, plain values only.
+    """
+
+    adapter: Path
+    allocation: RankAllocation
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Registries:
+    """All names that plugins registered."""
+
+    pruners: Registry[Pruner] = field(default_factory=lambda: Registry("pruner"))
+    families: Registry[Structure] = field(default_factory=lambda: Registry("model family"))
+    oracles: Registry[OracleFactory] = field(default_factory=lambda: Registry("oracle"))
+    performance_models: Registry[PerformanceModelFactory] = field(
+        default_factory=lambda: Registry("performance model")
+    )
+    samplers: Registry[SamplerFactory] = field(default_factory=lambda: Registry("search method"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """What a stage or plugin may know of the run.
+
+    Attributes:
+        config: The run file.
+        folder: The run folder.
+        registries: All registered names.
+        hook: The relay to call further hooks.
+        oracle: P of the paper.
+        corpus: The recovery corpus, with what the unpruned model predicts where it is distilled.
+        teacher: The unpruned model, where it predicts on the way; None otherwise.
+    """
+
+    config: RunConfig
+    folder: Path
+    registries: Registries
+    hook: Any
+    oracle: Oracle
+    corpus: Corpus
+    teacher: LiveTeacher | None = None

@@ -1,0 +1,134 @@
+"""The recovery methods that race beside the searched ranks, and what each of them trains."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from rankadaptor_plugin.config.tables import SEARCHED_RANKS, UNIFORM_LORA
+from rankadaptor_plugin.core.errors import ConfigError, RankSpaceError
+from rankadaptor_plugin.core.ranks import RankAllocation
+from rankadaptor_plugin.pipeline.summary import adapter_parameters
+from rankadaptor_plugin.recovery.methods.methods import (
+    Method,
+    check_scaling,
+    parse_method,
+    pattern_allocation,
+)
+from rankadaptor_plugin.verdict.race_result import Entrant
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from rankadaptor_plugin.config.tables import RecoveryConfig
+    from rankadaptor_plugin.core.ranks import RankSpace
+
+
+def check_methods(config: RecoveryConfig) -> None:
+    """Checks the recovery methods of a run file.
+
+    Raises:
+        ConfigError: If one is unknown or cannot have a switch of the run, or two are the same.
+    """
+    methods = config.methods
+    for text in (*methods, UNIFORM_LORA):
+        check_scaling(parse_method(text).with_switches(config), config)
+    own = (SEARCHED_RANKS, UNIFORM_LORA)
+    seen: dict[Method, str] = {parse_method(name).with_switches(config): name for name in own}
+    for text in methods:
+        if text in seen.values():
+            continue
+        method = parse_method(text).with_switches(config)
+        if method in seen:
+            raise ConfigError(
+                f'[recovery] methods: "{text}" is the same as "{seen[method]}". Write it once, '
+                "like that."
+            )
+        if method.name == SEARCHED_RANKS and SEARCHED_RANKS not in methods:
+            raise ConfigError(
+                f'[recovery] methods: "{text}" takes the ranks of "{SEARCHED_RANKS}", which is not '
+                "among them. Add it, or leave this one out."
+            )
+        seen[method] = text
+
+
+def given_entrants(methods: Sequence[str], space: RankSpace) -> list[Entrant]:
+    """Returns what is fine-tuned for each recovery method, and what it is compared with.
+
+    A method has the ranks of uniform LoRA and is compared with it; one that gives the ranks by
+    layer is compared with the most even allocation of as many parameters. Those that take the
+    searched ranks are left out (`found_entrants`).
+
+    Raises:
+        ConfigError: If a method is unknown.
+        RankSpaceError: If ranks do not fit the model, or exceed a limit.
+    """
+    parsed = map(parse_method, methods)
+    return [_entrant(method, space) for method in parsed if method.name != SEARCHED_RANKS]
+
+
+def found_entrants(
+    methods: Sequence[str], found: RankAllocation, baseline: RankAllocation
+) -> list[Entrant]:
+    """Returns the same for methods such as ``rankadaptor+dora``, which take the found ranks."""
+    parsed = map(parse_method, methods)
+    return [
+        Entrant(label=str(method), allocation=_with(found, method), baseline=baseline)
+        for method in parsed
+        if method.name == SEARCHED_RANKS
+    ]
+
+
+def _with(allocation: RankAllocation, method: Method) -> RankAllocation:
+    """Returns ranks with what is left of a method beside its ranks."""
+    rest = str(replace(method, name=UNIFORM_LORA, ranks=()))
+    return replace(allocation, method="" if rest == UNIFORM_LORA else rest)
+
+
+def _entrant(method: Method, space: RankSpace) -> Entrant:
+    text, uniform = str(method), space.limited_uniform()
+    if not method.ranks:
+        return Entrant(label=text, allocation=replace(uniform, method=text), baseline=uniform)
+    by_layer = pattern_allocation(method.ranks, space.layers).ranks
+    ranks = tuple(rank for rank in by_layer for _ in space.groups)
+    plain = space.with_defaults(RankAllocation(ranks))
+    # The run file says how many parameters it has.
+    if not replace(space, budget=None).within_limits(plain):
+        raise RankSpaceError(
+            f'[recovery] methods: "{text}" has {space.parameters(plain)} trainable parameters and '
+            f"ranks that add up to {sum(ranks)}; [rank_space] max_parameters is "
+            f"{space.max_parameters or 'no limit'} and max_rank_sum "
+            f"{space.max_rank_sum or 'no limit'}. Lower some ranks or raise the limit."
+        )
+    return Entrant(
+        label=text,
+        allocation=_with(plain, method),
+        baseline=space.evenly(space.parameters(plain), everywhere=True),
+    )
+
+
+def trained_parameters(
+    allocation: RankAllocation, space: RankSpace, config: RecoveryConfig, adapter: Path
+) -> int:
+    """Returns the number of parameters that the fine-tune of an allocation trains.
+
+    Of AdaLoRA, those that are left in the end; it begins with half as many again.
+
+    Args:
+        allocation: The ranks, and the method.
+        space: The rank space.
+        config: The ``[recovery]`` table.
+        adapter: Folder of its adapter: some methods choose the ranks themselves.
+    """
+    method = parse_method(allocation.method or UNIFORM_LORA)
+    if method.name == "none":
+        return 0
+    if method.name == "lora-fa":  # the other half keeps its first weights
+        return adapter_parameters(adapter, "lora_B")
+    if method.name != UNIFORM_LORA:
+        return adapter_parameters(adapter)
+    # PiSSA is saved with twice the ranks, as what it adds to the unchanged weights.
+    if not (method.dora or config.dora):
+        return space.parameters(allocation)
+    return space.parameters(allocation) + adapter_parameters(adapter, "lora_magnitude_vector")

@@ -1,0 +1,363 @@
+"""The first stage of a run: everything is checked and loaded that the other stages share.
+
+What is wrong with a run file shows here, before any model is loaded or anything is written but the
+claim on the run folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig
+
+from rankadaptor_plugin.config import run_file
+from rankadaptor_plugin.config.embedded_default import corpus_file, model_folder
+from rankadaptor_plugin.core.errors import ArtifactError, ConfigError
+from rankadaptor_plugin.core.run_folder import TOKENIZED, RunFolder, digest
+from rankadaptor_plugin.core.trials import TrialState
+from rankadaptor_plugin.corpus.cache import tokens_digest
+from rankadaptor_plugin.corpus.corpus import Corpus, encode, load_corpus
+from rankadaptor_plugin.models.base_model import check_folder, load_tokenizer
+from rankadaptor_plugin.models.device import resolve_device, resolve_dtype
+from rankadaptor_plugin.models.quantization import quantization_config
+from rankadaptor_plugin.oracle.contract import Oracle, OracleSettings
+from rankadaptor_plugin.oracle.lm_eval_oracle import TwoOracles
+from rankadaptor_plugin.oracle.oracle import check_task_names, objective_metric
+from rankadaptor_plugin.pipeline import registries as plugin_list
+from rankadaptor_plugin.pipeline.context import RunContext
+from rankadaptor_plugin.pipeline.method_race import check_methods
+from rankadaptor_plugin.pruning.calibration_text import calibration_documents, calibration_samples
+from rankadaptor_plugin.pruning.depth import check_importance
+from rankadaptor_plugin.pruning.importance import check_names
+from rankadaptor_plugin.recovery.batches import check_sequences
+from rankadaptor_plugin.recovery.teacher import check_teacher
+from rankadaptor_plugin.search.paper_allocations import named_allocation
+from rankadaptor_plugin.search.study import TrialStore
+from rankadaptor_plugin.search.transfer.meta_knowledge import MetaKnowledge
+
+if TYPE_CHECKING:
+    import pluggy
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from rankadaptor_plugin.config.tables import RunConfig
+    from rankadaptor_plugin.core.ranks import RankAllocation
+    from rankadaptor_plugin.core.registry import Registry
+    from rankadaptor_plugin.models.pruned_model import PrunedModel
+    from rankadaptor_plugin.oracle.contract import OracleFactory
+    from rankadaptor_plugin.pruning.contract import Pruner
+
+logger = logging.getLogger(__name__)
+
+_FREE = {
+    "corpus": ("path",),
+    "oracle": ("task_path", "data_dir", "text", "batch_tokens", "batch_size"),
+    "recovery": (
+        "micro_batch_size",
+        "layout",
+        "candidates_per_pass",
+        "gradient_checkpointing",
+    ),
+    # A search may be prolonged.
+    "search": ("max_trials", "max_hours", "max_gpu_hours"),
+}
+"""Settings that say where things lie, which are compared by their content, and how much is
+computed at once, which a run may have to change before it can go on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What the stages share.
+
+    Attributes:
+        context: The run, as plugins may know it.
+        pruner: The pruner that the run file names.
+        source: Folder of the base model.
+        tokenizer: Its tokenizer.
+        device: Where to compute.
+        dtype: Type of the base model's weights.
+        calibration: Sequences for the pruner, each of shape (t,), int64; none if it is not needed.
+    """
+
+    context: RunContext
+    pruner: Pruner
+    source: Path
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+    calibration: list[torch.Tensor]
+
+
+def prepare(
+    config: RunConfig,
+    manager: pluggy.PluginManager,
+    folder: RunFolder,
+    given: PrunedModel | None,
+    began: float,
+) -> Prepared:
+    """Checks and loads what a run file names, and claims the run folder.
+
+    Args:
+        config: The run file.
+        manager: Plugins.
+        folder: The run folder, opened.
+        given: A model that was pruned already.
+        began: ``time.perf_counter()`` at the start of the program.
+
+    Raises:
+        RankAdaptorError: Whatever is wrong with the inputs.
+    """
+    manager.hook.rankadaptor_on_progress(stage="load", done=0, total=1)
+    found = plugin_list.registries(manager)
+    plugin_list.check_names(found, config)
+    device = given.model.device if given else resolve_device(config.device)
+    source = model_folder(config.model)
+    check_folder(source)
+    if given is None:
+        _check_prune(config, source)
+    dtype = resolve_dtype(config.dtype, device)
+    _check_recovery(config, source, given, device, dtype)
+    tokenizer = (
+        given.tokenizer
+        if given
+        else load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    )
+    corpus_path = corpus_file(config.corpus.path)
+    text = config.oracle.text
+    known = corpus_path.is_file() and Path(text).is_file()
+    if text and known and Path(text).samefile(corpus_path):
+        raise ConfigError(
+            f"[oracle] text {text} is the recovery corpus, which models are trained on. Name "
+            "held-out text."
+        )
+    corpus = load_corpus(
+        corpus_path,
+        tokenizer,
+        template=config.corpus.template,
+        max_tokens=config.corpus.max_tokens,
+        limit=config.corpus.limit,
+        validation=config.corpus.validation,
+        validation_seed=config.corpus.validation_seed,
+        cache=folder.path / TOKENIZED,
+    )
+    if not corpus.validation and (config.recovery.keep_best or config.recovery.validate_every):
+        logger.warning(
+            "[recovery] keep_best and validate_every look at held-out rows, but there are none: "
+            "[corpus] validation is 0"
+        )
+    check_sequences(corpus.sequences, _window(config, source, given))
+    steps = config.recovery.steps_for(len(corpus.sequences))
+    if config.recovery.warmup_steps >= steps:
+        logger.warning(
+            "[recovery] warmup_steps %d is no less than the %d steps of a fine-tune, which never "
+            "reaches learning_rate",
+            config.recovery.warmup_steps,
+            steps,
+        )
+    text = config.prune.calibration
+    if text and given is None and not Path(text).is_file():
+        raise ConfigError(
+            f"The calibration text {text} does not exist. Correct [prune] "
+            "calibration, or leave it empty."
+        )
+    if config.search.allocation:
+        named_allocation(config.search.allocation)
+    if config.search.meta:
+        MetaKnowledge.load(Path(config.search.meta))
+    for key, what in (("task_path", "task YAML files"), ("data_dir", "local copies")):
+        value = getattr(config.oracle, key)
+        if value and not Path(value).is_dir():
+            raise ConfigError(
+                f"[oracle] {key} {value} is no folder. Name the folder of the {what}, or leave it "
+                "empty."
+            )
+    if config.generation.max_new_tokens:
+        for prompt in config.generation.prompts:
+            if not encode(tokenizer, prompt):
+                raise ConfigError(
+                    f"The prompt {prompt!r} in [generation] prompts has no tokens. Write at least "
+                    "one word."
+                )
+    paths = list(manager.hook.rankadaptor_lm_eval_task_paths())
+    if config.oracle.task_path:
+        paths.append(Path(config.oracle.task_path))  # last: lm-eval lets later folders win
+    oracle = _oracle(
+        found.oracles,
+        OracleSettings(
+            config=config.oracle,
+            tokenizer=tokenizer,
+            task_paths=tuple(paths),
+            seed=config.seed,
+            window=_window(config, source, given),
+        ),
+    )
+    objective_metric(config.oracle, oracle)  # says now what it would say after the pruning
+    _claim(folder, _inputs(config, source, given, corpus, oracle))
+    scored = config.prune.importance not in ("magnitude", "random")
+    needed = scored and given is None and not folder.pruned.is_dir()
+    calibration = _calibration(config, corpus, tokenizer) if needed else []
+    prepared = Prepared(
+        context=RunContext(
+            config=config,
+            folder=folder.path,
+            registries=found,
+            hook=manager.hook,
+            oracle=oracle,
+            corpus=corpus,
+        ),
+        pruner=found.pruners.get(config.prune.method),
+        source=source,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        calibration=calibration,
+    )
+    folder.add_seconds("load", time.perf_counter() - began)
+    manager.hook.rankadaptor_on_progress(stage="load", done=1, total=1)
+    return prepared
+
+
+def _oracle(oracles: Registry[OracleFactory], settings: OracleSettings) -> Oracle:
+    """Builds the oracle of the report, and that of the search where it is another one."""
+    name, search_name = settings.config.name, settings.config.search_name
+    if search_name in ("", name):
+        return oracles.get(name)(settings)
+    both = TwoOracles(
+        oracles.get(search_name)(replace(settings, purposes=("search",))),
+        oracles.get(name)(replace(settings, purposes=("report",))),
+    )
+    known = dict.fromkeys((*both.weights("search"), *both.weights("report")))
+    check_task_names(settings.config, known)
+    return both
+
+
+def _window(config: RunConfig, source: Path, given: PrunedModel | None) -> int | None:
+    """Returns the context window of the model, as its configuration has it."""
+    model = (
+        given.model.config
+        if given
+        else AutoConfig.from_pretrained(
+            source, trust_remote_code=config.trust_remote_code, local_files_only=True
+        )
+    )
+    return getattr(model.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_prune(config: RunConfig, source: Path) -> None:
+    """Says what is wrong with the table of a built-in pruner before weights are loaded."""
+    checks = {"width": check_names, "channel": check_names, "depth": check_importance}
+    method = config.prune.method
+    if method in checks:
+        checks[method](config.prune)
+    if method in ("width", "depth"):
+        model = AutoConfig.from_pretrained(
+            source, trust_remote_code=config.trust_remote_code, local_files_only=True
+        )
+        config.prune.layers(model.num_hidden_layers)
+
+
+def _check_recovery(
+    config: RunConfig,
+    source: Path,
+    given: PrunedModel | None,
+    device: torch.device,
+    dtype: str | torch.dtype,
+) -> None:
+    """Says what is wrong with the fine-tunes before weights are loaded."""
+    table = config.recovery
+    check_methods(table)
+    if table.engine == "trainer":
+        # Only here: the import of Trainer takes as long as that of the whole program.
+        from rankadaptor_plugin.recovery.trainer.arguments import check_arguments
+
+        check_arguments(table.trainer_arguments)
+    quantization_config(config.quantize, device, dtype)
+    if given is None:
+        return
+    if config.quantize:
+        raise ConfigError(
+            f'quantize is "{config.quantize}", but the model is in memory already. Load it that '
+            'way, and leave quantize = "".'
+        )
+    if table.distill_weight:
+        teacher = AutoConfig.from_pretrained(
+            source, trust_remote_code=config.trust_remote_code, local_files_only=True
+        )
+        check_teacher(teacher, given.model.config)
+
+
+def _calibration(
+    config: RunConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
+) -> list[torch.Tensor]:
+    prune = config.prune
+    if prune.calibration:
+        documents = calibration_documents(
+            Path(prune.calibration), tokenizer, template=config.corpus.template
+        )
+    else:
+        documents = [sequence.tokens for sequence in corpus.sequences]
+    return calibration_samples(
+        documents, prune.calibration_samples, prune.calibration_tokens, config.seed
+    )
+
+
+def _claim(folder: RunFolder, inputs: dict[str, Any]) -> None:
+    """Claims the folder; one without a report or complete fine-tune is taken over.
+
+    So whoever corrects a setting that made a run fail need not clean up after it.
+    """
+    # Who raises the seeds because of the noise floor keeps its fine-tunes; who has seen two
+    # allocations compared may not ask again with others.
+    free = () if len(_tried(folder, "confirm")) > 1 else ("config.confirm.",)
+    try:
+        folder.claim(inputs, free)
+    except ArtifactError:
+        if _has_results(folder):
+            raise
+        logger.warning("%s was begun with other settings; it begins anew", folder.path)
+        folder.clear()
+        folder.claim(inputs)
+
+
+def _has_results(folder: RunFolder) -> bool:
+    if (folder.path / "report.json").exists() or any(folder.path.glob("noise/*.json")):
+        return True
+    return bool(_tried(folder, "search"))
+
+
+def _tried(folder: RunFolder, study: str) -> set[RankAllocation]:
+    """Returns the allocations of the complete trials of a study."""
+    if not (folder.path / "study.db").exists():
+        return set()
+    with TrialStore.open(folder.study_url, study) as store:
+        complete = (t for t in store.trials() if t.state is TrialState.COMPLETE)
+        return {trial.allocation for trial in complete}
+
+
+def _inputs(
+    config: RunConfig, source: Path, given: PrunedModel | None, corpus: Corpus, oracle: Oracle
+) -> dict[str, Any]:
+    """Returns what must not change between two sessions in one run folder."""
+    plain, corpus_path = run_file.to_dict(config), corpus_file(config.corpus.path)
+    # A run may move to another machine or device.
+    # What the noise step and the texts show may be asked again in another way.
+    for key in ("output", "model", "device", "device_map", "threads", "noise", "generation"):
+        del plain[key]
+    for table, names in _FREE.items():
+        for key in names:
+            del plain[table][key]
+    calibration, meta = plain["prune"].pop("calibration"), plain["search"].pop("meta")
+    return {
+        "config": plain,
+        "model": digest(source),
+        "pruned model": given.weights_digest() if given else None,
+        # What lies on the hub may change under its name.
+        "corpus": digest(corpus_path) if corpus_path.exists() else tokens_digest(corpus),
+        "calibration": digest(Path(calibration)) if calibration and not given else None,
+        "documents": oracle.describe()["digest"],
+        "meta-knowledge": digest(Path(meta)) if meta else None,
+    }

@@ -1,0 +1,293 @@
+"""A whole run: load, prune, evaluate, recover, report. Finished stages are skipped."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rankadaptor_plugin.core.errors import PluginError
+from rankadaptor_plugin.core.run_folder import TOKENIZED, RunFolder, digest
+from rankadaptor_plugin.core.scores import Score
+from rankadaptor_plugin.models.base_model import load_model
+from rankadaptor_plugin.models.device import device_name, peak_memory_bytes, threads
+from rankadaptor_plugin.models.pruned_loading import load_pruned
+from rankadaptor_plugin.pipeline.context import Recovered
+from rankadaptor_plugin.pipeline.preparation import Prepared, prepare
+from rankadaptor_plugin.pipeline.sample_texts import sample_texts
+from rankadaptor_plugin.pipeline.stage import measure_noise
+from rankadaptor_plugin.pipeline.summary import report_data
+from rankadaptor_plugin.recovery import adapters
+from rankadaptor_plugin.recovery.teacher import LiveTeacher, with_teacher
+from rankadaptor_plugin.report.report import write_report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pluggy
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from rankadaptor_plugin.config.tables import RunConfig
+    from rankadaptor_plugin.models.pruned_model import PrunedModel
+    from rankadaptor_plugin.report.schema import Result
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run leaves behind.
+
+    Attributes:
+        verdict: The sentence that the report opens with.
+        folder: The run folder.
+        adapter: The delivered adapter, a PEFT folder.
+        report: All of report.json.
+    """
+
+    verdict: str
+    folder: Path
+    adapter: Path
+    report: dict[str, Any]
+
+
+def run(
+    config: RunConfig,
+    manager: pluggy.PluginManager,
+    *,
+    pruned: PrunedModel | None = None,
+    began: float | None = None,
+) -> RunResult:
+    """Runs all stages whose results are not in the run folder yet.
+
+    Args:
+        config: The run file.
+        manager: Plugins.
+        pruned: A model that was pruned already; the pruning stage is then left out.
+        began: ``time.perf_counter()`` at the start of the program, to count its imports in.
+
+    Raises:
+        RankAdaptorError: Whatever is wrong with the inputs or goes wrong on the way.
+    """
+    folder = RunFolder(Path(config.output))
+    with folder.opened(), threads(config.threads):
+        prepared = prepare(config, manager, folder, pruned, began or time.perf_counter())
+        return _Run(prepared, folder, pruned).result()
+
+
+def noise(
+    config: RunConfig, manager: pluggy.PluginManager, *, began: float | None = None
+) -> dict[str, Any] | None:
+    """Prunes the model and measures the noise floor; a later `run` goes on from there.
+
+    Args:
+        config: The run file.
+        manager: Plugins.
+        began: ``time.perf_counter()`` at the start of the program, to count its imports in.
+
+    Returns:
+        What `rankadaptor_plugin.verdict.noise.Noise.to_json` returns; None if too few allocations
+        can be fine-tuned.
+
+    Raises:
+        RankAdaptorError: Whatever is wrong with the inputs or goes wrong on the way.
+    """
+    folder = RunFolder(Path(config.output))
+    with folder.opened(), threads(config.threads):
+        prepared = prepare(config, manager, folder, None, began or time.perf_counter())
+        return _Run(prepared, folder, None).noise()
+
+
+class _Run:
+    """One session of a run; holds what its stages share."""
+
+    def __init__(self, prepared: Prepared, folder: RunFolder, given: PrunedModel | None) -> None:
+        self.prepared, self.folder, self.given = prepared, folder, given
+        self.context = prepared.context
+        self.config = prepared.context.config
+        self.evaluation_seconds = 0.0
+        self.results: dict[str, list[Result]] = {}
+
+    def result(self) -> RunResult:
+        """Runs the stages in order and returns what they left."""
+        self._prune()
+        base = self._evaluated("base", self._base_model)
+        self._distill()
+        pruned = self._pruned()
+        scores = {"base": [base], "pruned": [self._evaluated("pruned", lambda: pruned.model)]}
+        recovered = self._recovered(pruned)
+        if "scores" not in recovered.summary:
+            scores["recovered"] = [self._evaluated_adapter(pruned, recovered.adapter)]
+        generation = self._texts(pruned, recovered)
+        self._progress("report", 0)
+        data = report_data(
+            pruned,
+            recovered,
+            scores,
+            self.context,
+            results=self.results,
+            generation=generation,
+            timings=self.folder.timings(),
+            evaluation_seconds=self.evaluation_seconds,
+            peak_memory_bytes=peak_memory_bytes(self.prepared.device),
+            device=device_name(self.prepared.device),
+        )
+        write_report(self.folder.path, data)
+        self._progress("report", 1)
+        return RunResult(
+            verdict=data["verdict"]["sentence"],
+            folder=self.folder.path,
+            adapter=recovered.adapter,
+            report=dict(data),
+        )
+
+    def _recovered(self, pruned: PrunedModel) -> Recovered:
+        """Calls the recovery stage; what it does not time itself counts as ``recover``."""
+        began, timed = time.perf_counter(), sum(self.folder.timings().values())
+        recovered = self.context.hook.rankadaptor_post_prune(pruned=pruned, context=self.context)
+        if not isinstance(recovered, Recovered):
+            raise PluginError(
+                f"The recovery stage returned {type(recovered).__name__}, not Recovered. Repair "
+                "the plugin that implements rankadaptor_post_prune."
+            )
+        if "scores" not in recovered.summary:
+            own = sum(self.folder.timings().values()) - timed
+            self.folder.add_seconds("recover", max(0.0, time.perf_counter() - began - own))
+        return recovered
+
+    def _evaluated_adapter(self, pruned: PrunedModel, adapter: Path) -> Score:
+        """Scores the adapter of a foreign stage, which may be another one than last time."""
+        wrapped: list[PeftModel] = []
+
+        def load() -> PeftModel:
+            wrapped.append(adapters.load(pruned.model, adapter))
+            return wrapped[0]
+
+        try:
+            return self._evaluated("recovered", load, of=digest(adapter))
+        finally:
+            for model in wrapped:
+                model.unload()
+
+    def _base_model(self) -> PreTrainedModel:
+        """Loads the base model; nobody keeps it, so that one model at a time is in memory."""
+        return load_model(
+            self.prepared.source,
+            device=self.prepared.device,
+            dtype=self.prepared.dtype,
+            device_map=self.config.device_map,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+
+    def _evaluated(
+        self, name: str, model: Callable[[], PreTrainedModel | PeftModel], of: str = ""
+    ) -> Score:
+        """Returns a model's score on the report documents, kept from an earlier session if any."""
+        file = f"evaluations/{name}{of and f'-{of}'}"
+        self._progress(f"evaluate {name}", 0)
+        kept = self.folder.read_result(file, _measured)
+        if kept is None:
+            with self.folder.timed("evaluate"):
+                loaded = model()
+                began = time.perf_counter()
+                score = self.context.oracle.score(loaded, "report")
+                seconds = time.perf_counter() - began
+            self.folder.write_score(f"{file}.parquet", score)
+            content = {"score": score.to_json(), "seconds": seconds}
+            self.folder.write_json(f"{file}.json", content)
+            kept = _measured(content)
+        score, seconds = kept
+        self.evaluation_seconds += seconds
+        self.results[name] = [{"file": f"{file}.parquet", "seed": None}]
+        self._progress(f"evaluate {name}", 1)
+        return self.folder.with_documents(f"{file}.parquet", score)
+
+    def _texts(self, pruned: PrunedModel, recovered: Recovered) -> list[dict[str, Any]]:
+        """Returns what the models write, kept from an earlier session if it was asked alike."""
+        table = self.config.generation
+        if not table.max_new_tokens:
+            return []
+        folders = recovered.summary.get("adapters", {"recovered": str(recovered.adapter)})
+        adapters_now = {n: digest(self.folder.path / folder) for n, folder in folders.items()}
+        asked = {**asdict(table), "prompts": list(table.prompts), "adapters": adapters_now}
+        kept = self.folder.read_json("generations.json")
+        self._progress("texts", 0)
+        if kept is None or kept.get("asked") != asked:
+            with self.folder.timed("texts"):
+                found = sample_texts(
+                    pruned,
+                    {name: self.folder.path / adapter for name, adapter in folders.items()},
+                    self._base_model,
+                    self.prepared.tokenizer,
+                    self.config,
+                )
+            kept = {"asked": asked, "entries": found}
+            self.folder.write_json("generations.json", kept)
+        self._progress("texts", 1)
+        return list(kept["entries"])
+
+    def noise(self) -> dict[str, Any] | None:
+        """Prunes and takes the noise floor alone."""
+        self._prune()
+        self._distill()
+        return measure_noise(self._pruned(), self.context)
+
+    def _distill(self) -> None:
+        """Lets the unpruned model predict the corpus, if the fine-tunes are to learn from it."""
+        table, corpus = self.config.recovery, self.context.corpus
+        if not table.distill_weight:
+            return
+        self._progress("teacher", 0)
+        with self.folder.timed("teacher"):
+            if table.distill_top_k:
+                corpus = with_teacher(
+                    corpus,
+                    self._base_model,
+                    fingerprint=f"{digest(self.prepared.source)} {self.prepared.dtype}",
+                    top_k=table.distill_top_k,
+                    temperature=table.distill_temperature,
+                    cache=self.folder.path / TOKENIZED,
+                )
+                self.context = replace(self.context, corpus=corpus)
+            else:
+                self.context = replace(self.context, teacher=LiveTeacher(self._base_model()))
+        self._progress("teacher", 1)
+
+    def _prune(self) -> None:
+        """Leaves the pruned model on disk."""
+        self._progress("prune", 0)
+        if not self.folder.pruned.is_dir():
+            with self.folder.timed("prune"), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.config.seed)  # for pruners that draw at random
+                pruned = self.given or self.prepared.pruner(
+                    self._base_model(),
+                    self.prepared.tokenizer,
+                    self.prepared.calibration,
+                    self.config.prune,
+                )
+                pruned.save(self.folder.pruned)
+        self._progress("prune", 1)
+
+    def _pruned(self) -> PrunedModel:
+        """Returns the pruned model, unless it was given always as it reads back from disk."""
+        return self.given or load_pruned(
+            self.folder.pruned,
+            device=self.prepared.device,
+            dtype=self.prepared.dtype,
+            device_map=self.config.device_map,
+            quantize=self.config.quantize,
+        )
+
+    def _progress(self, stage: str, done: int) -> None:
+        self.context.hook.rankadaptor_on_progress(stage=stage, done=done, total=1)
+
+
+def _measured(content: dict[str, Any]) -> tuple[Score, float]:
+    """Returns the score, and the seconds it took, of a kept evaluation."""
+    return Score.from_json(content["score"]), float(content["seconds"])

@@ -1,0 +1,358 @@
+"""The search as a step of a run: its sampler, its limits in time, and random search beside it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from rankadaptor_plugin.core.errors import RankSpaceError
+from rankadaptor_plugin.core.trials import TrialState
+from rankadaptor_plugin.models.device import device_count
+from rankadaptor_plugin.pipeline.layer_features import layer_features
+from rankadaptor_plugin.search.contract import SamplerSettings
+from rankadaptor_plugin.search.paper_allocations import named_allocation
+from rankadaptor_plugin.search.record import LayerFeatures
+from rankadaptor_plugin.search.search import SearchResult, StopReason, search
+from rankadaptor_plugin.search.study import TrialStore
+from rankadaptor_plugin.search.transfer.knowledge import Knowledge, knowledge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from optuna.samplers import BaseSampler
+
+    from rankadaptor_plugin.config.tables import RunConfig
+    from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
+    from rankadaptor_plugin.core.run_folder import RunFolder
+    from rankadaptor_plugin.core.trials import Trial
+    from rankadaptor_plugin.models.pruned_model import PrunedModel
+    from rankadaptor_plugin.oracle.oracle import Objective
+    from rankadaptor_plugin.pipeline.context import Registries, RunContext
+    from rankadaptor_plugin.pipeline.fine_tuning import FineTuner
+    from rankadaptor_plugin.verdict.noise import Noise
+
+logger = logging.getLogger(__name__)
+
+_SECONDS = 3600.0
+_RANDOM = "random"  # the method, and the study of its trials
+_LEAST = 2  # trials that a search must complete
+_UNITS = {"layer": "layers", "group": "module groups", "projection": "projections"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Hard limits on time: no trial begins that may not end within them.
+
+    Attributes:
+        hours: Wall time, 0 for no limit.
+        gpu_hours: Hours times devices, 0 for no limit.
+        devices: Devices that a fine-tune occupies.
+        spent: Seconds of fine-tunes and evaluations before the search.
+        reserve: Fine-tunes that are to follow for sure.
+        scoring: What scoring one of these takes, as a multiple of scoring a trial.
+        twice: Whether as many trials again follow the search.
+    """
+
+    hours: float
+    gpu_hours: float
+    devices: int
+    spent: float
+    reserve: int
+    scoring: float
+    twice: bool
+
+    def reached(self, trials: Sequence[Trial]) -> StopReason | None:
+        """Tells whether one more trial, as long as the longest so far, may exceed a limit."""
+        wall = [sum(trial.seconds.values()) for trial in trials]
+        device = [sum(v for k, v in t.seconds.items() if k != "search") for t in trials]
+        scoring = max((t.seconds.get("oracle", 0.0) for t in trials), default=0.0)
+        more = (self.scoring - 1) * scoring
+        for limit, seconds, stop in (
+            (self.hours, wall, StopReason.MAX_HOURS),
+            (self.gpu_hours / self.devices, device, StopReason.MAX_GPU_HOURS),
+        ):
+            longest = max(seconds, default=0.0)
+            made = (sum(seconds) + longest) * (2 if self.twice else 1)
+            follow = self.reserve * (longest + more)
+            if limit and self.spent + made + follow > limit * _SECONDS:
+                return stop
+        return None
+
+
+def sampler_for(
+    space: RankSpace,
+    config: RunConfig,
+    registries: Registries,
+    known: Knowledge,
+    objective: Objective,
+) -> Callable[[int], BaseSampler]:
+    """Returns what makes the sampler of one trial from a seed."""
+    table, model = config.search, config.performance_model
+    make_sampler = registries.samplers.get(table.method)
+    make_model = registries.performance_models.get(model.name)
+
+    def make(seed: int) -> BaseSampler:
+        return make_sampler(
+            SamplerSettings(
+                space=space,
+                seed=seed,
+                search_seed=config.seed,
+                initial_trials=table.initial_trials,
+                candidates=table.candidates,
+                final_candidates=table.final_candidates,
+                performance_model=lambda: make_model(space, model, seed),
+                metric=objective.metric,
+                model_config=model,
+                priors=known.priors,
+                pareto=table.pareto,
+            )
+        )
+
+    return make
+
+
+class SearchStep:
+    """Searches as the run file says, in the studies of the run folder.
+
+    Args:
+        pruned: The pruned model.
+        context: The run.
+        folder: Its folder.
+        space: The rank space.
+        objective: What the search maximizes.
+        tuner: Fine-tunes and scores.
+
+    Attributes:
+        known: What was believed before the search; nothing until `run` has asked for it.
+    """
+
+    def __init__(
+        self,
+        pruned: PrunedModel,
+        context: RunContext,
+        folder: RunFolder,
+        space: RankSpace,
+        objective: Objective,
+        tuner: FineTuner,
+    ) -> None:
+        self._pruned, self._context, self._folder = pruned, context, folder
+        self._space, self._objective, self._tuner = space, objective, tuner
+        self._config, self._hook = context.config, context.hook
+        self.known = Knowledge(space=space, priors=())
+
+    def run(self, noise: Noise | None) -> SearchResult:
+        """Searches, unless there is nothing to search for.
+
+        Args:
+            noise: The noise floor, whose fine-tunes begin the search; None if not measured.
+        """
+        with (
+            self._folder.timed("search") as add_seconds,
+            TrialStore.open(self._folder.study_url, "search") as store,
+        ):
+            features = self._features(store)
+            store.claim(self._space, features.to_json())
+            if self._config.search.is_fixed:
+                return _unsearched(store, StopReason.FIXED, self._given())
+            if not self._config.searches:
+                return _unsearched(store, StopReason.METHODS)
+            self._go_on(store, noise)
+            # A search that was begun already is brought to its end.
+            drowned = (
+                noise is not None
+                and noise.is_drowned
+                and all(trial.allocation in noise.runs for trial in store.trials())
+            )
+            if drowned and self._config.noise.if_drowned == "uniform":
+                return _unsearched(store, StopReason.NOISE, self._space.limited_uniform())
+            self.known = knowledge(
+                self._space,
+                features,
+                self._config.search,
+                self._objective.metric,
+                self._folder,
+                self._config.seed,
+                self._tuner.proxies,
+            )
+            return self._search(store, noise, add_seconds)
+
+    def random_trials(self, count: int) -> SearchResult:
+        """Makes as many trials of random allocations: what a search without any model finds.
+
+        The seed of the fine-tunes is that of the search; that of the allocations is another one.
+        """
+        total = max(_LEAST, count)
+        table = replace(
+            self._config.search,
+            method=_RANDOM,
+            max_trials=total,
+            rung=0.0,
+            initial_trials=0,
+            batch=total,  # none depends on how another ends
+            pareto=False,
+            proxy=0,
+            meta="",
+        )
+        config = replace(self._config, search=table)
+        nothing = Knowledge(space=self._space, priors=())
+        make = sampler_for(self._space, config, self._context.registries, nothing, self._objective)
+        with (
+            self._folder.timed(_RANDOM) as add_seconds,
+            TrialStore.open(self._folder.study_url, _RANDOM) as store,
+        ):
+
+            def on_trial(trial: Trial) -> None:
+                add_seconds()
+                self._progress(_RANDOM, trial.position + 1, total)
+
+            self._progress(_RANDOM, len(store.trials()), total)
+            return search(
+                self._space,
+                self._tuner.evaluate,
+                store,
+                lambda seed: make(seed ^ 1),
+                table,
+                self._objective,
+                config.seed,
+                on_trial,
+                expect=self._expect,
+            )
+
+    def _given(self) -> RankAllocation:
+        """Returns the allocation that the run file names.
+
+        Raises:
+            RankSpaceError: If it does not fit the model, or exceeds a limit.
+        """
+        allocation, space = named_allocation(self._config.search.allocation), self._space
+        if len(allocation.ranks) != space.slots:
+            raise RankSpaceError(
+                f"[search] allocation has {len(allocation.ranks)} ranks, but the model has "
+                f"{space.slots} {_UNITS[self._config.rank_space.per]}. Give one rank each, or "
+                "change [rank_space] per."
+            )
+        size = self._pruned.model.config.hidden_size
+        if max(allocation.ranks) > size:
+            raise RankSpaceError(
+                f"[search] allocation has rank {max(allocation.ranks)}, more than the model's "
+                f"hidden size {size}, where LoRA has full rank already. Lower it."
+            )
+        limited = replace(space, budget=None)  # the run file says how many parameters it has
+        if not limited.within_limits(allocation):
+            raise RankSpaceError(
+                f"[search] allocation has {space.parameters(allocation)} trainable parameters and "
+                f"ranks that add up to {sum(allocation.ranks)}; [rank_space] max_parameters is "
+                f"{space.max_parameters or 'no limit'} and max_rank_sum "
+                f"{space.max_rank_sum or 'no limit'}. Lower some ranks or raise the limit."
+            )
+        return allocation
+
+    def _features(self, store: TrialStore) -> LayerFeatures:
+        kept = store.layers()
+        if kept is None:
+            return layer_features(self._pruned, self._space)
+        return LayerFeatures.from_json(kept)
+
+    def _go_on(self, store: TrialStore, noise: Noise | None) -> None:
+        """Takes up earlier trials; a search begins with the fine-tunes of the noise floor."""
+        total = self._config.search.max_trials
+        earlier = store.trials()
+        self._progress("search", len(earlier), total)
+        if earlier:
+            self._hook.rankadaptor_on_resume(trials=earlier, context=self._context)
+        first = [] if noise is None else noise.trials(self._space)[:total]
+        known = [trial.allocation for trial in earlier]
+        if known == [trial.allocation for trial in first[: len(known)]]:
+            for trial in first[len(known) :]:
+                store.add(trial, self._space)
+                self._hook.rankadaptor_after_trial(trial=trial, context=self._context)
+            self._progress("search", len(store.trials()), total)
+
+    def _search(
+        self, store: TrialStore, noise: Noise | None, add_seconds: Callable[[], None]
+    ) -> SearchResult:
+        config = self._config
+        before = [self.known.seconds, *own_seconds(noise, store.trials())]
+        limits = Limits(
+            hours=config.search.max_hours,
+            gpu_hours=config.search.max_gpu_hours,
+            devices=device_count(self._pruned.model),
+            spent=sum(sum(seconds.values()) for seconds in before),
+            reserve=config.race_fine_tunes,
+            scoring=1 + self._report_share(),
+            twice=config.confirm.best_random,
+        )
+
+        begun = store.trials()
+        if limits.reached(begun) and all(
+            t.allocation in (noise.runs if noise else ()) for t in begun
+        ):
+            logger.warning(
+                "[search] max_hours or max_gpu_hours leave no time to search: the noise floor and "
+                "the race, which are made in any case, take as long. Raise the limit, or lower "
+                "noise.seeds, confirm.seeds or confirm.finalists."
+            )
+
+        def on_trial(trial: Trial) -> None:
+            add_seconds()
+            self._progress("search", trial.position + 1, config.search.max_trials)
+            self._hook.rankadaptor_after_trial(trial=trial, context=self._context)
+
+        return search(
+            self._space,
+            self._tuner.evaluate,
+            store,
+            sampler_for(self._space, config, self._context.registries, self.known, self._objective),
+            config.search,
+            self._objective,
+            config.seed,
+            on_trial,
+            limits.reached,
+            config.confirm.finalists,
+            self._expect,
+        )
+
+    def _expect(self, jobs: Sequence[tuple[RankAllocation, int]]) -> None:
+        """Lets trials be made together, unless time is limited: a limit is looked at in between."""
+        table = self._config.search
+        if not (table.max_hours or table.max_gpu_hours):
+            self._tuner.expect(jobs)
+
+    def _report_share(self) -> float:
+        """Returns report documents per search document."""
+        documents = self._context.oracle.describe()["documents"]
+        search, report = (sum(map(len, documents[p].values())) for p in ("search", "report"))
+        return float(report / max(1, search))
+
+    def _progress(self, stage: str, done: int, total: int) -> None:
+        self._hook.rankadaptor_on_progress(stage=stage, done=done, total=total)
+
+
+def _unsearched(store: TrialStore, stop: StopReason, *found: RankAllocation) -> SearchResult:
+    return SearchResult(trials=tuple(store.trials()), stop=stop, interrupted=0, recommended=found)
+
+
+def front(trials: Sequence[Trial], space: RankSpace) -> list[Trial]:
+    """Returns the complete trials that none beats in both score and parameters, smallest first."""
+    complete = [t for t in trials if t.state is TrialState.COMPLETE and t.objective is not None]
+
+    def size(trial: Trial) -> tuple[int, float]:
+        return space.parameters(trial.allocation), -(trial.objective or 0.0)
+
+    found: list[Trial] = []
+    for trial in sorted(complete, key=size):
+        if not found or (trial.objective or 0.0) > (found[-1].objective or 0.0):
+            found.append(trial)
+    return found
+
+
+def own_seconds(noise: Noise | None, trials: Sequence[Trial]) -> list[dict[str, float]]:
+    """Returns the seconds of the noise floor's runs that are not among the trials of the search.
+
+    Those with the search's own seed are, where their allocations lie in its space.
+    """
+    tried = {trial.allocation for trial in trials}
+    runs = {} if noise is None else noise.runs
+    own = [several[1:] if allocation in tried else several for allocation, several in runs.items()]
+    return [run.seconds for several in own for run in several]

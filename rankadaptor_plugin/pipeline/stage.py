@@ -1,0 +1,229 @@
+"""The recovery stage ``rankadaptor``: noise floor, search, confirm, deliver.
+
+Each step is handed functions that fine-tune and score, and knows nothing else of models.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from rankadaptor_plugin.core.run_folder import RunFolder
+from rankadaptor_plugin.core.scores import Score
+from rankadaptor_plugin.oracle.oracle import Objective, objective_metric, reported_target, spreads
+from rankadaptor_plugin.pipeline.context import Recovered, RunContext
+from rankadaptor_plugin.pipeline.fine_tuning import FineTuner
+from rankadaptor_plugin.pipeline.method_race import (
+    found_entrants,
+    given_entrants,
+    trained_parameters,
+)
+from rankadaptor_plugin.pipeline.search_step import SearchStep, own_seconds
+from rankadaptor_plugin.pipeline.summary import stage_summary
+from rankadaptor_plugin.recovery import adapters
+from rankadaptor_plugin.search.study import TrialStore
+from rankadaptor_plugin.verdict.confirmation import Confirmation, fresh_seeds
+from rankadaptor_plugin.verdict.noise import Noise, measure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from rankadaptor_plugin.core.ranks import RankAllocation
+    from rankadaptor_plugin.models.pruned_model import PrunedModel
+    from rankadaptor_plugin.search.search import SearchResult
+    from rankadaptor_plugin.verdict.race_result import Confirmed
+
+
+def measure_noise(pruned: PrunedModel, context: RunContext) -> dict[str, Any] | None:
+    """Takes the noise floor alone, which a later search goes on from.
+
+    Returns:
+        What `Noise.to_json` returns; None if too few allocations can be fine-tuned.
+    """
+    stage = _Stage(pruned, context)
+    with stage.tuner.cleared():
+        found = stage.noise()
+    return found.to_json() if found else None
+
+
+def recover_pruned(pruned: PrunedModel, context: RunContext) -> Recovered:
+    """Searches the rank allocation of a pruned model, confirms it and delivers an adapter.
+
+    The model comes back without adapter, as it was.
+
+    Raises:
+        RankSpaceError: If the run file's rank space does not fit the model.
+        RecoveryError: If fine-tunes fail for good; finished trials stay.
+    """
+    return _Stage(pruned, context).run()
+
+
+class _Stage:
+    """One run of the stage; holds what its steps share."""
+
+    def __init__(self, pruned: PrunedModel, context: RunContext) -> None:
+        self.pruned = pruned
+        self.context = context
+        self.config = context.config
+        self.folder = RunFolder(context.folder)
+        self.space = adapters.rank_space(
+            pruned.model, pruned.pruned_layers, self.config.rank_space, self.config.recovery
+        )
+        self.methods = given_entrants(self.config.further_methods, self.space)
+        self.seeds = fresh_seeds(self.config.seed, self.config.confirm.seeds)
+        self.verdict_metric = context.oracle.metrics("report")[0]
+        self.objective = self._objective()
+        self.tuner = FineTuner(pruned, context, self.folder, self.objective, self.seeds[0])
+        self.step = SearchStep(pruned, context, self.folder, self.space, self.objective, self.tuner)
+
+    def run(self) -> Recovered:
+        with self.tuner.cleared():
+            noise = self.noise() if self.config.searches and self.config.noise.seeds else None
+            found = self.step.run(noise)
+            others = None
+            if found.is_searched and self.config.confirm.best_random:
+                others = self.step.random_trials(len(found.trials))
+            with (
+                self.folder.timed("confirm") as add_seconds,
+                TrialStore.open(self.folder.study_url, "confirm") as store,
+            ):
+                confirmed = self._confirm(found, others, store, add_seconds)
+            with self.folder.timed("deliver"):
+                extra = [self.step.known.seconds, *own_seconds(noise, found.trials)]
+                extra += [trial.seconds for trial in others.trials] if others else []
+                return self._deliver(found, confirmed, noise, extra)
+
+    def noise(self) -> Noise | None:
+        """Measures the noise floor and keeps what it says in noise.json."""
+        oracle = self.context.oracle
+        reported = oracle.describe()["documents"]["report"]
+        with self.folder.timed("noise") as add_seconds:
+
+            def progress(done: int, total: int) -> None:
+                add_seconds()
+                self.context.hook.rankadaptor_on_progress(stage="noise", done=done, total=total)
+
+            found = measure(
+                self.space,
+                self.tuner.search_run,
+                self.folder,
+                self.config,
+                oracle.metrics("search"),
+                self.verdict_metric,
+                oracle.weights("search"),
+                {task: len(ids) for task, ids in reported.items()},
+                progress,
+                self.tuner.expect,
+            )
+            if found is not None:
+                self.folder.write_json("noise.json", found.to_json())
+        return found
+
+    def _objective(self) -> Objective:
+        config, oracle = self.config.oracle, self.context.oracle
+        metric = objective_metric(config, oracle)
+        scales: dict[str, float] = {}
+        if config.normalize == "spread":
+            name = "evaluations/pruned-search"
+            score = self.folder.read_result(name, Score.from_json, documents=False)
+            if score is None:
+                score = oracle.score(self.pruned.model, "search")
+                self.folder.write_json(f"{name}.json", score.to_json())
+            scales = spreads(score, metric)
+        return Objective(
+            metric=metric, target=config.target, weights=oracle.weights("search"), scales=scales
+        )
+
+    def _confirm(
+        self,
+        found: SearchResult,
+        others: SearchResult | None,
+        store: TrialStore,
+        add_seconds: Callable[[], None],
+    ) -> Confirmed:
+        confirm, config = self.config.confirm, self.config
+
+        def progress(done: int, total: int) -> None:
+            add_seconds()
+            self.context.hook.rankadaptor_on_progress(stage="confirm", done=done, total=total)
+
+        def baseline_for(allocation: RankAllocation) -> RankAllocation:
+            uniform = self.space.uniform()
+            if config.common_baseline or allocation == uniform:
+                return uniform
+            return self.space.evenly(
+                self.space.parameters(allocation), everywhere=config.search.is_fixed
+            )
+
+        progress(0, config.race_fine_tunes)
+        race = Confirmation(
+            run=self.tuner.report_run,
+            folder=self.folder,
+            store=store,
+            seeds=self.seeds,
+            least_seeds=confirm.least_seeds,
+            confidence=confirm.confidence,
+            metric=self.verdict_metric,
+            weights=self._verdict_weights(),
+            on_run=progress,
+            is_whole=self.tuner.is_whole,
+            expect=self.tuner.expect,
+        )
+        if not (config.races_ranks or self.methods):
+            return race.alone(self.space.limited_uniform())
+        finalists = found.finalists(confirm.finalists if found.is_searched else 1)
+        methods = list(self.methods)
+        if finalists:
+            best = finalists[0]
+            methods += found_entrants(config.further_methods, best, baseline_for(best))
+        return race.confirm(
+            finalists,
+            baseline_for,
+            others.best.allocation if others else None,
+            methods,
+        )
+
+    def _verdict_weights(self) -> dict[str, float]:
+        if target := reported_target(self.config.oracle, self.context.oracle):
+            return {target: 1.0}
+        return self.context.oracle.weights("report")
+
+    def _deliver(
+        self,
+        found: SearchResult,
+        confirmed: Confirmed,
+        noise: Noise | None,
+        extra: Sequence[Mapping[str, float]],
+    ) -> Recovered:
+        delivered = confirmed.delivered
+        source = self.folder.path / self.tuner.adapter_name(delivered)
+        adapter = self.folder.write_folder(
+            "adapter", lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True)
+        )
+        summary = stage_summary(
+            found,
+            confirmed,
+            self.space,
+            self.config,
+            self.context.oracle,
+            self.objective,
+            noise,
+            self.step.known.worth(found.trials),
+            extra,
+            self._trained,
+        )
+        named = {
+            "uniform": confirmed.baseline,
+            "searched": confirmed.searched,
+            **confirmed.methods,
+        }
+        summary["adapters"] = {
+            name: self.tuner.adapter_name(allocation)
+            for name, allocation in named.items()
+            if allocation is not None
+        }
+        return Recovered(adapter=adapter, allocation=delivered, summary=summary)
+
+    def _trained(self, allocation: RankAllocation) -> int:
+        adapter = self.folder.path / self.tuner.adapter_name(allocation)
+        return trained_parameters(allocation, self.space, self.config.recovery, adapter)

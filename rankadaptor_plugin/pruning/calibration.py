@@ -1,0 +1,180 @@
+"""Calibration sequences: what a model needs to read them, all at once, and leave no trace."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from rankadaptor_plugin.core.errors import CorpusError, RankAdaptorError, UnsupportedModelError
+from rankadaptor_plugin.models.structures import place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from transformers import PreTrainedModel
+
+
+class Batch(NamedTuple):
+    """Sequences padded on the right.
+
+    Attributes:
+        ids: Token ids, shape (sequences, t), int64.
+        mask: 1 for tokens and 0 for padding, of the same shape and type.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+
+def check_loaded(model: PreTrainedModel) -> None:
+    """Sees to it that all weights are in memory and are numbers, as scores and cuts need them.
+
+    Raises:
+        UnsupportedModelError: If some are offloaded.
+        RankAdaptorError: If some are not finite; the message names the layer.
+    """
+    for name, parameter in model.named_parameters():
+        where = place(model, name.removesuffix(".weight"))
+        if parameter.is_meta:
+            raise UnsupportedModelError(
+                f"{where} is offloaded (its weight is on the meta device). Load the model whole, "
+                "onto one or more GPUs or the CPU, to prune it."
+            )
+        # The least and the greatest number take no memory, a comparison as much as the parameter.
+        if not all(end.isfinite() for end in parameter.detach().aminmax()):
+            raise RankAdaptorError(
+                f"{where} has weights that are not finite. Load an intact model."
+            )
+
+
+def check_samples(model: PreTrainedModel, samples: Sequence[torch.Tensor]) -> None:
+    """Sees to it that a model can read calibration sequences.
+
+    Raises:
+        CorpusError: If there is no sequence, or one is too short or long, or has unknown tokens.
+    """
+    if not len(samples):
+        raise CorpusError("There are no calibration sequences. Give at least one.")
+    longest = getattr(model.config, "max_position_embeddings", None)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    for number, sample in enumerate(samples):
+        if sample.dim() != 1 or len(sample) < 2:  # noqa: PLR2004 - one token has no next token
+            raise CorpusError(
+                f"Calibration sequence {number} has shape {tuple(sample.shape)}. Give sequences of "
+                "shape (tokens,) with at least 2 tokens."
+            )
+        if not 0 <= int(sample.min()) <= int(sample.max()) < vocabulary:
+            raise CorpusError(
+                f"Calibration sequence {number} has tokens from {int(sample.min())} to "
+                f"{int(sample.max())}; the model knows 0 to {vocabulary - 1}. Use the model's own "
+                "tokenizer."
+            )
+        if longest and len(sample) > longest:  # learned positions end there
+            raise CorpusError(
+                f"Calibration sequence {number} has {len(sample)} tokens; the model reads at most "
+                f"{longest}. Lower [prune] calibration_tokens."
+            )
+
+
+def padded(samples: Sequence[torch.Tensor]) -> Batch:
+    """Makes one batch of sequences, each of shape (t,), int64, of any lengths."""
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    return Batch(pad(list(samples)), pad([torch.ones_like(sample) for sample in samples]))
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Returns what the output layer reads, shape (sequences, t, hidden)."""
+    device = model.get_input_embeddings().weight.device
+    ids, mask = (tensor.to(device) for tensor in batch)
+    decoder: Any = model.get_decoder()
+    return cast("torch.Tensor", decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0])
+
+
+def sequence_loss(model: PreTrainedModel, sample: torch.Tensor) -> torch.Tensor:
+    """Returns the mean next-token loss of a sequence, in nats; a float32 scalar."""
+    ids = sample.to(model.get_input_embeddings().weight.device).unsqueeze(0)
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    return nn.functional.cross_entropy(logits, sample[1:].to(logits.device))
+
+
+def backward(model: PreTrainedModel, samples: Sequence[torch.Tensor], hidden: torch.Tensor) -> None:
+    """Takes the sum of the sequences' mean losses back through a model.
+
+    The output layer sees one sequence at a time: logits of all of them would outweigh the layers.
+
+    Args:
+        model: A causal language model.
+        samples: Token ids, each of shape (t,), int64.
+        hidden: What `hidden_states` returned for the batch of these.
+    """
+    if not hidden.requires_grad:
+        return
+    gradients = torch.zeros_like(hidden)
+    for number, sample in enumerate(samples):
+        own = hidden[number : number + 1, : len(sample)].detach().requires_grad_()
+        given = partial(_given, BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=own))
+        with replaced_forward(model.get_decoder(), given):
+            loss = sequence_loss(model, sample)
+        (gradient,) = torch.autograd.grad(loss, own)
+        gradients[number, : len(sample)] = gradient[0]
+    torch.autograd.backward(hidden, gradients)
+
+
+def _given(
+    output: BaseModelOutputWithPastAndCrossAttentions, *_: Any, **__: Any
+) -> BaseModelOutputWithPastAndCrossAttentions:
+    return output
+
+
+@contextmanager
+def checkpointed(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Keeps of each layer its inputs alone, and computes it again in the backward pass.
+
+    transformers' own checkpointing needs training mode, which would switch dropout on.
+    """
+    with ExitStack() as stack:
+        for layer in dict.fromkeys(layers):
+            light = partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+            )
+            stack.enter_context(replaced_forward(layer, light))
+        yield
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Gives one module another forward; accelerate's, kept on the same module, comes back."""
+    before = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if before is not None:
+            vars(module)["forward"] = before
+
+
+@contextmanager
+def only_gradients_of(model: nn.Module, weights: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Evaluation mode with gradients for some weights; afterwards all is as it was."""
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = {id(weight) for weight in weights}
+    try:
+        model.eval()
+        for parameter, _, _ in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, requires_grad, grad in parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        for module, training in modes:
+            module.training = training

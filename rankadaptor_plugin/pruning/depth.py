@@ -1,0 +1,237 @@
+"""The built-in pruner "depth": whole decoder blocks go, and a plain Hugging Face model stays.
+
+Shortened LLaMA (arXiv 2402.02834): each block gets one score, the lowest go first. The blocks at
+the bottom and at the top are left alone, its "+" heuristic, as its code does for every score.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import operator
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rankadaptor_plugin.core.errors import ConfigError, RankAdaptorError
+from rankadaptor_plugin.models.pruned_model import PrunedModel
+from rankadaptor_plugin.models.structures import layer_units
+from rankadaptor_plugin.pruning.blocks import (
+    block_list,
+    check_removable,
+    keep_layers,
+    without_layer,
+)
+from rankadaptor_plugin.pruning.calibration import (
+    backward,
+    check_loaded,
+    check_samples,
+    checkpointed,
+    hidden_states,
+    only_gradients_of,
+    padded,
+    sequence_loss,
+)
+from rankadaptor_plugin.pruning.cutting import importance_lost, note_unused, provenance
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rankadaptor_plugin.config.tables import PruneConfig
+
+log = logging.getLogger(__name__)
+
+_EXP_LIMIT = 700.0
+"""Above this exp overflows in double precision; the order of so bad blocks does not matter."""
+
+
+def prune_depth(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[torch.Tensor],
+    config: PruneConfig,
+) -> PrunedModel:
+    """Removes the least important decoder blocks, in place; the class of the model stays.
+
+    Args:
+        model: The base model, of a supported family.
+        tokenizer: Its tokenizer.
+        samples: Calibration sequences, each of shape (t,), int64; only lengths are read where the
+            importance is "magnitude" or "random".
+        config: The ``[prune]`` table.
+
+    Raises:
+        ConfigError: If the table asks for what the model or the method cannot give.
+        UnsupportedModelError: If the model is not supported.
+        CorpusError: If the calibration sequences cannot be used.
+        RankAdaptorError: If a weight or a score is not finite.
+    """
+    note_unused(config, "ranking", "floor", "ceiling", "round_to", "reduction")
+    check_removable(model)
+    check_loaded(model)
+    layer_units(model)  # before the scores are paid for, see whether the matrices are sound
+    total = len(block_list(model))
+    span = config.layers(total)
+    check_importance(config)
+    count = _count(model, span, config)
+    base_config = copy.deepcopy(model.config)
+    scores = _IMPORTANCES[config.importance](model, samples, span)
+    _check_finite(scores)
+    removed = sorted(sorted(scores, key=scores.__getitem__)[:count])
+    kept = tuple(i for i in range(total) if i not in removed)
+    within = tuple(i in span for i in kept)
+    block = torch.ones(1)  # a block is the one unit of its layer, whatever its score
+    lost = importance_lost(total, ((i, block, [0]) for i in removed), config)
+    keep_layers(model, kept)
+    log.info("Removed blocks %s; %d of %d are left.", removed, len(kept), total)
+    return PrunedModel.of(
+        model,
+        tokenizer,
+        {
+            **provenance(config, samples),
+            "removed_layers": removed,
+            "scores": [float(f"{scores[i]:.6g}") if i in scores else None for i in range(total)],
+            **lost,
+        },
+        base_config=base_config,
+        kept_layers=kept,
+        pruned_layers=within if any(within) else (True,) * len(kept),
+    )
+
+
+def _taylor(
+    model: PreTrainedModel, samples: Sequence[torch.Tensor], span: range
+) -> dict[int, float]:
+    """Sums |w * g| over all parameters of a block, g being that of the mean calibration loss.
+
+    All sequences form one batch: each gradient is then complete as soon as it is there, and is
+    given up at once. Activations are held of one block at a time.
+    """
+    check_samples(model, samples)
+    totals = dict.fromkeys(span, 0.0)
+
+    def add(index: int, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            totals[index] += _absolute_sum(parameter.grad.float() * parameter.detach().float())
+            parameter.grad = None
+
+    hook_on: Any = torch.Tensor.register_post_accumulate_grad_hook  # torch leaves it untyped
+    blocks = block_list(model)
+    weights = [(index, weight) for index in span for weight in blocks[index].parameters()]
+    with ExitStack() as stack, torch.enable_grad():
+        stack.enter_context(only_gradients_of(model, [weight for _, weight in weights]))
+        stack.enter_context(checkpointed(blocks))
+        for index, weight in weights:
+            stack.callback(hook_on(weight, partial(add, index)).remove)
+        backward(model, samples, hidden_states(model, padded(samples)))
+    return {index: total / len(samples) for index, total in totals.items()}
+
+
+def _magnitude(
+    model: PreTrainedModel, samples: Sequence[torch.Tensor], span: range
+) -> dict[int, float]:
+    """Sums |w| over all parameters of a block."""
+    blocks = block_list(model)
+    return {i: sum(_absolute_sum(w.detach()) for w in blocks[i].parameters()) for i in span}
+
+
+def _perplexity(
+    model: PreTrainedModel, samples: Sequence[torch.Tensor], span: range
+) -> dict[int, float]:
+    """Returns the perplexity of the model without the block, over all tokens of all sequences."""
+    check_samples(model, samples)
+    scores, counts = {}, [len(sample) - 1 for sample in samples]
+    with only_gradients_of(model, []), torch.no_grad():
+        for index in span:
+            with without_layer(model, index):
+                losses = [float(sequence_loss(model, sample)) for sample in samples]
+            loss = sum(map(operator.mul, losses, counts)) / sum(counts)
+            scores[index] = math.exp(min(loss, _EXP_LIMIT)) if loss < math.inf else loss
+    return scores
+
+
+def _random(
+    model: PreTrainedModel, samples: Sequence[torch.Tensor], span: range
+) -> dict[int, float]:
+    return dict(zip(span, torch.rand(len(span)).tolist(), strict=True))
+
+
+_Importance = Callable[["PreTrainedModel", "Sequence[torch.Tensor]", range], dict[int, float]]
+_IMPORTANCES: dict[str, _Importance] = {
+    "magnitude": _magnitude,
+    "ppl": _perplexity,
+    "random": _random,
+    "taylor": _taylor,
+}
+
+
+def _absolute_sum(values: torch.Tensor) -> float:
+    return float(values.float().abs().sum())
+
+
+def check_importance(config: PruneConfig) -> None:
+    """Checks what `prune_depth` takes from a run file.
+
+    Raises:
+        ConfigError: If the score is unknown, or none of this method.
+    """
+    if config.importance not in _IMPORTANCES:
+        raise ConfigError(
+            f'[prune] importance "{config.importance}" is unknown for method = "depth". Use one '
+            f"of: {', '.join(sorted(_IMPORTANCES))}."
+        )
+    if config.importance == "taylor" and config.taylor != "first":
+        raise ConfigError(
+            f'[prune] taylor is "{config.taylor}", but method = "depth" uses the first-order '
+            'term. Set taylor = "first".'
+        )
+
+
+def _count(model: PreTrainedModel, span: range, config: PruneConfig) -> int:
+    """Returns how many blocks go."""
+    blocks = block_list(model)
+    if config.blocks:
+        asked, wish = config.blocks, f"blocks {config.blocks}"
+    else:
+        share, wish = config.ratio * len(span), f"ratio {config.ratio:g}"
+        if config.ratio_of == "parameters":
+            wish += " of all parameters"
+            own = sum(w.numel() for index in span for w in blocks[index].parameters())
+            everything = sum(weight.numel() for weight in model.parameters())
+            share = config.ratio * everything / own * len(span)
+        asked = max(round(share), 1)
+    if asked > len(span):
+        raise ConfigError(
+            f"[prune] {wish} means {asked} blocks, but only {len(span)} of {len(blocks)} may go. "
+            "Lower it, or keep_first or keep_last."
+        )
+    if asked < len(blocks):
+        return asked
+    if config.if_emptied == "refuse" or len(blocks) == 1:
+        raise ConfigError(
+            f"[prune] {wish} means all {len(blocks)} blocks of the model. Lower it, or raise "
+            "keep_first or keep_last."
+        )
+    log.warning(
+        "[prune] %s means all %d blocks of the model; the most important one is kept. Lower it.",
+        wish,
+        len(blocks),
+    )
+    return asked - 1
+
+
+def _check_finite(scores: dict[int, float]) -> None:
+    """Names the block where the trouble begins."""
+    bad = [index for index, score in scores.items() if not math.isfinite(score)]
+    if not bad:
+        return
+    raise RankAdaptorError(
+        f"Layer {bad[-1]}: the score is not finite in {len(bad)} of {len(scores)} layers, this "
+        'being the topmost. Set dtype = "float32" or "bfloat16", or use other calibration text.'
+    )

@@ -1,0 +1,171 @@
+"""LoRA on a frozen matrix as one operation, for the time of a training.
+
+PEFT's layer casts the input of an adapter to the type of its weights, and makes a tensor each of
+the product with B, of that product scaled, and of the sum; backward, the two gradients of the input
+make three more. At LoRA's ranks all these cost about as much as the adapter's own products, and in
+half precision the cast inputs are kept besides. Here products are added in place to what the matrix
+gives, and what is kept for the backward pass is the input, which matrices with the same one share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from peft.tuners.lora import Linear
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from rankadaptor_plugin.recovery.adapters import ADAPTER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def can_fuse(matrix: nn.Module) -> TypeGuard[nn.Linear]:
+    """Tells whether a module computes nothing but the product with a frozen matrix."""
+    return (
+        type(matrix) is nn.Linear
+        and not matrix.weight.requires_grad
+        and "forward" not in vars(matrix)  # accelerate's, which moves inputs between devices
+        and not matrix._forward_hooks
+        and not matrix._forward_pre_hooks
+    )
+
+
+def adapted_product(
+    matrix: nn.Linear,
+    x: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    scale: torch.Tensor | float,
+    dropped: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Computes a frozen matrix with an adapter, or with one of each of k candidates.
+
+    Args:
+        matrix: What the adapters are added to; see `can_fuse`.
+        x: Its input, shape (n, ..., in); of candidates k * n, one after the other, as many of each.
+        down: A, shape (r, in) or (k, r, in).
+        up: B, shape (out, r) or (k, out, r).
+        scale: What an adapter is multiplied by; of candidates shape (k, 1, 1).
+        dropped: Input of the adapters after dropout; None takes that of the matrix.
+
+    Returns:
+        Shape (n, ..., out) or (k * n, ..., out), in the type of the matrix.
+    """
+    found: torch.Tensor = _AdaptedProduct.apply(  # type: ignore[no-untyped-call]
+        x, dropped, matrix.weight, matrix.bias, down, up, scale
+    )
+    return found
+
+
+@contextlib.contextmanager
+def fused(model: nn.Module) -> Iterator[None]:
+    """Lets the LoRA layers of a model compute this way while the block lasts, where they can.
+
+    Left as they are: variants such as DoRA, matrices that are quantized, transposed, trained, or
+    spread over devices, and layers with other adapters.
+    """
+    layers: list[Any] = [m for m in model.modules() if type(m) is Linear and _is_plain(m)]
+    for layer in layers:
+        weights = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        layer.forward = partial(
+            _forward,
+            layer.base_layer,
+            layer.lora_dropout[ADAPTER],
+            *weights,
+            layer.scaling[ADAPTER],
+        )
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _is_plain(layer: Any) -> bool:
+    return (
+        list(layer.active_adapters) == [ADAPTER]
+        and layer.lora_A.keys() == {ADAPTER}
+        and not layer.lora_variant
+        and layer.lora_B[ADAPTER].bias is None
+        and not layer.disable_adapters
+        and not layer.merged
+        and can_fuse(layer.base_layer)
+    )
+
+
+def _forward(
+    matrix: nn.Linear,
+    dropout: nn.Module,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    scale: float,
+    x: torch.Tensor,
+) -> torch.Tensor:
+    dropped = dropout(x)
+    return adapted_product(matrix, x, down, up, scale, None if dropped is x else dropped)
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """Knows the gradients of all but the matrix, its bias and the scale."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        dropped: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        scale: torch.Tensor | float,
+    ) -> torch.Tensor:
+        """Returns x W^T + bias + scale * (dropped or x) A^T B^T."""
+        # Casts as autocast does, which knows nothing of operations in place.
+        down, up, rows = (tensor.to(weight.dtype) for tensor in (down, up, x))
+        fed = _blocks(rows if dropped is None else dropped.to(weight.dtype), down)
+        inner = (fed @ down.mT).mul_(scale)
+        found = functional.linear(rows, weight, bias)
+        _add_product(_blocks(found, down), inner, up.mT)
+        # The gradient of A alone asks for the input.
+        kept = fed if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(kept, inner, weight, down, up)
+        ctx.scale, ctx.is_dropped = scale, dropped is not None
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Returns the gradients of x, dropped, A and B."""
+        fed, inner, weight, down, up = ctx.saved_tensors
+        blocks = _blocks(gradient, down)
+        of_inner = (blocks @ up).mul_(ctx.scale)
+        of_x = of_dropped = of_down = None
+        if ctx.needs_input_grad[0]:
+            of_x = gradient @ weight
+            if not ctx.is_dropped:
+                _add_product(_blocks(of_x, down), of_inner, down)
+            of_x = of_x.to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            of_dropped = (of_inner @ down).to(ctx.dtype).view(ctx.shape)
+        if ctx.needs_input_grad[4]:
+            of_down = of_inner.mT @ fed
+        of_up = blocks.mT @ inner
+        return of_x, of_dropped, None, None, of_down, of_up, None
+
+
+def _blocks(rows: torch.Tensor, adapters: torch.Tensor) -> torch.Tensor:
+    """Returns rows of shape (..., m) as (n, m), or as (k, n, m) for k adapters."""
+    return rows.reshape(*adapters.shape[:-2], -1, rows.shape[-1])
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Adds a matrix product, or several, in place."""
+    is_stack = total.ndim > 2  # noqa: PLR2004 - not a matrix
+    (total.baddbmm_ if is_stack else total.addmm_)(left, right)

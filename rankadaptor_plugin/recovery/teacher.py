@@ -1,0 +1,273 @@
+"""What the unpruned model predicts, computed once per corpus and kept on disk.
+
+A fine-tune that distills needs the teacher's predictions for every trained token, the same in each
+of the hundreds of fine-tunes of a search. So they are computed once and cut to the k likeliest
+tokens, and the unpruned model leaves memory again. `LiveTeacher` keeps it, and predicts anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import logging
+import os
+import zlib
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from rankadaptor_plugin.core.errors import ConfigError
+from rankadaptor_plugin.corpus.teacher_tokens import TeacherTokens
+from rankadaptor_plugin.recovery.batches import passes, trained_tokens
+from rankadaptor_plugin.recovery.losses import LEAST, forward_logits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from rankadaptor_plugin.corpus.corpus import Corpus
+    from rankadaptor_plugin.corpus.sequences import TrainingSequence
+    from rankadaptor_plugin.recovery.batches import Pass
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1  # of what is computed and how it is stored; part of the key
+_ROWS = 1024  # predictions that are in memory in float32 at a time
+
+
+class LiveTeacher:
+    """The unpruned model, kept in memory to predict every pass anew."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Puts the model into evaluation mode and freezes it."""
+        self._model = model.eval().requires_grad_(False)
+        self.config: PreTrainedConfig = model.config
+
+    @torch.no_grad()
+    def __call__(self, given: Pass) -> torch.Tensor:
+        """Returns its predictions for the trained tokens.
+
+        Args:
+            given: The sequences, on any device.
+
+        Returns:
+            Shape (n, v), in the type of the teacher, on the device of the pass.
+        """
+        logits = forward_logits(self._model, given.to(self._model.device))
+        return logits.to(given.targets.device)
+
+
+def check_teacher(teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
+    """Checks that two models predict the same tokens.
+
+    Raises:
+        ConfigError: If their vocabularies are of different size.
+    """
+    theirs, ours = (config.get_text_config().vocab_size for config in (teacher, student))
+    if theirs != ours:
+        raise ConfigError(
+            f"The teacher has a vocabulary of {theirs} tokens, the model that learns from it one "
+            f"of {ours}. Distill from the model that it was pruned from, or set [recovery] "
+            "distill_weight = 0."
+        )
+
+
+def check_predictions(
+    student: PreTrainedConfig, sequences: Sequence[TrainingSequence], teacher: LiveTeacher | None
+) -> None:
+    """Checks that there is a teacher for every sequence, and that it knows the student's tokens.
+
+    Raises:
+        ConfigError: If not.
+    """
+    if teacher is not None:
+        check_teacher(teacher.config, student)
+        return
+    size = student.get_text_config().vocab_size
+    for number, sequence in enumerate(sequences, start=1):
+        if sequence.teacher is None:
+            raise ConfigError(
+                f"[recovery] distill_weight is above 0, but training sequence {number} of "
+                f"{len(sequences)} has no predictions of a teacher. Add them with "
+                "rankadaptor_plugin.recovery.teacher.with_teacher, hand over a LiveTeacher, or set "
+                "distill_weight = 0."
+            )
+    greatest = max(int(s.teacher.indices.max()) for s in sequences if s.teacher is not None)
+    if greatest >= size:
+        raise ConfigError(
+            f"The teacher predicts token {greatest}, but the model that learns from it has a "
+            f"vocabulary of {size}. Distill from the model that it was pruned from, or set "
+            "[recovery] distill_weight = 0."
+        )
+
+
+def with_teacher(
+    corpus: Corpus,
+    teacher: Callable[[], PreTrainedModel],
+    *,
+    fingerprint: str,
+    top_k: int,
+    temperature: float,
+    cache: Path | None,
+    batch_tokens: int = 8192,
+) -> Corpus:
+    """Adds the teacher's predictions to the training sequences; validation stays as it is.
+
+    A trained token takes ``6 k + 4`` bytes (388 for 64 kept tokens, so 1.9 GB for five million
+    trained tokens), in the file and in memory. Read from the file, it is mapped: the system loads
+    what a batch needs, and may forget it again. While it is computed and written, two copies are in
+    memory. Log-probabilities are kept in float16, which is off by at most 2^-11 of each: less than
+    a teacher in bfloat16 is, and without effect on a loss (`docs/distillation.md`).
+
+    Args:
+        corpus: The corpus.
+        teacher: Loads the unpruned model where it is to compute; not called if the file is there.
+        fingerprint: What tells one teacher from another: its weights, and its type.
+        top_k: Tokens that are kept of each prediction, at least 1; all if there are no more.
+        temperature: Temperature of the predictions.
+        cache: Folder of such files; None keeps them in memory alone. A torn file is made anew, and
+            one that cannot be written is a warning.
+        batch_tokens: Most tokens in one pass of the teacher, padding included; a longer sequence
+            is alone in its pass.
+
+    Returns:
+        A corpus whose sequences carry predictions.
+
+    Raises:
+        ValueError: If `top_k` is below 1.
+    """
+    if top_k < 1:
+        raise ValueError(f"{top_k} tokens of each prediction are too few; keep at least 1")
+    counts = [trained_tokens([sequence]) for sequence in corpus.sequences]
+    file = None
+    if cache is not None:
+        key = _key(corpus.sequences, fingerprint, top_k, temperature)
+        file = cache / f"{key}.safetensors"
+    found = _read(file, sum(counts)) if file else None
+    if found is None:
+        found = _predict(teacher().eval(), corpus.sequences, top_k, temperature, batch_tokens)
+        if file and _write(file, found):
+            found = _read(file, sum(counts)) or found  # mapped, it need not stay in memory
+    parts = zip(*(torch.split(tensor, counts) for tensor in _tensors(found).values()), strict=True)
+    return dataclasses.replace(
+        corpus,
+        sequences=[
+            dataclasses.replace(sequence, teacher=TeacherTokens(*part))
+            for sequence, part in zip(corpus.sequences, parts, strict=True)
+        ],
+    )
+
+
+def _predict(
+    model: PreTrainedModel,
+    sequences: Sequence[TrainingSequence],
+    top_k: int,
+    temperature: float,
+    batch_tokens: int,
+) -> TeacherTokens:
+    """Returns the predictions for all sequences, one after the other."""
+    ends = [*itertools.accumulate(trained_tokens([sequence]) for sequence in sequences)]
+    starts = [0, *ends]
+    total = ends[-1]
+    kept = min(top_k, model.config.get_text_config().vocab_size)
+    # Made outside of the inference mode: its tensors could not be part of a loss.
+    found = TeacherTokens(
+        torch.empty(total, kept, dtype=torch.int32),
+        torch.empty(total, kept, dtype=torch.float16),
+        torch.empty(total, dtype=torch.float32),
+    )
+    with torch.inference_mode():
+        for group in _groups(sequences, batch_tokens):
+            (given,) = passes([sequences[i] for i in group], "padded", len(group))
+            logits = forward_logits(model, given.to(model.device))
+            rows = torch.cat([torch.arange(starts[i], ends[i]) for i in group])
+            chunks = (torch.split(tensor, _ROWS) for tensor in (logits, rows))
+            for some, where in zip(*chunks, strict=True):
+                scores = torch.log_softmax(some.float() / temperature, dim=-1)
+                best, indices = scores.topk(kept)
+                rest = scores.scatter(1, indices, -torch.inf).logsumexp(1)
+                found.indices[where] = indices.int().cpu()
+                found.log_probabilities[where] = best.clamp(min=LEAST).half().cpu()
+                found.rest[where] = rest.clamp(min=LEAST).cpu()
+    return found
+
+
+def _groups(sequences: Sequence[TrainingSequence], batch_tokens: int) -> Iterator[list[int]]:
+    """Yields the numbers of the sequences of each pass, the longest sequences first."""
+    group: list[int] = []
+    longest = 0
+    for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i].tokens)):
+        if group and (len(group) + 1) * longest > batch_tokens:
+            yield group
+            group = []
+        if not group:
+            longest = len(sequences[i].tokens)
+        group.append(i)
+    yield group
+
+
+def _key(
+    sequences: Sequence[TrainingSequence], fingerprint: str, top_k: int, temperature: float
+) -> str:
+    """Returns the name of what is predicted by whom for what."""
+    said = hashlib.sha256(repr((_VERSION, fingerprint, top_k, float(temperature))).encode())
+    for sequence in sequences:
+        said.update(len(sequence.tokens).to_bytes(8, "little"))
+        for ids in (sequence.tokens, sequence.labels):
+            said.update(ids.to(torch.int64).contiguous().numpy().tobytes())
+    return said.hexdigest()[:32]
+
+
+def _tensors(predictions: TeacherTokens) -> dict[str, torch.Tensor]:
+    return {f.name: getattr(predictions, f.name) for f in dataclasses.fields(predictions)}
+
+
+def _checksum(predictions: TeacherTokens) -> str:
+    value = 0
+    for tensor in _tensors(predictions).values():
+        value = zlib.crc32(tensor.numpy().data, value)
+    return str(value)
+
+
+def _read(file: Path, total: int) -> TeacherTokens | None:
+    """Returns the predictions for so many trained tokens; None where they have to be made."""
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, "pt") as opened:
+            said = (opened.metadata() or {}).get("checksum")
+            found = TeacherTokens(
+                **{f.name: opened.get_tensor(f.name) for f in dataclasses.fields(TeacherTokens)}
+            )
+        if len(found.rest) != total or _checksum(found) != said:
+            raise ValueError("its content does not match its checksum")
+    except (OSError, SafetensorError, ValueError) as error:
+        logger.warning("The teacher's predictions in %s are torn (%s); made anew", file, error)
+        return None
+    return found
+
+
+def _write(file: Path, predictions: TeacherTokens) -> bool:
+    """Writes the predictions, whole or not at all; returns whether they were written."""
+    # Runs may share the folder.
+    partial = file.with_name(f".{file.stem}.{os.getpid()}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(_tensors(predictions), partial, {"checksum": _checksum(predictions)})
+        os.replace(partial, file)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        logger.warning(
+            "The teacher's predictions cannot be kept in %s (%s); the next run computes them again",
+            file.parent,
+            error,
+        )
+        return False
+    return True

@@ -1,0 +1,310 @@
+"""The training loop: optimizer steps on the resident model, and what may go wrong in one.
+
+Memory that does not suffice halves the sequences per pass, with the same effective batch. A loss
+that is no number, or that stays far above that of guessing, ends the fine-tune with the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from rankadaptor_plugin.core.errors import RecoveryError
+from rankadaptor_plugin.models.device import is_out_of_memory
+from rankadaptor_plugin.recovery.batches import passes, trained_tokens
+from rankadaptor_plugin.recovery.dropout import tell
+from rankadaptor_plugin.recovery.fused_lora import fused
+from rankadaptor_plugin.recovery.losses import forward_logits, token_loss
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from transformers import PreTrainedModel
+
+    from rankadaptor_plugin.config.tables import RecoveryConfig
+    from rankadaptor_plugin.corpus.sequences import TrainingSequence
+    from rankadaptor_plugin.recovery.methods.methods import Tuned
+    from rankadaptor_plugin.recovery.teacher import LiveTeacher
+
+logger = logging.getLogger(__name__)
+
+_HOPELESS = 5  # steps in a row
+_SKIPPED = 40  # steps in a row; float16 begins with a loss scale of 2 ** 16
+_FAR = 2.0  # times the loss of guessing, or of the first step where that is higher
+
+
+@dataclass
+class MicroBatch:
+    """How much goes through the model at once; remembered from one fine-tune to the next.
+
+    Attributes:
+        size: Most sequences per pass; halved where memory does not suffice.
+        layout: See `rankadaptor_plugin.recovery.batches.passes`.
+    """
+
+    size: int
+    layout: str = "sorted"
+
+    @classmethod
+    def of(cls, config: RecoveryConfig) -> MicroBatch:
+        """Returns what a run file asks for."""
+        layout = "sorted" if config.layout == "auto" else config.layout
+        return cls(min(config.micro_batch_size, config.batch_size), layout)
+
+    def halve(self) -> None:
+        """Makes room.
+
+        Raises:
+            RecoveryError: If a pass holds a single sequence already.
+        """
+        if self.size == 1:
+            raise RecoveryError(
+                "Memory does not suffice for a single training sequence. Set [recovery] "
+                "gradient_checkpointing = true, lower [corpus] max_tokens, or quantize the model."
+            )
+        self.size //= 2
+        logger.warning("Out of memory: from now on %d sequences per pass", self.size)
+
+
+class Watch:
+    """Tells when a fine-tune cannot be saved.
+
+    Args:
+        vocabulary: Number of tokens, which guessing chooses from.
+        steps: Steps of the fine-tune.
+        config: The ``[recovery]`` table, for the advice.
+    """
+
+    def __init__(self, vocabulary: int, steps: int, config: RecoveryConfig) -> None:
+        self._guessing, self._steps, self._config = math.log(vocabulary), steps, config
+        self._first: float | None = None
+        self._above = self._skipped = 0
+
+    def check(self, step: int, loss: float, norm: float = 0.0) -> None:
+        """Looks at one step, counted from 0.
+
+        Raises:
+            RecoveryError: If loss or gradient is not a finite number, or the loss stays far above
+                that of guessing.
+        """
+        advice = (
+            f"Lower [recovery] learning_rate (now {self._config.learning_rate:g}) or raise "
+            "warmup_steps."
+        )
+        where = f"at step {step + 1} of {self._steps}"
+        for what, value in (("training loss", loss), ("norm of the gradient", norm)):
+            if not math.isfinite(value):
+                raise RecoveryError(f"The {what} is {value} {where}. {advice}")
+        self._first = loss if self._first is None else self._first
+        limit = _FAR * max(self._first, self._guessing)
+        self._above = self._above + 1 if loss > limit else 0
+        if self._above >= _HOPELESS:
+            raise RecoveryError(
+                f"The fine-tune diverges: the training loss is {loss:.4g} {where}, for "
+                f"{_HOPELESS} steps above {limit:.4g}. {advice}"
+            )
+
+    def check_skipped(self, step: int, skipped: bool) -> None:
+        """Looks at whether a step was left out because its gradients are no numbers in float16.
+
+        Raises:
+            RecoveryError: If that happens again and again, whatever the loss scale.
+        """
+        self._skipped = self._skipped + 1 if skipped else 0
+        if self._skipped >= _SKIPPED:
+            raise RecoveryError(
+                f"The gradients are not finite at step {step + 1} of {self._steps}, nor at the "
+                f'{_SKIPPED - 1} steps before. Set dtype = "bfloat16" or "float32".'
+            )
+
+
+def train(
+    tuned: Tuned,
+    batches: Iterator[list[TrainingSequence]],
+    config: RecoveryConfig,
+    steps: int,
+    *,
+    micro: MicroBatch,
+    teacher: LiveTeacher | None = None,
+    on_step: Callable[[int, float], bool] = lambda done, loss: True,
+) -> list[float]:
+    """Runs the steps of a fine-tune.
+
+    Args:
+        tuned: The method at work on a model.
+        batches: The sequences of each step.
+        config: The ``[recovery]`` table; its ``steps`` are those of the whole schedule.
+        steps: Steps to run.
+        micro: How much goes through at once; changed where memory does not suffice.
+        teacher: The unpruned model, where it predicts on the way.
+        on_step: Told the number of steps done and the loss of the last; False ends the fine-tune.
+
+    Returns:
+        The loss of each step, in nats per trained token.
+
+    Raises:
+        RecoveryError: If the fine-tune diverges, or memory does not suffice in any way.
+    """
+    model: PreTrainedModel = tuned.model.get_base_model()
+    optimizer = tuned.optimizer(config.learning_rate, config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, config)
+    )
+    parameters = tuned.parameters()
+    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+    watch = Watch(model.config.get_text_config().vocab_size, steps, config)
+    losses: list[float] = []
+    tuned.model.train()
+    with checkpointed(model, config.gradient_checkpointing), fused(model):
+        for step in range(steps):
+            loss = _accumulated(tuned, next(batches), step, config, micro, scaler, teacher)
+            scaler.unscale_(optimizer)
+            limit = config.max_grad_norm or math.inf
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+            watch.check(step, loss, 0.0 if scaler.is_enabled() else norm)  # which skips such steps
+            scaler.step(optimizer)
+            scale = scaler.get_scale()
+            scaler.update()
+            skipped = scaler.get_scale() < scale
+            watch.check_skipped(step, skipped)
+            if skipped:  # what is no number must not be weighed by the method either
+                for parameter in parameters:
+                    parameter.grad = None if parameter.grad is None else parameter.grad.zero_()
+            else:
+                schedule.step()
+            tuned.after_step(step)
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss)
+            if not on_step(step + 1, loss):
+                break
+    return losses
+
+
+def _accumulated(
+    tuned: Tuned,
+    batch: Sequence[TrainingSequence],
+    step: int,
+    config: RecoveryConfig,
+    micro: MicroBatch,
+    scaler: torch.amp.GradScaler,
+    teacher: LiveTeacher | None,
+) -> float:
+    """Adds up the gradients of one optimizer step, in as many passes as memory asks for."""
+    device = tuned.model.device
+    states = torch.get_rng_state(), _device_state(device)
+    while True:
+        try:
+            return _gradients(tuned, batch, step, config, micro, scaler, teacher)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        for parameter in tuned.parameters():
+            parameter.grad = None
+        _make_room(device, micro)
+        torch.set_rng_state(states[0])  # the same dropout again
+        if states[1] is not None:
+            torch.cuda.set_rng_state(states[1], device)
+
+
+def _gradients(
+    tuned: Tuned,
+    batch: Sequence[TrainingSequence],
+    step: int,
+    config: RecoveryConfig,
+    micro: MicroBatch,
+    scaler: torch.amp.GradScaler,
+    teacher: LiveTeacher | None,
+) -> float:
+    model = tuned.model.get_base_model()
+    count = trained_tokens(batch)
+    total = torch.zeros((), device=model.device)
+    for part in passes(batch, micro.layout, micro.size):
+        given = part.to(model.device)
+        tell(model, given, step)
+        with mixed_precision(model):
+            logits = forward_logits(model, given)
+        loss = token_loss(
+            logits,
+            given,
+            weight=config.distill_weight,
+            temperature=config.distill_temperature,
+            teacher_logits=teacher(given) if teacher is not None else None,
+        )
+        # Divided by the tokens of the whole step, so that the parts add up to their mean.
+        loss = loss / count
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    if (extra := tuned.extra_loss()) is not None:
+        scaler.scale(extra).backward()  # type: ignore[no-untyped-call]
+    return float(total)
+
+
+def _make_room(device: torch.device, micro: MicroBatch) -> None:
+    """Halves a pass; called where the error no longer holds on to the tensors of the last one."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    micro.halve()
+
+
+@torch.no_grad()
+def mean_loss(
+    model: PreTrainedModel, sequences: Sequence[TrainingSequence], micro: MicroBatch
+) -> float:
+    """Returns the loss on sequences that are not trained on, in nats per trained token.
+
+    The model is put into evaluation mode. Where memory does not suffice `micro` is halved.
+
+    Raises:
+        RecoveryError: If memory does not suffice for one sequence.
+    """
+    model.eval()
+    while True:
+        try:
+            total = 0.0
+            for part in passes(sequences, micro.layout, micro.size):
+                given = part.to(model.device)
+                with mixed_precision(model):
+                    logits = forward_logits(model, given)
+                total += float(token_loss(logits, given))
+            return total / trained_tokens(sequences)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        _make_room(model.device, micro)
+
+
+def mixed_precision(model: PreTrainedModel) -> torch.autocast:
+    """Lets the float32 adapters of a half-precision base compute in its type."""
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(model.device.type, model.dtype if half else None, enabled=half)
+
+
+@contextlib.contextmanager
+def checkpointed(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """Computes activations twice instead of keeping them, while the block lasts."""
+    if not wanted or model.is_activation_checkpointing:
+        yield
+        return
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()
+
+
+def learning_rate_factor(step: int, config: RecoveryConfig) -> float:
+    """Returns the share of the peak learning rate at a step, counted from 0."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return 1.0
+    return max(0.0, (config.steps - step) / max(1, config.steps - config.warmup_steps))
+
+
+def _device_state(device: torch.device) -> torch.Tensor | None:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None

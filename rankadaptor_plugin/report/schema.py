@@ -1,0 +1,224 @@
+"""What a report says: the schema of report.json.
+
+Plain values only. Accuracy and shares are fractions in [0, 1], clp and margin in nats, times in
+seconds, memory in bytes, layers counted from 0 = bottom. None stands for "not known", such as the
+half width of an interval from a single document.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+
+if TYPE_CHECKING:
+    from rankadaptor_plugin.report.texts import Entry
+
+Column = dict[str, dict[str, dict[str, float | None]]]
+"""The scores of one model: task, and ``mean`` for the weighted mean, then metric, to ``mean`` and
+``half_width``, as `rankadaptor_plugin.verdict.statistics.score_cells` returns them."""
+
+
+class Verdict(TypedDict):
+    """What came out.
+
+    Attributes:
+        sentence: What `rankadaptor_plugin.report.report.verdict_sentence` returned.
+        delivered: ``uniform`` or ``searched``: the allocation of the delivered adapter; or the
+            name of a recovery method; or ``foreign``: that of a recovery stage from another
+            package.
+        baseline: What `rankadaptor_plugin.report.report.baseline_label` returned.
+        comparisons: Searched, or a recovery method, minus uniform by metric, as
+            `Comparison.to_json` writes it; empty where there was nothing to compare.
+        target: The one task that was compared; empty for the weighted mean.
+    """
+
+    sentence: str
+    delivered: str
+    baseline: str
+    comparisons: dict[str, dict[str, Any]]
+    target: NotRequired[str]
+
+
+class Parameters(TypedDict):
+    """Numbers of parameters; ``trainable`` by name of the allocation."""
+
+    base: int
+    pruned: int
+    trainable: dict[str, int]
+
+
+class Footprint(TypedDict):
+    """What a model costs, as `rankadaptor_plugin.models.footprint.Footprint` counts it.
+
+    Attributes:
+        parameters: Number of parameters.
+        macs: Multiply-accumulates of a forward pass over 64 tokens.
+        kv_cache_bytes: Bytes of key-value cache per token.
+        checkpoint_bytes: Bytes of all weights.
+    """
+
+    parameters: int
+    macs: int
+    kv_cache_bytes: int
+    checkpoint_bytes: int
+
+
+class Objective(TypedDict):
+    """What the search maximized: a metric, of the ``mean`` over the tasks or of one task.
+
+    ``normalized`` if each task counts in units of its spread.
+    """
+
+    metric: str
+    target: str
+    normalized: NotRequired[bool]
+
+
+class SearchSummary(TypedDict):
+    """How the search went: why it stopped, and numbers of trials by how they ended.
+
+    ``forecasts`` has by model the mean log density of what was measured, in nats per trial.
+    """
+
+    stop_reason: str
+    initial_trials: int
+    complete: int
+    failed: int
+    stopped: int
+    interrupted: int
+    method: str
+    forecasts: dict[str, float]
+
+
+class Confirm(TypedDict):
+    """The race of the finalists against uniform LoRA (`rankadaptor_plugin.verdict.race_result`).
+
+    Attributes:
+        error_rate: Of all competitors together: of a gain that is none, of eliminating the best.
+        confidence: One less that.
+        metric: What decides.
+        seeds: Fresh seeds that were used.
+        most_seeds: Seeds of a whole race.
+        least_seeds: Seeds before anyone may be eliminated.
+        fine_tunes: Fine-tunes that were scored.
+        competitors: One entry each: ``label``, ``ranks``, ``settings``, ``method`` (absent for
+            LoRA), ``baseline`` (its ranks) and ``baseline_settings``, ``chosen``, ``per_seed``
+            differences, ``eliminated_after`` and ``reason`` (None if it ran to the end),
+            ``detail``, ``comparison``, and ``search_objective``.
+    """
+
+    error_rate: float
+    confidence: float
+    metric: str
+    seeds: list[int]
+    most_seeds: int
+    least_seeds: int
+    fine_tunes: int
+    competitors: list[dict[str, Any]]
+
+
+class Cost(TypedDict):
+    """What the run took, in seconds and bytes.
+
+    Attributes:
+        stages: Seconds by stage.
+        fine_tuning: Seconds in fine-tunes, over all stages.
+        evaluation: Seconds in evaluations, over all stages.
+        other: All other seconds.
+        per_trial: Mean seconds of a complete trial, None if there is none.
+        peak_memory_bytes: Most memory in use on the device (on the CPU: of the process).
+    """
+
+    stages: dict[str, float]
+    fine_tuning: float
+    evaluation: float
+    other: float
+    per_trial: float | None
+    peak_memory_bytes: int | None
+
+
+class Documents(TypedDict):
+    """Documents by task that the search saw, and that the report was made from."""
+
+    search: dict[str, int]
+    report: dict[str, int]
+
+
+class Result(TypedDict):
+    """A file with the values per document of one scored model."""
+
+    file: str
+    seed: int | None
+
+
+class ReportData(TypedDict):
+    """All of report.json.
+
+    Attributes:
+        verdict: What came out.
+        tasks: Task names in the order of the tables. None may be called ``mean``.
+        metrics: Metrics on the report documents; the first decides the verdict.
+        scores: Column by model: ``base``, ``pruned``, ``uniform``, ``searched``, ``recovered``
+            (what is delivered: one of the others), and by recovery method. Absent ones are left
+            out.
+        allocations: Ranks by ``uniform``, ``searched``, ``recovered``. Absent ones are left out.
+        parameters: Numbers of parameters.
+        dtype: Type of the weights, which the bytes are counted in.
+        footprints: What the ``base`` and the ``pruned`` model cost.
+        widths: ``[heads, kv_heads, channels]`` per layer of the pruned model.
+        kept_layers: For each of these layers the number that it had before pruning.
+        layers: Numbers of layers of the ``base`` and the ``pruned`` model.
+        hidden_sizes: The same of hidden sizes.
+        trials: Trials as `Trial.to_json` writes them, by position.
+        objective: What the search maximized.
+        search: How the search went.
+        front: Trials on the front of score against parameters; empty if it was not searched.
+        knowledge: What `rankadaptor_plugin.search.transfer.knowledge.Knowledge.worth` returned.
+        confirm: The final comparison.
+        cost: What it took.
+        versions: Version by name of the software.
+        seeds: Seed or list of seeds by what it was used for.
+        documents: Numbers of documents.
+        results: By model the files with its values per document, relative to the run folder, and
+            the seed of each fine-tune, None for base and pruned model.
+        noise: What `rankadaptor_plugin.verdict.noise.Noise.to_json` returned; None if it was not
+            measured.
+        generation: Texts of the models, as `rankadaptor_plugin.report.texts` takes them.
+        config: The run file's values, tables as dictionaries.
+        device: Name of the device, such as ``cpu`` or ``cuda:0 (NVIDIA H100)``.
+        weights: Weight per task in the mean; equal if absent.
+        settings: Searched settings by allocation; those of the run file where absent.
+        slots: What each rank of an allocation belongs to; the layers in order if absent.
+        methods: Recovery methods that were scored, in the order of the run file.
+    """
+
+    verdict: Verdict
+    tasks: list[str]
+    metrics: list[str]
+    scores: dict[str, Column]
+    allocations: dict[str, list[int]]
+    parameters: Parameters
+    dtype: str
+    footprints: dict[str, Footprint]
+    widths: list[list[int]]
+    kept_layers: list[int]
+    layers: dict[str, int]
+    hidden_sizes: dict[str, int]
+    trials: list[dict[str, Any]]
+    objective: Objective
+    search: SearchSummary
+    front: list[dict[str, Any]]
+    knowledge: list[dict[str, Any]]
+    confirm: Confirm
+    cost: Cost
+    versions: dict[str, str]
+    seeds: dict[str, int | list[int]]
+    documents: Documents
+    results: dict[str, list[Result]]
+    noise: dict[str, Any] | None
+    generation: list[Entry]
+    config: dict[str, Any]
+    device: str
+    weights: NotRequired[dict[str, float]]
+    slots: NotRequired[list[str]]
+    settings: NotRequired[dict[str, dict[str, float]]]
+    methods: NotRequired[list[str]]

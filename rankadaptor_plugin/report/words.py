@@ -1,0 +1,96 @@
+"""The words of a report around its tables, the same in Markdown and HTML."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from rankadaptor_plugin.report.numbers import METRIC_UNITS, number
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from rankadaptor_plugin.report.schema import ReportData
+
+METHODS_ALONE = "recovery methods"
+"""The reason to stop of a run that only fine-tunes given recovery methods."""
+
+READING = (
+    (
+        "How sure",
+        "a +- b is a value and the half width of its interval. Base and pruned model: over "
+        "documents. Recovered models: over seeds and documents, counted so that the interval is "
+        "rather too wide than too narrow.",
+    ),
+    (
+        "What decides",
+        "the paired comparison in the first metric: searched allocation, or another recovery "
+        "method, minus uniform LoRA, same seeds, same documents. Two intervals in the score table "
+        "may overlap although the paired one excludes zero. Unless the paired one lies above zero, "
+        "uniform LoRA is delivered.",
+    ),
+    (
+        "Search documents",
+        "the only ones that the search saw. The best of many trials looks better on them than it "
+        "is.",
+    ),
+    (
+        "Report documents",
+        "kept from the search. The score table and the verdict come from these, with seeds that "
+        "the search did not use.",
+    ),
+    (
+        "Metrics",
+        "accuracy: share of documents answered rightly. clp: log-probability of the right choice "
+        "among the choices. margin: log-likelihood of the right choice minus that of the best "
+        "wrong one. gold_ll: log-likelihood of the right choice per byte. log_likelihood: of a "
+        "token of running text; perplexity is exp(-log_likelihood). Higher is better for all. The "
+        "noise floor says how noisy each of them is.",
+    ),
+    (
+        "Ranks",
+        "the LoRA rank of each decoder layer; layer 0 is at the bottom. Equal parameters: the "
+        "uniform allocation has as many trainable parameters as the searched one, as nearly as "
+        "whole ranks allow.",
+    ),
+)
+
+
+def search_line(data: ReportData) -> str:
+    """Says in one line how the search went."""
+    search = data["search"]
+    if search["stop_reason"] == METHODS_ALONE:
+        return "No search: the run file names other recovery methods alone."
+    begun = sum(trial["phase"] == "initialization" for trial in data["trials"])
+    initial = max(search["initial_trials"], begun)
+    told = ", ".join(f"{name} {number(v, 2)}" for name, v in search["forecasts"].items())
+    return (
+        f"Method {search['method']}: {search['complete']} trials complete, "
+        f"{search['stopped']} ended at their rung, {search['failed']} failed, "
+        f"{search['interrupted']} interrupted; the first {initial} were planned as "
+        f"initialization phase. Stopped: {search['stop_reason']}. "
+        f"Objective: {objective_label(data)}, on the search documents."
+        + (f" Log density of what was measured, forecast one step ahead: {told}." if told else "")
+    )
+
+
+def objective_label(data: ReportData) -> str:
+    """Names what the search maximized, such as ``clp, mean of the tasks (nats)``."""
+    metric, target = data["objective"]["metric"], data["objective"]["target"]
+    place = "mean of the tasks" if target in ("", "mean") else f"task {target}"
+    scaled = ", in units of each task's spread" if data["objective"].get("normalized") else ""
+    unit = METRIC_UNITS.get(metric)
+    return f"{metric}, {place}{scaled}{f' ({unit})' if unit and not scaled else ''}"
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """Writes the run file's values in the form of a run file."""
+    plain = [(k, v) for k, v in config.items() if not isinstance(v, dict)]
+    blocks = [_block("", plain)] if plain else []
+    blocks += [_block(k, list(v.items())) for k, v in config.items() if isinstance(v, dict)]
+    return "\n\n".join(blocks)
+
+
+def _block(name: str, values: Sequence[tuple[str, Any]]) -> str:
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values]
+    return "\n".join(([f"[{name}]"] if name else []) + lines)

@@ -1,0 +1,228 @@
+"""Reads finished studies that a later search can learn from; what is read is never changed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sqlite3
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import numpy as np
+from optuna.storages import RDBStorage
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.pool import NullPool
+
+from rankadaptor_plugin.core.errors import ArtifactError, ConfigError
+from rankadaptor_plugin.core.trials import RECORD, Trial, TrialState
+from rankadaptor_plugin.search.record import (
+    LAYERS,
+    OBJECTIVE,
+    SPACE,
+    LayerFeatures,
+    space_from_json,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from optuna.storages import BaseStorage
+    from optuna.study._frozen import FrozenStudy
+
+    from rankadaptor_plugin.core.ranks import Allocations, RankSpace
+
+log = logging.getLogger(__name__)
+
+SEARCH = "search"
+"""Name of the study that a run makes for its search."""
+
+_LEAST = 2  # trials that can differ
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SourceStudy:
+    """The trials of one finished search.
+
+    Attributes:
+        name: Where it was read, for people.
+        space: Its rank space.
+        features: Features of its slots; without columns if the study has none.
+        rows: Allocations of the trials, shape (n, c), int64, n >= 2.
+        values: Their scores, shape (n, T), float64, finite, no column constant.
+        columns: Names of the scores: `OBJECTIVE` and ``task/metric``.
+    """
+
+    name: str
+    space: RankSpace
+    features: LayerFeatures
+    rows: Allocations
+    values: NDArray[np.float64]
+    columns: tuple[str, ...]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, each once."""
+        pairs = (name.rpartition("/")[0] for name in self.columns if name != OBJECTIVE)
+        return tuple(dict.fromkeys(pairs))
+
+
+def read_source(spec: str) -> list[SourceStudy]:
+    """Reads the studies that a path or URL names.
+
+    Args:
+        spec: A run folder, an SQLite file or a storage URL of Optuna, and perhaps ``#STUDY``. Of
+            several studies the one named "search" is read if no other is asked for, else all that
+            say what their rank space was.
+
+    Raises:
+        ConfigError: If there is no such folder, file or study.
+        ArtifactError: If it cannot be read, does not say what its rank space was, or its trials
+            cannot be learnt from.
+    """
+    place, _, wanted = (spec, "", "") if Path(spec).exists() else spec.rpartition("#")
+    place, wanted = (place, wanted) if place else (spec, "")
+    url, label, options = _located(place)
+    storage = None
+    try:
+        # Without a pool, and without making tables: what is there is only looked at.
+        options["poolclass"] = NullPool
+        storage = RDBStorage(url, engine_kwargs=options, skip_table_creation=True)
+        chosen = _chosen(storage.get_all_studies(), wanted, label)
+        return [_read(storage, study, label) for study in chosen]
+    except (ArtifactError, ConfigError):
+        raise
+    except Exception as error:  # every database driver has error types of its own
+        cause = str(error.__cause__ or error).strip().partition("\n")[0].rstrip(".")
+        raise ArtifactError(
+            f"The studies of {label} cannot be read: {cause}. Name a run folder, an SQLite file "
+            "or a storage URL with studies of Optuna."
+        ) from error
+    finally:
+        if storage is not None:
+            storage.remove_session()
+            storage.engine.dispose()
+
+
+def _located(place: str) -> tuple[str, str, dict[str, Any]]:
+    """Returns the storage URL of a place, what to call it, and options of the engine."""
+    label = place
+    if "://" in place:
+        try:
+            url = make_url(place)
+        except ArgumentError:
+            raise ConfigError(
+                f"{place!r} is no storage URL. Write one such as sqlite:///runs/a/study.db."
+            ) from None
+        label = url.render_as_string(hide_password=True)
+        if url.get_backend_name() != "sqlite" or url.query or not url.database:
+            return place, label, {}
+        place = url.database
+    path = Path(place)
+    file = path / "study.db" if path.is_dir() else path
+    if not file.is_file():
+        what = f"{path} holds no study.db" if path.is_dir() else f"There is no study {path}"
+        raise ConfigError(f"{what}. Give a run folder, an SQLite file or a storage URL of Optuna.")
+    uri = f"file:{quote(str(file.resolve()))}?mode=ro"
+    return "sqlite://", label, {"creator": partial(sqlite3.connect, uri, uri=True)}
+
+
+def _chosen(studies: Sequence[FrozenStudy], wanted: str, label: str) -> list[FrozenStudy]:
+    by_name = {study.study_name: study for study in studies}
+    described = [study for study in studies if SPACE in study.user_attrs]
+    if wanted and wanted not in by_name:
+        raise ConfigError(
+            f"There is no study {wanted!r} in {label}. It has: {', '.join(by_name) or 'none'}."
+        )
+    chosen = [by_name[wanted or SEARCH]] if (wanted or SEARCH) in by_name else described
+    missing = [study.study_name for study in chosen if SPACE not in study.user_attrs]
+    if missing or not chosen:
+        which = f"The study {missing[0]!r}" if missing else "No study"
+        raise ArtifactError(
+            f"{which} in {label} says{' not' if missing else ''} what its rank space was. "
+            "Only studies made by this version or a later one can be learnt from."
+        )
+    return chosen
+
+
+def _read(storage: BaseStorage, study: FrozenStudy, label: str) -> SourceStudy:
+    name = label if study.study_name == SEARCH else f"{label}#{study.study_name}"
+    try:
+        space = space_from_json(study.user_attrs[SPACE])
+        features = _features(study.user_attrs.get(LAYERS), space)
+    except ArtifactError as error:
+        raise ArtifactError(f"{name}: {error}") from error
+    stored = storage.get_all_trials(study._study_id, deepcopy=False)
+    records = [trial.user_attrs[RECORD] for trial in stored if RECORD in trial.user_attrs]
+    try:
+        trials = [Trial.from_json(record) for record in records]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(
+            f"{name}: the record of a trial cannot be read ({type(error).__name__}: {error}). "
+            "Leave this study out."
+        ) from error
+    complete = [t for t in trials if t.state is TrialState.COMPLETE and t.fidelity >= 1]
+    if trials and all(trial.state is TrialState.FAILED for trial in trials):
+        raise ArtifactError(f"{name}: all {len(trials)} trials failed. Leave this study out.")
+    if len(complete) < _LEAST:
+        raise ArtifactError(
+            f"{name} has {len(complete)} complete trials of full length; it takes {_LEAST}. "
+            "Let its search go on, or leave it out."
+        )
+    if any(len(trial.allocation.ranks) != space.slots for trial in complete):
+        raise ArtifactError(
+            f"{name}: a trial does not have the {space.slots} ranks of its rank space. Leave this "
+            "study out."
+        )
+    columns, values = _scores(complete, name)
+    rows = np.array([space.row(trial.allocation) for trial in complete], dtype=np.int64)
+    return SourceStudy(
+        name=name, space=space, features=features, rows=rows, values=values, columns=columns
+    )
+
+
+def _features(data: Any, space: RankSpace) -> LayerFeatures:
+    if data is None:
+        return LayerFeatures((), np.zeros((space.slots, 0)))
+    features = LayerFeatures.from_json(data)
+    if len(features.values) != space.slots:
+        raise ArtifactError(
+            f"Features are stored for {len(features.values)} slots, but the rank space has "
+            f"{space.slots}. Make the study again."
+        )
+    return features
+
+
+def _scores(trials: Sequence[Trial], name: str) -> tuple[tuple[str, ...], NDArray[np.float64]]:
+    """Returns the scores that all trials have and in which they differ."""
+    found = [_values(trial) for trial in trials]
+    common = [key for key in found[0] if all(key in values for values in found)]
+    kept: list[str] = []
+    constant: list[str] = []
+    for key in common:
+        column = [values[key] for values in found]
+        if not all(map(math.isfinite, column)):
+            continue
+        (kept if max(column) > min(column) else constant).append(key)
+    if not kept:
+        raise ArtifactError(
+            f"{name}: all {len(trials)} trials have the same scores, so there is nothing to "
+            "learn. Leave this study out."
+        )
+    for key in constant:
+        log.warning("%s: %s is the same in all trials and is left out.", name, key)
+    return tuple(kept), np.array([[values[key] for key in kept] for values in found])
+
+
+def _values(trial: Trial) -> dict[str, float]:
+    tasks = {} if trial.score is None else trial.score.tasks
+    own = {OBJECTIVE: math.nan if trial.objective is None else trial.objective}
+    return own | {
+        f"{task}/{metric}": value
+        for task, score in tasks.items()
+        for metric, value in score.values.items()
+    }

@@ -1,0 +1,288 @@
+"""The noise floor before the search: a few allocations, each fine-tuned with several seeds.
+
+Uniform LoRA and some random allocations show how much of what differs between allocations is more
+than seed noise, for each score, and whether any gain that a search could plausibly find would rise
+above the noise of the final comparison (`rankadaptor_plugin.verdict.reliability`, `noise_floor`).
+The fine-tunes with the search's own seed become its first trials, so they are not made twice.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rankadaptor_plugin.core.errors import OracleError, RecoveryError
+from rankadaptor_plugin.core.metric_units import unit_of_difference
+from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
+from rankadaptor_plugin.search.parameters import untried
+from rankadaptor_plugin.verdict.confirmation import (
+    FRESH,
+    ConfirmationRun,
+    Runs,
+    run_name,
+)
+from rankadaptor_plugin.verdict.document_noise import document_sd, seed_scale
+from rankadaptor_plugin.verdict.noise_floor import Floor, assess, fine_tunes_to_detect
+from rankadaptor_plugin.verdict.reliability import Reliability, reliability
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from rankadaptor_plugin.config.tables import RunConfig
+    from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
+    from rankadaptor_plugin.core.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+OBJECTIVE = "objective"
+"""Stands for what the search maximizes among the names of the scores."""
+
+_LEAST = 2  # allocations, and seeds: fewer show no variance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """What the fine-tunes before the search say.
+
+    Attributes:
+        runs: Runs by allocation, one per seed.
+        tables: Values by score, one row per allocation and one column per seed.
+        seeds: The seeds; the first is that of the search.
+        scores: Reliability by score: the objective, and the mean over the tasks of each metric.
+        decisive: The metric of the verdict, in which gains are meant.
+        floor: Whether a search can find more than noise; None if the search documents do not have
+            the metric of the verdict, as with another oracle for the search.
+        needed: Fine-tunes that a comparison takes to show a gain, by gain in the unit of
+            `decisive`; None where the documents do not suffice. Empty along with the floor.
+        seconds: Mean wall time of a fine-tune and its evaluation.
+        left: Fine-tunes of the run file that are still to be made, at most.
+    """
+
+    runs: Mapping[RankAllocation, Runs]
+    tables: Mapping[str, list[list[float]]]
+    seeds: tuple[int, ...]
+    scores: Mapping[str, Reliability]
+    decisive: str
+    floor: Floor | None
+    needed: Mapping[float, int | None]
+    seconds: float
+    left: int
+
+    @property
+    def is_drowned(self) -> bool:
+        """Whether no plausible gain rises above the noise."""
+        return self.floor is not None and self.floor.drowned
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values, for noise.json and the report."""
+        return {
+            "allocations": [list(allocation.ranks) for allocation in self.runs],
+            "seeds": list(self.seeds),
+            "values": dict(self.tables),
+            "scores": {name: found.to_json() for name, found in self.scores.items()},
+            "decisive": self.decisive,
+            "floor": self.floor and self.floor.to_json(),
+            "sentence": self.sentence(),
+            "needed": [{"gain": g, "fine_tunes": count} for g, count in self.needed.items()],
+            "seconds_per_fine_tune": self.seconds,
+            "fine_tunes_left": self.left,
+        }
+
+    def sentence(self) -> str:
+        """Says in plain English what the floor means for the search."""
+        if self.floor is None:
+            return (
+                f"The verdict is about {self.decisive} of other tasks, or of another oracle, than "
+                "the search asks: whether a gain in that can rise above the noise is not known "
+                "beforehand."
+            )
+        factor = 100.0 if self.decisive == "accuracy" else 1.0
+        unit = unit_of_difference(self.decisive) or f"in {self.decisive}"
+        return self.floor.sentence(unit=f" {unit}", factor=factor)
+
+    def trials(self, space: RankSpace) -> list[Trial]:
+        """Returns the runs with the search's seed as trials; only those that lie in the space."""
+        return [
+            Trial(
+                position=position,
+                phase=Phase.INITIALIZATION,
+                allocation=allocation,
+                seed=self.seeds[0],
+                fidelity=1.0,
+                state=TrialState.COMPLETE,
+                score=runs[0].search,
+                objective=runs[0].objective,
+                train_loss=runs[0].train_loss,
+                validation_loss=runs[0].validation_loss,
+                seconds=runs[0].seconds,
+                parameters=space.parameters(allocation),
+            )
+            for position, (allocation, runs) in enumerate(
+                (a, several) for a, several in self.runs.items() if space.contains(a)
+            )
+        ]
+
+
+def measure(
+    space: RankSpace,
+    run: Callable[[RankAllocation, int], ConfirmationRun],
+    folder: RunFolder,
+    config: RunConfig,
+    metrics: Sequence[str],
+    decisive: str,
+    weights: Mapping[str, float],
+    report_documents: Mapping[str, int],
+    on_run: Callable[[int, int], None],
+    expect: Callable[[Sequence[tuple[RankAllocation, int]]], None] = lambda jobs: None,
+) -> Noise | None:
+    """Fine-tunes and scores every allocation with every seed; finished runs are read back.
+
+    An allocation that diverges is left out, with a warning.
+
+    Args:
+        space: The rank space.
+        run: Fine-tunes an allocation with a seed and scores it on the search documents.
+        folder: Run folder, where each run's scores are kept.
+        config: The run file.
+        metrics: Metrics of the search documents.
+        decisive: The metric of the verdict.
+        weights: Weight per task in the mean.
+        report_documents: Documents of the final comparison by task.
+        on_run: Told the number of finished runs and of all runs, before each and at the end.
+        expect: Told all allocations and seeds beforehand, so that some may be made together.
+
+    Returns:
+        None if fewer than two allocations can be fine-tuned.
+    """
+    seeds = noise_seeds(config.seed, config.noise.seeds)
+    allocations = noise_allocations(space, config.noise.allocations, config.seed)
+    expect([(allocation, seed) for allocation in allocations for seed in seeds])
+    done, total = 0, len(seeds) * len(allocations)
+    runs: dict[RankAllocation, Runs] = {}
+    for allocation in allocations:
+        several = []
+        try:
+            for seed in seeds:
+                kept = _kept(allocation, seed, folder)
+                if kept is None:
+                    on_run(done, total)
+                    kept = _run(allocation, seed, run, folder)
+                several.append(kept)
+                done += 1
+        except (RecoveryError, OracleError) as error:
+            logger.warning("%s is left out of the noise floor: %s", allocation, error)
+            continue
+        runs[allocation] = tuple(several)
+    on_run(total, total)
+    if len(runs) < _LEAST:
+        logger.warning("Fewer than two allocations could be fine-tuned; no noise floor is known")
+        return None
+    made = sum(space.contains(allocation) for allocation in runs)
+    return assessed(runs, seeds, config, metrics, decisive, weights, report_documents, made)
+
+
+def assessed(
+    runs: Mapping[RankAllocation, Runs],
+    seeds: tuple[int, ...],
+    config: RunConfig,
+    metrics: Sequence[str],
+    decisive: str,
+    weights: Mapping[str, float],
+    report_documents: Mapping[str, int],
+    made: int,
+) -> Noise:
+    """Draws the conclusions from finished runs; arguments as those of `measure`.
+
+    `made` is how many of the allocations are trials of the search as well.
+    """
+    confirm, target = config.confirm, config.oracle.target
+    weights = {target: 1.0} if target else weights
+    judged = {target} if target in report_documents else report_documents.keys()
+    tables = {OBJECTIVE: [[run.objective for run in several] for several in runs.values()]}
+    for metric in metrics:
+        tables[metric] = [[r.search.mean(metric, weights) for r in row] for row in runs.values()]
+    scores = {
+        name: reliability(table, confidence=confirm.confidence) for name, table in tables.items()
+    }
+    floor, needed = None, {}
+    # The race's intervals hold for all competitors together.
+    confidence = 1 - (1 - confirm.confidence) / config.competitors
+    # Of other tasks, or another metric, the search documents say nothing.
+    if decisive in scores and judged == weights.keys():
+        found = [[run.search for run in several] for several in runs.values()]
+        documents = document_sd(found, decisive, weights, report_documents)
+        scale = seed_scale(found, decisive, weights, report_documents, scores[decisive].seed_sd)
+        floor = assess(
+            accuracy=scores[decisive],
+            objective=scores[OBJECTIVE],
+            trials=config.search.max_trials,
+            seeds=confirm.seeds,
+            confidence=confidence,
+            document_sd=documents,
+            seed_scale=scale,
+        )
+        needed = {
+            gain: fine_tunes_to_detect(
+                gain,
+                scale * scores[decisive].seed_sd,
+                confidence=confidence,
+                document_sd=documents,
+            )
+            for gain in config.noise.gains
+        }
+    seconds = [sum(run.seconds.values()) for several in runs.values() for run in several]
+    return Noise(
+        runs=runs,
+        tables=tables,
+        seeds=seeds,
+        scores=scores,
+        decisive=decisive,
+        floor=floor,
+        needed=needed,
+        seconds=sum(seconds) / len(seconds),
+        left=fine_tunes_left(config, made),
+    )
+
+
+def fine_tunes_left(config: RunConfig, made: int) -> int:
+    """Returns the most fine-tunes that search and race still take after `made` trials."""
+    trials = config.search.max_trials
+    again = trials if config.confirm.best_random else 0
+    return max(0, trials - made) + again + config.race_fine_tunes
+
+
+def noise_seeds(seed: int, count: int) -> tuple[int, ...]:
+    """Returns the seeds: that of the search, then others that no trial or confirmation uses."""
+    return (seed, *(seed + 3 * FRESH + i for i in range(count - 1)))
+
+
+def noise_allocations(space: RankSpace, count: int, seed: int) -> list[RankAllocation]:
+    """Returns uniform LoRA and random allocations, `count` together if the space has so many."""
+    uniform = space.uniform()
+    tried = {tuple(space.row(uniform))}
+    drawn = untried(space, tried, count - 1, np.random.default_rng([seed, FRESH]))
+    return list(dict.fromkeys([uniform, *(space.allocation(row) for row in drawn)]))
+
+
+def _kept(allocation: RankAllocation, seed: int, folder: RunFolder) -> ConfirmationRun | None:
+    name = f"noise/{run_name(allocation, seed)}"
+    result = folder.read_result(name, ConfirmationRun.from_json)
+    if result is None:
+        return None
+    return result.with_search(folder.with_documents(f"{name}.parquet", result.search))
+
+
+def _run(
+    allocation: RankAllocation,
+    seed: int,
+    run: Callable[[RankAllocation, int], ConfirmationRun],
+    folder: RunFolder,
+) -> ConfirmationRun:
+    name = f"noise/{run_name(allocation, seed)}"
+    done = run(allocation, seed)
+    folder.write_score(f"{name}.parquet", done.search)
+    folder.write_json(f"{name}.json", done.to_json())
+    return done

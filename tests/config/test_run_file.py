@@ -1,0 +1,272 @@
+"""The run file: what is refused and how, and that the template says what it means."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rankadaptor_plugin.config import run_file
+from rankadaptor_plugin.config.embedded_default import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.config.tables import RunConfig
+from rankadaptor_plugin.config.template import write_template
+from rankadaptor_plugin.core.errors import ConfigError
+
+TASKS = '[oracle]\ntasks = ["a"]\n'
+TABLES = {
+    field.name: hint
+    for field in dataclasses.fields(RunConfig)
+    if dataclasses.is_dataclass(hint := typing.get_type_hints(RunConfig)[field.name])
+}
+
+REFUSED = [
+    ("sed = 1", "Unknown key sed in the run file. Did you mean 'seed'? Allowed here: model, "),
+    ("[serch]\nx = 1", "Unknown key serch in the run file. Did you mean 'search'?"),
+    ("[recovery]\nstep = 1", "Unknown key recovery.step in the run file. Did you mean 'steps'?"),
+    ("[prune]\nzzz = 1", "Unknown key prune.zzz in the run file. Allowed here: method, "),
+    ("recovery = 3", "recovery is 3; it must be a table, written as [recovery]."),
+    ("seed = true", "seed is True; it must be a whole number. Change it in the run file."),
+    ("seed = 1.0", "seed is 1.0; it must be a whole number."),
+    ("seed = -1", "seed is -1; it must be at least 0. Raise it."),
+    ("seed = 4294967296", "seed is 4294967296; it must be at most 2147483647. Lower it."),
+    ("model = 1", 'model is 1; it must be text in quotes, as in "text".'),
+    ("trust_remote_code = 1", "trust_remote_code is 1; it must be true or false."),
+    ("[prune]\nratio = true", "prune.ratio is True; it must be a number."),
+    ('[prune]\nratio = "half"', "prune.ratio is 'half'; it must be a number."),
+    ("[prune]\nratio = nan", "prune.ratio is nan; it must be a finite number. Change it."),
+    ("[prune]\nratio = 1", "prune.ratio is 1.0; it must be less than 1. Lower it."),
+    ("[prune]\nratio = 0", "prune.ratio is 0.0; it must be more than 0. Raise it."),
+    ("[recovery]\nlearning_rate = inf", "recovery.learning_rate is inf; it must be a finite"),
+    ("[rank_space]\ncandidates = 8", "rank_space.candidates is 8; it must be a list, as in [1, 2]"),
+    ("[rank_space]\ncandidates = [2, -1]", "rank_space.candidates is -1; it must be at least 0."),
+    (
+        "[rank_space]\ncandidates = [2, true]",
+        "rank_space.candidates[1] is True; it must be a whole",
+    ),
+    ("[rank_space]\ncandidates = [2, 4.5]", "rank_space.candidates[1] is 4.5; it must be a whole"),
+    ("[oracle]\ntasks = [1]", "oracle.tasks[0] is 1; it must be text in quotes"),
+    ("[oracle]\nweights = 1", "oracle.weights is 1; it must be a table, as in {name = 1.0}"),
+    ('[oracle]\nweights = {a = "x"}', "oracle.weights.a is 'x'; it must be a number."),
+    ("[oracle]\nweights = {a = -1}", "oracle.weights is -1.0; it must be at least 0. Raise it."),
+    ("[oracle]\nweights = {a = nan}", "oracle.weights is nan; it must be a finite number."),
+    (
+        '[oracle]\noverlap = "dorp"',
+        "oracle.overlap is 'dorp'. Did you mean 'drop'? Allowed: refuse",
+    ),
+    (TASKS + "[noise]\nseeds = 1", "noise.seeds is 1, which shows no noise. Use at least 2, or 0"),
+    ('dtype = "int8"', "dtype is 'int8'. Allowed: auto, float32, bfloat16, float16."),
+    ('[rank_space]\nsearch = "x"', "rank_space.search is 'x'. Allowed: pruned, all."),
+    ("", "[oracle] tasks is empty. Name at least one lm-eval task"),
+    (
+        TASKS + "[search]\ninitial_trials = 9\nmax_trials = 8",
+        "[search] initial_trials 9 is more than max_trials 8. Raise max_trials or lower",
+    ),
+    (
+        TASKS + "[recovery.trainer_arguments]\nlogging_steps = 5",
+        '[recovery.trainer_arguments] logging_steps is for Trainer, but engine is "own". Set',
+    ),
+    (
+        TASKS + "[recovery]\nalpha = 16\n[rank_space]\nalpha_over_rank = [1.0, 2.0]",
+        "[rank_space] alpha_over_rank is searched, but [recovery] alpha 16 takes its place.",
+    ),
+    ("seed = ", "is not valid TOML: Invalid value (at end of document). Correct it."),
+    ("seed = 1\nseed = 2", "is not valid TOML: Cannot overwrite a value"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), REFUSED, ids=[message[:50] for _, message in REFUSED])
+def test_each_error_says_what_is_wrong(tmp_path, text, message):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        run_file.load(path)
+    assert message in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_a_missing_file_is_answered_with_the_command_that_writes_one(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"does not exist\. Write one with: rankadaptor-plugin in"
+    ):
+        run_file.load(tmp_path / "run.toml")
+
+
+def test_a_folder_is_no_run_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot be read: Is a directory\. Give the path of a"):
+        run_file.load(tmp_path)
+
+
+def test_a_file_that_is_not_utf_8_is_no_toml(tmp_path):
+    (tmp_path / "run.toml").write_bytes(b'model = "\xff"')
+    with pytest.raises(ConfigError, match="is not valid TOML: 'utf-8' codec can't decode"):
+        run_file.load(tmp_path / "run.toml")
+
+
+@given(
+    table=st.sampled_from([None, *TABLES]),
+    key=st.text(min_size=1),
+    value=st.one_of(st.integers(), st.text(), st.booleans(), st.just({}), st.none()),
+)
+def test_any_unknown_key_is_refused(table, key, value):
+    known = {f.name for f in dataclasses.fields(TABLES[table] if table else RunConfig)}
+    if key in known:
+        key += "_"
+    data = {"oracle": {"tasks": ["a"]}}
+    (data.setdefault(table, {}) if table else data)[key] = value
+    with pytest.raises(ConfigError, match="Unknown key"):
+        run_file.from_dict(data)
+
+
+def values(hint, rule):
+    low, high = rule.get("low", rule.get("above")), rule.get("high", rule.get("below"))
+    limits = {"exclude_min": "above" in rule, "exclude_max": "below" in rule}
+    if "choices" in rule:
+        return st.sampled_from(rule["choices"])
+    if typing.get_origin(hint) is tuple:
+        items = values(typing.get_args(hint)[0], rule)
+        return st.lists(items, min_size=1, max_size=4).map(tuple)
+    if typing.get_origin(hint) is dict:
+        return st.dictionaries(st.text(), values(float, rule), max_size=3)
+    return {
+        int: st.integers(low, high),
+        float: st.floats(low, high, allow_nan=False, allow_infinity=False, **limits),
+        str: st.text(),
+        bool: st.booleans(),
+    }[hint]
+
+
+def configs(cls):
+    hints = typing.get_type_hints(cls)
+    fields = {}
+    for field in dataclasses.fields(cls):
+        nested = dataclasses.is_dataclass(hints[field.name])
+        rule = field.metadata
+        fields[field.name] = (
+            configs(hints[field.name]) if nested else values(hints[field.name], rule)
+        )
+    if "initial_trials" in fields:
+        fields["initial_trials"] = st.just(2)
+    if "report_documents" in fields:
+        fields["report_documents"] = fields["report_documents"].filter(lambda count: count != 1)
+    if "gains" in fields:
+        fields["seeds"] = fields["seeds"].filter(lambda count: count != 1)
+    if "methods" in fields:
+        further = st.lists(st.text(), max_size=3, unique=True).filter(
+            lambda names: "rankadaptor" not in names
+        )
+        fields["methods"] = further.map(lambda names: ("rankadaptor", *names))
+        fields["engine"] = st.just("trainer")  # for any of its arguments
+        fields["alpha"] = st.just(0.0)  # beside a searched alpha_over_rank
+    if "floor" in fields:
+        fields["floor"] = st.just(0.0)  # at most the ceiling
+    if "device_map" in fields:
+        fields["device"] = st.just("auto")  # the only one beside a device map
+    if "output" in fields:
+        fields["output"] = fields["model"] = st.text(min_size=1)
+    if "least_seeds" in fields:
+        fields["least_seeds"] = st.just(2)
+    if "method" in fields and "allocation" in fields:
+        fields["method"], fields["allocation"] = st.sampled_from(["auto", "paper"]), st.just("")
+        fields["pareto"] = st.just(False)  # needs another budget
+    if "candidates" in fields and "default_rank" in fields:
+        for key in ("alpha_over_rank", "learning_rate"):
+            several = st.sets(st.floats(1e-6, 1e6), max_size=3)
+            fields[key] = several.map(lambda values: tuple(sorted(values)))
+        distinct = st.sets(st.integers(1, 64), min_size=1, max_size=4)
+        fields["candidates"] = distinct.map(lambda ranks: (*sorted(ranks), 100))
+        fields["default_rank"] = st.integers(64, 99)
+    return st.builds(cls, **fields)
+
+
+@settings(max_examples=40)
+@given(config=configs(RunConfig))
+def test_any_config_comes_back_equal_from_plain_values(config):
+    assert run_file.from_dict(run_file.to_dict(config)) == config
+
+
+def test_relative_paths_are_seen_from_the_run_file(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    text = 'model = "m"\noutput = "../out"\n[corpus]\npath = "/c.txt"\n'
+    text += '[search]\nmeta = "m.safetensors"\n'
+    (tmp_path / "a" / "run.toml").write_text(text + TASKS + 'task_path = "t"\n')
+    config = run_file.load(tmp_path / "a" / "run.toml")
+    assert config == run_file.load((tmp_path / "a" / "run.toml").relative_to(tmp_path))
+    assert config.model == str(tmp_path / "a" / "m")
+    assert config.output == str(tmp_path / "a" / ".." / "out")
+    assert config.corpus.path == "/c.txt"
+    assert config.search.meta == str(tmp_path / "a" / "m.safetensors")
+    assert config.oracle.task_path == str(tmp_path / "a" / "t")
+
+
+def test_what_is_embedded_is_no_path(tmp_path):
+    (tmp_path / "run.toml").write_text(TASKS)
+    config = run_file.load(tmp_path / "run.toml")
+    assert (config.model, config.corpus.path, config.oracle.task_path) == (
+        "embedded",
+        "embedded",
+        "",
+    )
+
+
+def test_the_template_is_the_embedded_default_with_an_output_of_its_own(tmp_path):
+    write_template(tmp_path / "new" / "mine.toml")
+    config = run_file.load(tmp_path / "new" / "mine.toml")
+    assert config.output == str(tmp_path / "new" / "runs" / "mine")
+    default = run_file.load(EMBEDDED_RUN_FILE)
+    assert dataclasses.replace(config, output=default.output) == default
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["mine.toml"]
+
+
+def test_every_setting_of_the_template_has_a_comment(tmp_path):
+    write_template(tmp_path / "run.toml")
+    lines = (tmp_path / "run.toml").read_text().splitlines()
+    settings_ = [line for line in lines if " = " in line and not line.startswith("#")]
+    flat = tomllib.loads("\n".join(lines))
+    assert {key: set(flat[key]) for key in TABLES} == {
+        key: {f.name for f in dataclasses.fields(cls)} for key, cls in TABLES.items()
+    }
+    assert set(flat) == {f.name for f in dataclasses.fields(RunConfig)}
+    assert len(settings_) == sum(len(flat[key]) if key in TABLES else 1 for key in flat)
+    for line in settings_:
+        assert line.partition("  # ")[2].strip(), line
+
+
+def test_the_template_names_a_model_as_seen_from_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "runs" / "run.toml"
+    write_template(path, model='mödels/"x"\\y')
+    assert tomllib.loads(path.read_text(encoding="utf-8"))["model"] == '../mödels/"x"\\y'
+    config = run_file.load(path)
+    assert Path(config.model).resolve() == tmp_path / 'mödels/"x"\\y'
+    assert (config.prune.keep_first, config.prune.keep_last) == (4, 2)
+    assert config.recovery.steps == 600
+
+
+def test_the_template_overwrites_only_when_told(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match=r"exists already\. Give another name, or --force"):
+        write_template(path)
+    assert path.read_text() == "mine"
+    write_template(path, force=True)
+    assert run_file.load(path).oracle.tasks
+
+
+def test_the_template_is_not_written_over_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in (tmp_path, Path()):
+        with pytest.raises(ConfigError, match=r"is a folder\. Name a file, such as .*RUN\.toml"):
+            write_template(place, force=True)
+
+
+@pytest.mark.parametrize("place", ["file/run.toml", "n" * 300])
+def test_a_place_that_cannot_be_written_is_a_config_error(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be written: .*Choose a folder where you may"):
+        write_template(tmp_path / place)

@@ -1,0 +1,304 @@
+"""Whatever is wrong with a run is said in one line, with what to do; the folder stays usable."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from rankadaptor_plugin.config.embedded_default import EMBEDDED_FOLDER
+from rankadaptor_plugin.tasks import task_dir
+
+TASK = {"tasks": ["tiny_boolq"]}  # one task is loaded faster than two
+
+
+def assert_error(result, code, *fragments):
+    assert result.exit_code == code, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1] == lines[0]
+    assert result.stdout == ""
+    for fragment in fragments:
+        assert fragment in lines[0]
+
+
+def config_only(folder, **config):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    return str(folder)
+
+
+def pickled(folder):
+    model = config_only(folder / "model", model_type="llama", architectures=["LlamaForCausalLM"])
+    (folder / "model" / "pytorch_model.bin").write_bytes(b"x")
+    return model
+
+
+def torn(folder):
+    shutil.copytree(EMBEDDED_FOLDER / "model", folder / "model")
+    weights = folder / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    return str(folder / "model")
+
+
+def file_of(folder, name, content):
+    (folder / name).write_text(content, "utf-8")
+    return str(folder / name)
+
+
+def task_without_data(folder):
+    yaml = (task_dir() / "tiny" / "tiny_boolq.yaml").read_text("utf-8")
+    yaml = yaml.replace("!function tiny.load", "!function lost.load").replace("tiny_boolq", "lost")
+    (folder / "lost.yaml").write_text(yaml, "utf-8")
+    shutil.copy(task_dir() / "tiny" / "tiny.py", folder / "lost.py")
+    return {"tasks": ["lost"], "task_path": str(folder)}
+
+
+# What is changed in a small run (perhaps with files in its folder), the exit code, and what the
+# error says: what is wrong, and what to do.
+BAD = {
+    "unknown key": ({"modle": "x"}, 2, "Unknown key modle", "Did you mean 'model'?"),
+    "unknown key in a table": ({"recovery": {"stepz": 1}}, 2, "recovery.stepz", "'steps'"),
+    "wrong type": ({"recovery": {"steps": "many"}}, 2, "must be a whole number", "Change it"),
+    "ratio above 1": ({"prune": {"ratio": 1.5}}, 2, "ratio is 1.5", "less than 1", "Lower it"),
+    "ratio 0": ({"prune": {"ratio": 0}}, 2, "ratio is 0.0", "more than 0", "Raise it"),
+    "ratio beyond a layer": (
+        {"prune": {"ratio": 0.99, "if_emptied": "refuse"}},
+        *(2, "ratio 0.99 would remove the last KV group of layer 0", "Lower it, or set"),
+    ),
+    "floor above ceiling": (
+        {"prune": {"floor": 0.6, "ceiling": 0.5}},
+        *(2, "floor 0.6 is above ceiling 0.5", "Lower floor"),
+    ),
+    "device map and device": (
+        {"device_map": "auto", "device": "cpu"},
+        *(2, "device_map is", 'Set device = "auto"'),
+    ),
+    "short calibration text": (
+        {"prune": {"calibration_tokens": 99}},
+        *(1, "longest document has 16 tokens", "calibration_tokens is 99", "Lower it"),
+    ),
+    "no calibration file": (
+        {"prune": {"calibration": "nowhere.txt"}},
+        *(2, "nowhere.txt does not exist", "Correct [prune] calibration"),
+    ),
+    "too many blocks": (
+        {"prune": {"method": "depth", "blocks": 9}},
+        *(2, "9 blocks, but only 8 of 8", "Lower it"),
+    ),
+    "importance of another method": (
+        {"prune": {"importance": "ppl"}},
+        *(2, 'importance "ppl" is unknown', "Use one of"),
+    ),
+    "negative seed": ({"seed": -1}, 2, "seed is -1", "Raise it"),
+    "rank below 0": ({"rank_space": {"candidates": [-1, 2]}}, 2, "at least 0", "Raise it"),
+    "default rank 0": ({"rank_space": {"default_rank": 0}}, 2, "default_rank is 0", "Raise it"),
+    "unsorted ranks": ({"rank_space": {"candidates": [4, 2]}}, 2, "not ascending", "Sort"),
+    "a rank twice": ({"rank_space": {"candidates": [2, 2]}}, 2, "distinct", "remove rep"),
+    "no budget": ({"rank_space": {"default_rank": 1}}, 2, "budget", "Add a smaller candidate"),
+    "task path that is no folder": (
+        {"oracle": {"task_path": "nowhere"}},
+        *(2, "is no folder", "Name the folder"),
+    ),
+    "rank above a matrix": (
+        {"rank_space": {"candidates": [2, 5000], "budget": "free"}},
+        *(2, "full rank at 12", "Lower"),
+    ),
+    "a single allocation": (
+        {"rank_space": {"candidates": [8]}},
+        *(2, "leaves a single allocation", "Add a greater candidate"),
+    ),
+    "empty output": ({"output": ""}, 2, "output is empty", "Name a folder"),
+    "one report document": ({"oracle": {"report_documents": 1}}, 2, "no interval", "at least 2"),
+    "no layer left": ({"prune": {"keep_first": 5, "keep_last": 3}}, 2, "none of the 8", "Lower"),
+    "too few trials": ({"search": {"initial_trials": 9}}, 2, "more than max_trials", "Raise"),
+    "no task": ({"oracle": {"tasks": []}}, 2, "tasks is empty", "Name at least one"),
+    "unknown method": ({"search": {"method": "papre"}}, 2, "'papre'", "'paper'", "random"),
+    "unknown pruner": ({"prune": {"method": "widht"}}, 2, "'widht'", "Did you mean 'width'?"),
+    "unknown oracle": ({"oracle": {"name": "lm_eval"}}, 2, "'lm_eval'", "mean 'lm-eval'?"),
+    "unknown model": ({"performance_model": {"name": "mpl"}}, 2, "'mpl'", "mean 'mlp'?"),
+    "unknown importance": ({"prune": {"importance": "x"}}, 2, '"x" is unknown', "Use one of"),
+    "unknown device": ({"device": "tpu"}, 2, "'tpu'", "Allowed: auto, cpu, cuda"),
+    "absent device": ({"device": "cuda:99"}, 2, "cuda:99", 'Set device = "auto"'),
+    "unknown task": ({"oracle": {"tasks": ["tiny_bolq"]}}, 2, "'tiny_bolq'", "'tiny_boolq'?"),
+    "unknown target": ({"oracle": {"target": "boolq"}}, 2, "target names 'boolq'", "Tasks: tiny"),
+    "unknown weight": ({"oracle": {"weights": {"piqa": 1.0}}}, 2, "weights names", "Tasks: tiny"),
+    "no weight": (
+        {"oracle": {"weights": {"tiny_boolq": 0, "tiny_piqa": 0}}},
+        *(2, "are all 0", "Give at least one"),
+    ),
+    "too many documents": ({"oracle": {"search_documents": 9999}}, 2, "leave none", "Lower"),
+    "task without data": (
+        lambda folder: {"oracle": task_without_data(folder)},
+        *(1, "data of the task 'lost' cannot be loaded", "Check the task's data files"),
+    ),
+    "no model": ({"model": "nowhere"}, 2, "nowhere does not exist", "Set model"),
+    "no config.json": ({"model": "."}, 2, "no readable config.json", "Set model"),
+    "no causal model": (
+        lambda folder: {
+            "model": config_only(
+                folder / "bert", model_type="bert", architectures=["BertForMaskedLM"]
+            )
+        },
+        *(1, "no causal language model", "BertForMaskedLM", "Set model"),
+    ),
+    "unsupported family": (
+        lambda folder: {
+            "model": config_only(
+                folder / "gptj", model_type="gptj", architectures=["GPTJForCausalLM"]
+            )
+        },
+        *(1, '"gptj" is not supported', "Use a model of type"),
+    ),
+    "config.json is a list": (
+        lambda folder: {"model": file_of(folder, "config.json", "[1]").removesuffix("config.json")},
+        *(2, "no readable config.json", "Set model"),
+    ),
+    "pickled weights": (
+        lambda folder: {"model": pickled(folder)},
+        *(1, "holds pickled weights", "convert them with"),
+    ),
+    "torn weights": (
+        lambda folder: {"model": torn(folder)},
+        *(1, "model.safetensors is torn", "Copy it again"),
+    ),
+    "no corpus": ({"corpus": {"path": "nowhere.jsonl"}}, 2, "cannot be read", "Correct"),
+    "empty corpus": (
+        lambda folder: {"corpus": {"path": file_of(folder, "c.jsonl", "\n")}},
+        *(1, "is empty", "Give a file with at least one row"),
+    ),
+    "corpus with other keys": (
+        lambda folder: {"corpus": {"path": file_of(folder, "c.jsonl", '{"prompt": "x"}')}},
+        *(1, "row 1 is {'prompt'", "Correct the row"),
+    ),
+    "corpus with a broken line": (
+        lambda folder: {"corpus": {"path": file_of(folder, "c.jsonl", '{"text": "x"}\n{"te')}},
+        *(1, "not valid JSON in line 2", "Correct it"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_in_one_line_with_a_remedy(name, tmp_path, write_run_file, command):
+    changes, code, *fragments = BAD[name]
+    changes = changes(tmp_path) if callable(changes) else changes
+    oracle = changes.get("oracle", {})
+    if not {"weights", "tasks"} & oracle.keys():
+        changes = {**changes, "oracle": {**TASK, **oracle}}
+    assert_error(command("run", write_run_file(tmp_path / "r.toml", **changes)), code, *fragments)
+
+
+@pytest.mark.parametrize(
+    ("content", "fragments"),
+    [
+        (None, ("does not exist", "Write one with: rankadaptor-plugin init")),
+        ("model = ", ("is not valid TOML: Invalid value", "Correct it")),
+        ("prune = 3", ("must be a table, written as [prune]",)),
+        ('oracle = {tasks = "a"}', ("oracle.tasks is 'a'; it must be a list",)),
+    ],
+)
+def test_a_file_that_is_no_run_file_is_refused(content, fragments, tmp_path, command):
+    if content is not None:
+        (tmp_path / "r.toml").write_text(content, "utf-8")
+    assert_error(command("run", tmp_path / "r.toml"), 2, *fragments)
+
+
+def test_a_folder_in_place_of_a_run_file_is_refused(tmp_path, command):
+    assert_error(command("run", tmp_path), 2, "cannot be read", "Give the path of a TOML file")
+
+
+def test_the_installed_command_says_one_line_and_ends_with_its_exit_code(tmp_path):
+    command = Path(sysconfig.get_path("scripts")) / "rankadaptor-plugin"
+    done = subprocess.run([command, "run", tmp_path / "no.toml"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"Error: The run file {tmp_path / 'no.toml'} does not exist. Write one with: "
+        f"rankadaptor-plugin init {tmp_path / 'no.toml'}\n"
+    )
+
+
+@pytest.mark.parametrize("words", [("rum",), ("run", "--outptu", "x"), ("plugins", "--jsno")])
+def test_unknown_commands_and_options_are_clicks_to_report(words, command):
+    result = command(*words)
+    assert result.exit_code == 2
+    assert re.search(r"^Error: No such (command|option)", result.stderr, re.MULTILINE)
+    assert "Usage: " in result.stderr
+
+
+def test_an_output_below_a_file_is_refused(tmp_path, write_run_file, command):
+    (tmp_path / "file").write_text("keep me", "utf-8")
+    run_file = write_run_file(tmp_path / "r.toml")
+    result = command("run", run_file, "--output", tmp_path / "file" / "out")
+    assert_error(result, 1, "cannot be written", "Set output to a folder where you may write")
+    result = command("run", write_run_file(tmp_path / "r.toml", output="file"))
+    assert_error(result, 1, "cannot be written")
+    assert (tmp_path / "file").read_text("utf-8") == "keep me"
+
+
+def test_a_run_folder_in_use_is_refused(tmp_path, write_run_file, command):
+    run_file = write_run_file(tmp_path / "r.toml")
+    (tmp_path / "out").mkdir()
+    hold = (
+        "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
+        "print(flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, tmp_path / "out" / ".lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        other.stdout.readline()  # it holds the lock
+        result = command("run", run_file)
+        other.communicate(b"\n")
+    assert_error(result, 1, "is in use by another process", "Wait for it")
+
+
+def test_a_diverging_loss_is_reported_and_a_lower_learning_rate_goes_on(
+    tmp_path, write_run_file, command, observer
+):
+    run_file = write_run_file(tmp_path / "r.toml", recovery={"learning_rate": 1e30})
+    result = command("run", run_file, plugin=observer)
+    assert_error(result, 1, "3 trials in a row failed", "loss is nan", "Lower [recovery] learning")
+    assert [trial.state.value for trial in observer.trials] == ["failed"] * 3
+    # The same settings go on from the failed trials, which are kept.
+    assert_error(command("run", run_file, plugin=observer), 1, "Only 0 of 5 trials are complete")
+    assert [trial.position for trial in observer.trials] == [0, 1, 2, 3, 4]
+    write_run_file(run_file)
+    result = command("run", run_file)
+    assert result.exit_code == 0, result.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
+    assert report["search"]["complete"] == 5
+
+
+def test_a_finished_folder_is_not_continued_with_other_inputs(
+    finished_copy, finished, write_run_file, command, observer, tmp_path
+):
+    write_run_file(finished_copy, prune={"ratio": 0.25})
+    remedy = "Set another output, change the inputs back, or delete the folder"
+    result = command("run", finished_copy, plugin=observer)
+    assert_error(result, 1, "config.prune.ratio was 0.5, now 0.25", remedy)
+
+    # Neither is one that another recovery stage finished, without a study of ours.
+    study = tmp_path / "out" / "study.db"
+    study.rename(tmp_path / "study.db")
+    assert_error(command("run", finished_copy), 1, "was made from other inputs")
+    assert (tmp_path / "out" / "adapter").is_dir()
+    (tmp_path / "study.db").rename(study)
+
+    rows = (EMBEDDED_FOLDER / "recovery.jsonl").read_text("utf-8").splitlines()
+    other = file_of(tmp_path, "other.jsonl", "\n".join(rows[:-1]))
+    write_run_file(finished_copy, corpus={"path": other})
+    assert_error(command("run", finished_copy, plugin=observer), 1, "corpus was ", remedy)
+
+    write_run_file(finished_copy)
+    result = command("run", finished_copy, plugin=observer)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines()[0] == finished.stdout.splitlines()[0]
+    assert observer.trials == []

@@ -1,0 +1,496 @@
+"""Whole runs with other oracles, objectives and documents, and what becomes of their results."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+
+from rankadaptor_plugin import hookimpl
+from rankadaptor_plugin.config.embedded_default import corpus_file
+from rankadaptor_plugin.core.document_results import read_documents
+from rankadaptor_plugin.oracle.lm_eval_oracle import LmEvalOracle
+
+QUICK = {
+    "corpus": {"limit": 64},
+    "prune": {"importance": "magnitude"},
+    "recovery": {"steps": 1},
+    "search": {"method": "random", "max_trials": 3},
+}
+TASKS = ["tiny_boolq", "tiny_piqa"]
+LAST_ROWS = 40  # of the corpus; the runs train on the first ones
+SCORES = 2 + 3 + 2 * 4  # calls of the oracle: base and pruned, trials, confirmation
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text("utf-8"))
+
+
+def lasting(report):
+    """What depends neither on time nor on place, nor on interruptions."""
+    kept = {key: value for key, value in report.items() if key != "cost"}
+    kept["trials"] = [{**trial, "seconds": None} for trial in report["trials"]]
+    kept["search"] = {**report["search"], "interrupted": None}
+    kept["config"] = {**report["config"], "output": None}
+    return kept
+
+
+@pytest.fixture(scope="session")
+def held_out(tmp_path_factory):
+    rows = corpus_file("embedded").read_text("utf-8").splitlines()[-LAST_ROWS:]
+    path = tmp_path_factory.mktemp("text") / "held-out.jsonl"
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, write_run_file, command):
+    """Makes a run; returns its folder, run file, report and what was printed."""
+
+    def make(plugin=None, **changes):
+        folder = tmp_path_factory.mktemp("run")
+        file = write_run_file(folder / "r.toml", **{**QUICK, **changes})
+        result = command("run", file, plugin=plugin)
+        assert result.exit_code == 0, result.stderr
+        out = folder / "out"
+        return SimpleNamespace(folder=out, file=file, report=report_of(out), stdout=result.stdout)
+
+    return make
+
+
+def copied(found, tmp_path, write_run_file, **changes):
+    """Copies a run to where its files may be changed; returns folder and run file."""
+    out = shutil.copytree(found.folder, tmp_path / "out")
+    return out, write_run_file(tmp_path / "r.toml", **{**QUICK, **changes})
+
+
+def assert_rendered(folder, *words):
+    for suffix in ("md", "html"):
+        text = (folder / f"report.{suffix}").read_text("utf-8")
+        for word in words:
+            assert word in text
+
+
+def assert_error(result, code, *fragments):
+    assert result.exit_code == code, result.stderr
+    lines = result.stderr.splitlines()
+    assert lines[-1].startswith("Error: ")
+    assert sum(line.startswith("Error: ") for line in lines) == 1
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    for fragment in fragments:
+        assert fragment in lines[-1]
+
+
+# ------------------------------------------------------------------------------------- perplexity
+
+
+@pytest.fixture(scope="module")
+def two_oracles(run, held_out):
+    return run(oracle={"tasks": TASKS, "search_name": "perplexity", "text": held_out})
+
+
+def test_a_search_by_perplexity_is_judged_by_accuracy(two_oracles):
+    report = two_oracles.report
+    assert report["objective"] == {"metric": "log_likelihood", "target": "mean"}
+    for trial in report["trials"]:
+        values = trial["score"]["text"]["values"]
+        assert trial["objective"] == values["log_likelihood"] < 0
+    assert report["tasks"] == TASKS
+    assert report["metrics"] == ["accuracy", "clp", "margin", "gold_ll"]
+    assert report["verdict"]["comparisons"].keys() == set(report["metrics"])
+    assert "points" in report["verdict"]["sentence"]
+    assert report["documents"] == {"search": {"text": 12}, "report": dict.fromkeys(TASKS, 20)}
+    assert_rendered(two_oracles.folder, "log_likelihood, mean of the tasks (nats per token)")
+
+
+def test_then_nothing_is_said_of_the_noise_floor_of_the_verdict(
+    two_oracles, held_out, tmp_path, write_run_file, command
+):
+    table = {"tasks": TASKS, "search_name": "perplexity", "text": held_out}
+    _, file = copied(two_oracles, tmp_path, write_run_file, oracle=table)
+    result = command("noise", file, "--seeds", 2, "--allocations", 2, "--json")
+    assert result.exit_code == 0, result.stderr
+    noise = json.loads(result.stdout)
+    assert (noise["decisive"], noise["floor"], noise["needed"]) == ("accuracy", None, [])
+    assert noise["values"].keys() == {"objective", "log_likelihood"}
+    assert "The verdict is about accuracy of other tasks, or of another oracle" in noise["sentence"]
+
+
+@pytest.fixture(scope="module")
+def perplexity_alone(run, held_out):
+    return run(oracle={"tasks": [], "name": "perplexity", "text": held_out, "report_documents": 0})
+
+
+def test_perplexity_alone_is_judged_in_nats_per_token(perplexity_alone):
+    report = perplexity_alone.report
+    assert report["metrics"] == ["log_likelihood"]
+    assert report["tasks"] == ["text"]
+    assert "nats per token" in report["verdict"]["sentence"]
+    assert report["verdict"]["comparisons"].keys() == {"log_likelihood"}
+    documents = report["documents"]
+    assert documents["search"] == {"text": 12}
+    assert 0 < documents["report"]["text"] <= LAST_ROWS - 12  # rows may repeat
+    for column in report["scores"].values():
+        assert column["text"] == column["mean"]
+        assert column["text"]["log_likelihood"]["mean"] < 0
+    assert_rendered(perplexity_alone.folder, "log_likelihood in nats per token", "text")
+
+
+def test_the_unpruned_model_finds_held_out_text_most_probable(perplexity_alone):
+    scores = perplexity_alone.report["scores"]
+    base, pruned = (scores[name]["mean"]["log_likelihood"]["mean"] for name in ("base", "pruned"))
+    assert base > pruned
+
+
+def test_runs_are_compared_by_log_likelihood(perplexity_alone, command):
+    words = ("compare", perplexity_alone.folder, "--resamples", 200, "--metric", "log_likelihood")
+    plain = command(*words)
+    assert plain.exit_code == 0, plain.stderr
+    assert "nats per token" in plain.stdout
+    (pair,) = json.loads(command(*words, "--json").stdout)["pairs"]
+    uniform, searched = (
+        perplexity_alone.report["scores"][name]["mean"]["log_likelihood"]["mean"]
+        for name in ("uniform", "searched")
+    )
+    assert (pair["first"], pair["second"]) == ("uniform", "searched")
+    assert abs(pair["estimate"]) == pytest.approx(abs(searched - uniform))
+
+
+def test_a_comparison_in_a_metric_that_the_run_lacks_is_one_line(perplexity_alone, command):
+    result = command("compare", perplexity_alone.folder, "--metric", "accuracy")
+    assert_error(result, 2, "accuracy", "log_likelihood")
+    assert "log_likelihood" in command("compare", perplexity_alone.folder).stdout
+
+
+# ------------------------------------------------------------------------------------- objectives
+
+
+def test_a_spread_gives_tasks_of_unlike_scale_the_same_say(run):
+    found = run(oracle={"tasks": TASKS, "normalize": "spread", "objective": "margin"})
+    report = found.report
+    assert report["objective"] == {"metric": "margin", "target": "mean", "normalized": True}
+    pruned = json.loads((found.folder / "evaluations" / "pruned-search.json").read_text("utf-8"))
+    scales = {
+        name: task["stderr"]["margin"] * task["documents"] ** 0.5 for name, task in pruned.items()
+    }
+    assert min(scales.values()) > 0
+    for trial in report["trials"]:
+        parts = [trial["score"][t]["values"]["margin"] / scales[t] for t in TASKS]
+        assert trial["objective"] == pytest.approx(sum(parts) / len(parts))
+
+
+def test_another_objective_is_searched_for(run):
+    metric = "gold_ll"
+    report = run(oracle={"tasks": ["tiny_piqa"], "objective": metric}).report
+    assert report["objective"]["metric"] == metric
+    for trial in report["trials"]:
+        assert trial["objective"] == trial["score"]["tiny_piqa"]["values"][metric]
+    best = max(report["trials"], key=lambda trial: (trial["objective"], -trial["position"]))
+    assert report["allocations"]["searched"] == best["ranks"]
+
+
+# ------------------------------------------------------------------------------------ local copies
+
+COMMONSENSE = ["rankadaptor_arc_easy", "rankadaptor_boolq"]
+SIZES = {"arc_easy": {"train": 24, "test": 10}, "boolq": {"train": 20, "validation": 16}}
+NAMES = ["ada", "ben", "cleo", "dora", "eli", "finn", "gwen", "hugo"]
+PLACES = ["coast", "cave", "field", "pond"]
+
+
+def question(benchmark, number):
+    name, place = NAMES[number % 8], PLACES[number // 8 % 4]
+    if benchmark == "boolq":
+        passage = f"{name} lives in the {place} . {number}"
+        return {"question": f"is {name} brave ?", "passage": passage, "label": number % 2}
+    texts = [PLACES[(number + i) % 4] for i in range(4)]
+    return {
+        "question": f"{name} met {NAMES[(number + 3) % 8]} in the {place} {number}",
+        "choices": {"text": texts, "label": ["A", "B", "C", "D"]},
+        "answerKey": "ABCD"[number % 4],
+    }
+
+
+def write_copies(folder, shared=0):
+    """Writes local copies; so many questions of each report split are trained on as well."""
+    for benchmark, splits in SIZES.items():
+        (folder / benchmark).mkdir(parents=True)
+        report = next(name for name in splits if name != "train")
+        for split, count in splits.items():
+            first = 0 if split == report else splits[report] - shared
+            rows = [question(benchmark, first + i) for i in range(count)]
+            text = "\n".join(map(json.dumps, rows))
+            (folder / benchmark / f"{split}.jsonl").write_text(text, "utf-8")
+    return str(folder)
+
+
+def with_copies(folder, **changes):
+    table = {"tasks": COMMONSENSE, "data_dir": folder, "report_documents": 0, **changes}
+    return {"oracle": {"search_documents": 8, **table}}
+
+
+@pytest.fixture(scope="module")
+def from_copies(run, tmp_path_factory):
+    return run(**with_copies(write_copies(tmp_path_factory.mktemp("copies"))))
+
+
+def test_local_copies_are_searched_on_train_and_reported_on_all_of_the_rest(from_copies):
+    report = from_copies.report
+    assert report["documents"] == {
+        "search": dict.fromkeys(COMMONSENSE, 8),
+        "report": {"rankadaptor_arc_easy": 10, "rankadaptor_boolq": 16},
+    }
+    for task in COMMONSENSE:
+        files = {f["file"] for several in report["results"].values() for f in several}
+        keys = {tuple(read_documents(from_copies.folder / f)[task].keys) for f in files}
+        assert len(keys) == 1
+        assert all(task in trial["score"] for trial in report["trials"])
+
+
+def test_search_tasks_that_are_report_tasks_are_cut(run, tmp_path):
+    """And shared documents of the other one are left out of the search where that is asked for."""
+    changes = {
+        "search_tasks": ["rankadaptor_boolq", "rankadaptor_arc_easy_search"],
+        "overlap": "drop",
+        "search_documents": 10,
+        "weights": {"rankadaptor_arc_easy": 2.0},
+    }
+    copies = write_copies(tmp_path / "copies", shared=3)
+    report = run(**with_copies(copies, **changes)).report
+    assert report["documents"] == {
+        "search": {"rankadaptor_arc_easy": 10, "rankadaptor_boolq": 10},
+        "report": {"rankadaptor_arc_easy": 10, "rankadaptor_boolq": 16 - 10},
+    }
+    for trial in report["trials"]:
+        arc, boolq = (trial["score"][task]["values"]["clp"] for task in COMMONSENSE)
+        assert trial["objective"] == pytest.approx((2 * arc + boolq) / 3)
+
+
+def test_dropped_documents_leave_the_others_of_train(run, tmp_path):
+    copies = write_copies(tmp_path / "copies", shared=4)
+    changes = {"tasks": ["rankadaptor_boolq"], "overlap": "drop", "search_documents": 100}
+    report = run(**with_copies(copies, **changes)).report
+    assert report["documents"] == {
+        "search": {"rankadaptor_boolq": 20 - 4},
+        "report": {"rankadaptor_boolq": 16},
+    }
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+
+def copies_without_train(folder):
+    path = write_copies(folder / "copies")
+    (folder / "copies" / "boolq" / "train.jsonl").unlink()
+    return with_copies(path)
+
+
+def own_task(folder, **changes):
+    (folder / "toy.jsonl").write_text(
+        "\n".join(json.dumps({"q": f"is {n} brave ?", "c": ["yes", "no"]}) for n in NAMES)
+    )
+    task = {
+        "task": "toy",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(folder / "toy.jsonl")},
+            "cache_dir": str(folder / "cache"),
+        },
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "q",
+        "doc_to_choice": "c",
+        "doc_to_target": 0,
+        "metric_list": [{"metric": "f1", "aggregation": "f1", "higher_is_better": True}],
+        **changes,
+    }
+    (folder / "toy.yaml").write_text(yaml.safe_dump(task))
+    return {"oracle": {"tasks": ["toy"], "task_path": str(folder), "search_documents": 2}}
+
+
+GENERATES = {"output_type": "generate_until", "doc_to_choice": None, "metric_list": None}
+BAD = {
+    "objective of no oracle": (
+        lambda folder, text: {"oracle": {"objective": "margn"}},
+        *(2, "'margn'", "Did you mean 'margin'?", "clp"),
+    ),
+    "objective of the other oracle": (
+        lambda folder, text: {
+            "oracle": {"search_name": "perplexity", "text": text, "objective": "clp"}
+        },
+        *(2, "'clp'", "for the oracle perplexity: log_likelihood"),
+    ),
+    "unknown oracle of the search": (
+        lambda folder, text: {"oracle": {"search_name": "perplexty"}},
+        *(2, "'perplexty'", "Did you mean 'perplexity'?"),
+    ),
+    "no folder of copies": (
+        lambda folder, text: {"oracle": {"data_dir": "nowhere"}},
+        *(2, "nowhere is no folder", "local copies"),
+    ),
+    "no text": (
+        lambda folder, text: {"oracle": {"search_name": "perplexity"}},
+        *(2, "needs held-out text", "[oracle] text"),
+    ),
+    "text that is not there": (
+        lambda folder, text: {"oracle": {"search_name": "perplexity", "text": "nowhere.txt"}},
+        *(2, "nowhere.txt"),
+    ),
+    "text that is too short": (
+        lambda folder, text: {
+            "oracle": {"tasks": [], "name": "perplexity", "text": text, "search_documents": 500}
+        },
+        *(2, "leave none for the report", "Lower"),
+    ),
+    "target without search documents": (
+        lambda folder, text: {
+            "oracle": {"tasks": TASKS, "search_tasks": ["tiny_piqa"], "target": "tiny_boolq"}
+        },
+        *(2, "'tiny_boolq', which has no search documents", "Tasks that have: tiny_piqa"),
+    ),
+    "weights of the search tasks are 0": (
+        lambda folder, text: {
+            "oracle": {"tasks": TASKS, "search_tasks": ["tiny_piqa"], "weights": {"tiny_piqa": 0}}
+        },
+        *(2, "weights of the search tasks are all 0"),
+    ),
+    "a task that generates": (
+        lambda folder, text: own_task(folder, **GENERATES),
+        *(1, "'toy' is of type 'generate_until'", "multiple_choice"),
+    ),
+    "a task without accuracy": (
+        lambda folder, text: own_task(folder),
+        *(1, "'toy' reports f1, but neither acc nor acc_norm"),
+    ),
+    "copies without train": (
+        lambda folder, text: copies_without_train(folder),
+        *(2, "boolq/train.jsonl", "Local copies are missing"),
+    ),
+    "overlap": (
+        lambda folder, text: with_copies(
+            write_copies(folder / "copies", shared=3), search_documents=24
+        ),
+        *(1, "3 of the search documents of 'rankadaptor_arc_easy'", 'overlap = "drop"'),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    name, tmp_path, held_out, write_run_file, command
+):
+    make, code, *fragments = BAD[name]
+    changes = make(tmp_path, held_out)
+    changes = {**changes, "oracle": {"tasks": ["tiny_piqa"], **changes["oracle"]}}
+    file = write_run_file(tmp_path / "r.toml", **{**QUICK, **changes})
+    assert_error(command("run", file), code, *fragments)
+    left = {path.name for path in (tmp_path / "out").glob("*")}
+    assert left <= {".lock"}
+
+
+def test_after_a_correction_the_same_folder_serves(tmp_path, write_run_file, command):
+    file = tmp_path / "r.toml"
+    write_run_file(file, **{**QUICK, "oracle": {"objective": "margn"}})
+    assert command("run", file).exit_code == 2
+    write_run_file(file, **{**QUICK, "oracle": {"objective": "margin", "tasks": ["tiny_piqa"]}})
+    assert command("run", file).exit_code == 0
+
+
+# ---------------------------------------------------------------------------- results by document
+
+
+def test_every_model_has_its_results_by_document(two_oracles):
+    report = two_oracles.report
+    assert report["results"].keys() == report["scores"].keys()
+    for model, files in report["results"].items():
+        seeds = [None] if model in ("base", "pruned") else report["confirm"]["seeds"]
+        assert [entry["seed"] for entry in files] == seeds
+        documents = [read_documents(two_oracles.folder / entry["file"]) for entry in files]
+        for task in TASKS:
+            count = report["documents"]["report"][task]
+            assert all(len(found[task].keys) == count for found in documents)
+            for metric in report["metrics"]:
+                values = [found[task].values[metric] for found in documents]
+                assert {len(row) for row in values} == {count}
+                assert np.mean(values) == pytest.approx(
+                    report["scores"][model][task][metric]["mean"]
+                )
+
+
+class Stopper:
+    """An oracle that interrupts the run after so many scores."""
+
+    def __init__(self, stop_after=None):
+        self.scores, self.stop_after = 0, stop_after
+
+    @hookimpl
+    def rankadaptor_register_oracles(self, register):
+        stopper = self
+
+        class StoppingOracle(LmEvalOracle):
+            def score(self, model, documents):
+                if stopper.scores == stopper.stop_after:
+                    raise KeyboardInterrupt
+                stopper.scores += 1
+                return super().score(model, documents)
+
+        register("stopping", StoppingOracle)
+
+
+STOPPED = {"oracle": {"name": "stopping", "tasks": TASKS}}
+
+
+@pytest.fixture(scope="module")
+def whole(run):
+    stopper = Stopper()
+    found = run(plugin=stopper, **STOPPED)
+    assert stopper.scores == SCORES
+    return found
+
+
+def test_a_run_interrupted_again_and_again_ends_alike(whole, tmp_path, write_run_file, command):
+    file, out = write_run_file(tmp_path / "r.toml", **{**QUICK, **STOPPED}), tmp_path / "out"
+    for stop_after in (1, 2, 3, 3):
+        result = command("run", file, plugin=Stopper(stop_after))
+        assert result.exit_code == 130
+        assert "Interrupted" in result.stderr
+    assert (out / "evaluations" / "base.parquet").is_file()
+    assert not (out / "report.json").exists()
+    result = command("run", file, plugin=Stopper())
+    assert result.exit_code == 0, result.stderr
+    assert lasting(report_of(out)) == lasting(whole.report)
+    for entry in (e for files in whole.report["results"].values() for e in files):
+        kept = (whole.folder / entry["file"], out / entry["file"])
+        first, second = map(read_documents, kept)
+        for task in TASKS:
+            assert first[task].keys == second[task].keys
+            for metric, values in first[task].values.items():
+                np.testing.assert_array_equal(values, second[task].values[metric])
+
+
+@pytest.mark.parametrize("model", ["base", "searched"])
+def test_a_torn_results_file_is_named_and_made_anew(
+    model, whole, tmp_path, write_run_file, command
+):
+    out, file = copied(whole, tmp_path, write_run_file, **STOPPED)
+    torn = out / whole.report["results"][model][-1]["file"]
+    torn.write_bytes(torn.read_bytes()[:-40])
+    result = command("run", file, plugin=Stopper())
+    assert_error(result, 1, str(torn), "Delete it and run again")
+    assert report_of(out) == whole.report
+
+    torn.unlink()  # what the message says
+    again = command("run", file, plugin=Stopper())
+    assert again.exit_code == 0, again.stderr
+    assert lasting(report_of(out)) == lasting(whole.report)
+
+
+def test_text_that_was_trained_on_is_no_held_out_text(tmp_path, write_run_file, command):
+    table = {"tasks": [], "name": "perplexity", "text": str(corpus_file("embedded"))}
+    result = command("run", write_run_file(tmp_path / "r.toml", oracle=table))
+    assert_error(result, 2, "recovery corpus, which models are trained on", "Name held-out text")
+    assert not (tmp_path / "out").exists()

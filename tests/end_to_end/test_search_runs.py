@@ -1,0 +1,888 @@
+"""Whole small runs of every way to search: limits, settings, what is known, what is reported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState as OptunaState
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from rankadaptor_plugin import hookimpl
+from rankadaptor_plugin.config.tables import RecoveryConfig
+from rankadaptor_plugin.core.errors import OracleError
+from rankadaptor_plugin.core.ranks import RankAllocation
+from rankadaptor_plugin.core.scores import Score, TaskScore, document_key
+from rankadaptor_plugin.corpus.corpus import IGNORED, Corpus, TrainingSequence
+from rankadaptor_plugin.models.families import LLAMA
+from rankadaptor_plugin.pipeline.summary import adapter_parameters
+from rankadaptor_plugin.recovery import adapters
+from rankadaptor_plugin.recovery.recover import Rung, recover
+from rankadaptor_plugin.search.transfer.meta_knowledge import META
+from rankadaptor_plugin.search.transfer.source_studies import read_source
+from rankadaptor_plugin.verdict.confirmation import run_name
+
+LAYERS = 8  # of the embedded model
+DOCUMENTS = {
+    purpose: torch.randint(3, 213, (6, 9), generator=torch.Generator().manual_seed(len(purpose)))
+    for purpose in ("search", "report")
+}
+QUICK = {
+    "corpus": {"limit": 64},
+    "prune": {"importance": "magnitude"},
+    "recovery": {"steps": 4, "learning_rate": 0.02},
+    "oracle": {"name": "fluency", "tasks": []},
+    "search": {"max_trials": 6, "initial_trials": 0},
+    "confirm": {"finalists": 1},
+}
+
+
+class Fluency:
+    """A quick oracle: how likely a model finds a few documents; counts what it scores."""
+
+    scored = 0
+
+    def __init__(self, settings):
+        pass
+
+    def value(self, model, tokens):
+        with torch.no_grad():
+            logits = model(tokens[:, :-1]).logits.float().log_softmax(-1)
+        return logits.gather(-1, tokens[:, 1:, None])[..., 0].mean(1).tolist()
+
+    def score(self, model, documents):
+        type(self).scored += 1
+        was_training = model.training
+        model.eval()
+        values = self.value(model, DOCUMENTS[documents])
+        model.train(was_training)
+        return Score(tasks={"toy": TaskScore.of({"clp": values}, keys=self._keys(documents))})
+
+    def metrics(self, documents):
+        return ("clp",)
+
+    def weights(self, documents):
+        return {"toy": 1.0}
+
+    def describe(self):
+        return {"documents": {p: {"toy": self._keys(p)} for p in DOCUMENTS}, "digest": "fluency"}
+
+    def _keys(self, documents):
+        return [document_key(str(row)) for row in DOCUMENTS[documents].tolist()]
+
+
+class Slow(Fluency):
+    """Takes its time over the search documents."""
+
+    def score(self, model, documents):
+        time.sleep(0.15 if documents == "search" else 0.0)
+        return super().score(model, documents)
+
+
+class Cut(Fluency):
+    """Breaks off once, as Ctrl-C does."""
+
+    left = None
+
+    def score(self, model, documents):
+        found = super().score(model, documents)
+        if Cut.left is not None:
+            Cut.left -= 1
+            if Cut.left == 0:
+                raise KeyboardInterrupt
+        return found
+
+
+class Constant(Fluency):
+    """Says the same of every model."""
+
+    def value(self, model, tokens):
+        return [-1.5] * len(tokens)
+
+
+class Broken(Fluency):
+    """Measures plain models alone."""
+
+    def score(self, model, documents):
+        if isinstance(model, PeftModel) and documents == "search":
+            raise OracleError("The meter broke. Buy another.")
+        return super().score(model, documents)
+
+
+class Oracles:
+    @hookimpl
+    def rankadaptor_register_oracles(self, register):
+        for kind in (Fluency, Slow, Cut, Constant, Broken):
+            register(kind.__name__.lower(), kind)
+
+
+class Watcher(Oracles):
+    """Notes the trials and how long they took."""
+
+    def __init__(self):
+        self.trials, self.stages = [], []
+
+    @hookimpl
+    def rankadaptor_after_trial(self, trial):
+        self.trials.append(trial)
+
+    @hookimpl
+    def rankadaptor_on_progress(self, stage, done, total):
+        self.stages.append((stage, done, total))
+
+
+def merged(*tables):
+    found = {}
+    for table in tables:
+        for key, value in table.items():
+            both = isinstance(value, dict) and isinstance(found.get(key), dict)
+            found[key] = {**found[key], **value} if both else value
+    return found
+
+
+@pytest.fixture(scope="module")
+def start(write_run_file, command):
+    """Calls ``run`` in a folder."""
+
+    def call(folder, **changes):
+        file = write_run_file(folder / "r.toml", **merged(QUICK, changes))
+        watcher = Watcher()
+        return command("run", file, plugin=watcher), watcher
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, start):
+    """Makes a run that ends well; returns its folder, report, trials and output."""
+
+    def make(**changes):
+        folder = tmp_path_factory.mktemp("run")
+        result, watcher = start(folder, **changes)
+        assert result.exit_code == 0, result.stderr
+        out = folder / "out"
+        report = json.loads((out / "report.json").read_text("utf-8"))
+        return SimpleNamespace(
+            folder=out, report=report, trials=watcher.trials, watcher=watcher, result=result
+        )
+
+    return make
+
+
+def assert_error(result, *fragments, codes=(1, 2)):
+    assert result.exit_code in codes, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, result.stderr
+    assert result.stderr.splitlines()[-1] == lines[0]
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    for fragment in fragments:
+        assert fragment in lines[0]
+
+
+def assert_rendered(found, *words):
+    for suffix in ("md", "html"):
+        text = (found.folder / f"report.{suffix}").read_text("utf-8")
+        for word in words:
+            assert word in text, (suffix, word)
+
+
+class Study:
+    """A study of a run, closed at the end."""
+
+    def __init__(self, found, name="search"):
+        self.url, self.name = f"sqlite:///{found.folder / 'study.db'}", name
+
+    def __enter__(self):
+        self.storage = optuna.storages.RDBStorage(self.url)
+        return optuna.load_study(study_name=self.name, storage=self.storage)
+
+    def __exit__(self, *_):
+        self.storage.remove_session()
+        self.storage.engine.dispose()
+
+
+# ------------------------------------------------------------------------------------- the default
+
+
+@pytest.fixture(scope="module")
+def default(run):
+    """Method auto, with enough trials that both models forecast."""
+    return run(search={"max_trials": 10}, performance_model={"epochs": 5})
+
+
+def test_auto_reports_who_forecast_better(default):
+    search = default.report["search"]
+    assert (search["method"], search["complete"], search["stop_reason"]) == (
+        "auto",
+        10,
+        "max_trials",
+    )
+    assert set(search["forecasts"]) == {"linear", "ensemble"}
+    assert np.isfinite(list(search["forecasts"].values())).all()
+    assert_rendered(default, "auto", "linear", "ensemble")
+    predicted = [trial["predicted"] for trial in default.report["trials"]]
+    assert predicted[:3] == [None] * 3
+    assert None not in predicted[3:]
+
+
+def test_importances_of_the_layers_can_be_told_from_the_study(default):
+    with Study(default) as study:
+        importances = optuna.importance.get_param_importances(study)
+    assert set(importances) == {f"layer_{i:02d}" for i in range(LAYERS)}
+    assert sum(importances.values()) == pytest.approx(1.0)
+
+
+def test_slice_plots_work_on_the_study(default):
+    with Study(default) as study:
+        figure = optuna.visualization.plot_slice(study)
+    assert len(figure.data) == LAYERS
+    assert all(len(trace.x) == 10 for trace in figure.data)
+
+
+def test_a_run_that_ended_repeats_nothing(default, tmp_path, start):
+    shutil.copytree(default.folder, tmp_path / "out")
+    result, watcher = start(tmp_path, search={"max_trials": 10}, performance_model={"epochs": 5})
+    assert result.exit_code == 0, result.stderr
+    assert watcher.trials == []
+    again = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
+    for key in ("trials", "search", "verdict", "knowledge", "front", "confirm"):
+        assert again[key] == default.report[key]
+
+
+@pytest.mark.parametrize("method", ["linear", "ensemble"])
+def test_either_model_alone(run, method):
+    found = run(search={"method": method, "max_trials": 5}, performance_model={"epochs": 5})
+    assert found.report["search"]["method"] == method
+    assert found.report["search"]["complete"] == 5
+    ranks = [tuple(trial["ranks"]) for trial in found.report["trials"]]
+    assert len(set(ranks)) == 5
+
+
+# --------------------------------------------------------------------------------- no search at all
+
+
+@pytest.fixture(scope="module")
+def fixed(run):
+    return run(search={"allocation": "4-6-8-12-10-8-6-10"}, noise={"seeds": 2, "allocations": 2})
+
+
+def test_a_given_allocation_is_raced_without_a_search(fixed):
+    report = fixed.report
+    assert fixed.trials == []
+    assert report["search"]["stop_reason"] == "fixed allocation"
+    assert report["trials"] == []
+    assert report["allocations"]["searched"] == [4, 6, 8, 12, 10, 8, 6, 10]
+    assert_rendered(fixed, "4-6-8-12-10-8-6-10")
+
+
+@pytest.mark.parametrize(
+    ("table", "allocation"),
+    [
+        ({}, "4-6-8"),
+        ({}, "paper:llama-7b:20:boolq"),
+        ({}, "paper:llama-7b:20:bolq"),
+        ({}, "4-6-eight"),
+        ({}, "0-0-0-0-0-0-0-0"),
+        ({"per": "group"}, "8-8-8-8-8-8-8-8"),
+        ({"per": "projection"}, "8-8-8-8-8-8-8-8"),
+        ({}, "-".join(["8"] * 2 * LAYERS)),
+        ({}, "8-8-8-8-8-8-8-300"),
+    ],
+)
+def test_an_allocation_that_does_not_fit_is_one_line(tmp_path, start, table, allocation):
+    result, _ = start(tmp_path, search={"allocation": allocation}, rank_space=table)
+    assert_error(result)
+
+
+def test_a_given_allocation_makes_no_trials_that_random_ones_could_equal(tmp_path, start):
+    result, _ = start(
+        tmp_path, search={"allocation": "-".join(["8"] * LAYERS)}, confirm={"best_random": True}
+    )
+    assert_error(result, "best_random", "allocation", codes=(2,))
+
+
+# ------------------------------------------------------------------- rank 0, groups and projections
+
+
+@pytest.fixture(scope="module")
+def grouped(run):
+    return run(
+        rank_space={
+            "per": "group",
+            "candidates": [0, 4, 8, 12],
+            "alpha_over_rank": [1.0, 2.0, 4.0],
+            "learning_rate": [0.005, 0.02],
+        },
+        search={"method": "linear", "max_trials": 6},
+    )
+
+
+@pytest.fixture(scope="module")
+def projected(run):
+    return run(
+        rank_space={"per": "projection", "candidates": [0, 2, 12], "budget": "free"},
+        search={"method": "random", "max_trials": 3},
+        confirm={"finalists": 2},
+    )
+
+
+GROUPS = {"grouped": (4, 3), "projected": (1,) * 7}  # matrices per slot of a layer
+
+
+def expected_ranks(allocation, groups):
+    """Ranks by module, those without adapter left out."""
+    sizes = groups * LAYERS
+    spread = [r for r, size in zip(allocation, sizes, strict=True) for _ in range(size)]
+    names = [f"model.layers.{i}.{name}" for i in range(LAYERS) for name in LLAMA.matrices]
+    return {name: rank for name, rank in zip(names, spread, strict=True) if rank}
+
+
+def loaded(found, folder):
+    """The ranks and scalings that plain PEFT finds in an adapter."""
+    base = AutoModelForCausalLM.from_pretrained(found.folder / "pruned")
+    model = PeftModel.from_pretrained(base, folder)
+    modules = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    ranks = {name: len(module.lora_A["default"].weight) for name, module in modules.items()}
+    assert all(module.lora_B["default"].weight.abs().max() > 0 for module in modules.values()), (
+        "nothing was trained, or the weights were not found"
+    )
+    return ranks, {module.scaling["default"] for module in modules.values()}
+
+
+@pytest.mark.filterwarnings(  # PEFT 0.21 asks for an attribute that transformers 5.23 renamed
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)
+@pytest.mark.parametrize("which", GROUPS)
+def test_adapters_on_disk_have_the_ranks_and_load_with_plain_peft(which, request):
+    found = request.getfixturevalue(which)
+    competitors = found.report["confirm"]["competitors"]
+    raced = {
+        RankAllocation(tuple(c[ranks]), tuple(sorted(c[settings].items())))
+        for c in competitors
+        for ranks, settings in (("ranks", "settings"), ("baseline", "baseline_settings"))
+    }
+    folders = {found.folder / "adapters" / run_name(a, 1_000_000): a for a in raced}
+    assert set((found.folder / "adapters").iterdir()) == set(folders)
+    for folder, allocation in folders.items():
+        ranks, scalings = loaded(found, folder)
+        # Modules of rank 0 are absent.
+        assert ranks == expected_ranks(allocation.ranks, GROUPS[which])
+        scaling = dict(allocation.settings).get("alpha_over_rank", 2.0)
+        assert scalings == {scaling}
+    assert any(0 in allocation.ranks for allocation in raced)
+    ranks, _ = loaded(found, found.folder / "adapter")
+    assert ranks == expected_ranks(found.report["allocations"]["recovered"], GROUPS[which])
+
+
+def test_slots_are_named_in_the_report(grouped, projected):
+    assert grouped.report["slots"][:2] == ["layer_00.attention", "layer_00.mlp"]
+    assert projected.report["slots"][:2] == ["layer_00.q_proj", "layer_00.k_proj"]
+    for found in (grouped, projected):
+        for trial in found.report["trials"]:
+            assert len(trial["ranks"]) == len(found.report["slots"])
+        assert any(0 in trial["ranks"] for trial in found.report["trials"])
+
+
+def test_searched_settings_are_in_trials_report_and_study(grouped):
+    chosen = [trial["settings"] for trial in grouped.report["trials"]]
+    assert all(set(c) == {"alpha_over_rank", "learning_rate"} for c in chosen)
+    assert {c["alpha_over_rank"] for c in chosen} <= {1.0, 2.0, 4.0}
+    assert {c["learning_rate"] for c in chosen} == {0.005, 0.02}
+    assert len({c["alpha_over_rank"] for c in chosen}) > 1
+    with Study(grouped) as study:
+        for trial, settings in zip(study.trials, chosen, strict=True):
+            assert {name: trial.params[name] for name in settings} == settings
+    first = chosen[0]
+    assert_rendered(grouped, f"learning_rate {first['learning_rate']:g}")
+
+
+def test_every_trial_counts_its_parameters_on_the_uneven_matrices(grouped):
+    budget = grouped.report["parameters"]["trainable"]["uniform"]
+    for trial in grouped.report["trials"]:
+        assert 0 < trial["parameters"] <= budget
+        assert trial["parameters"] > 0.8 * budget
+    for folder in (grouped.folder / "adapters").iterdir():
+        assert 0.8 * budget < adapter_parameters(folder) <= budget
+
+
+# ------------------------------------------------------------------------------------------ limits
+
+
+def test_limits_on_parameters_and_rank_sum_are_kept_by_every_trial(run, default):
+    uniform = default.report["parameters"]["trainable"]["uniform"]
+    most = uniform * 3 // 4
+    limits = {
+        "budget": "free",
+        "max_parameters": most,
+        "max_rank_sum": 44,
+        "candidates": [2, 4, 12],
+    }
+    found = run(rank_space=limits, search={"max_trials": 6}, performance_model={"epochs": 5})
+    assert len(found.report["trials"]) == 6
+    for trial in found.report["trials"]:
+        assert trial["parameters"] <= most
+        assert sum(trial["ranks"]) <= 44
+    trainable = found.report["parameters"]["trainable"]
+    assert max(trainable.values()) <= most
+
+
+@pytest.mark.parametrize("key", ["max_parameters", "max_rank_sum"])
+def test_a_limit_below_the_smallest_allocation_is_one_line(tmp_path, start, key):
+    result, watcher = start(tmp_path, rank_space={key: 15})
+    assert_error(result, key, "15", "smallest allocation", "Raise it")
+    assert watcher.trials == []
+
+
+@pytest.mark.parametrize(("key", "method"), [("max_hours", "linear"), ("max_gpu_hours", "random")])
+def test_time_ends_a_search_and_says_so(run, key, method):
+    hours = 0.0014
+    found = run(oracle={"name": "slow"}, search={"method": method, key: hours, "max_trials": 60})
+    assert found.report["search"]["stop_reason"] == key
+    assert 2 <= len(found.report["trials"]) < 60
+    seconds = [trial["seconds"]["recovery"] for trial in found.report["trials"]]
+    seconds += [trial["seconds"]["oracle"] for trial in found.report["trials"]]
+    assert sum(seconds) < hours * 3600
+    assert_rendered(found, key)
+
+
+def test_too_little_time_for_two_trials_is_one_line(tmp_path, start):
+    result, _ = start(tmp_path, search={"method": "random", "max_hours": 1e-6})
+    assert_error(result, "Only 1 of 1 trials", "raise [search] max_hours", codes=(1,))
+
+
+# ------------------------------------------------------------------- pareto, rungs, proxy, random
+
+
+@pytest.fixture(scope="module")
+def everything(run):
+    """Pareto with rungs, a proxy, batches and random search beside it."""
+    return run(
+        rank_space={"budget": "free", "candidates": [0, 4, 12]},
+        search={
+            "method": "linear",
+            "pareto": True,
+            "rung": 0.5,
+            "proxy": 12,
+            "batch": 3,
+            "max_trials": 12,
+        },
+        confirm={"finalists": 1, "best_random": True},
+    )
+
+
+def test_the_front_is_in_every_form_of_the_report(everything):
+    front = everything.report["front"]
+    assert front
+    points = [(trial["parameters"], trial["objective"]) for trial in front]
+    assert points == sorted(points)
+    assert [value for _, value in points] == sorted(value for _, value in points)
+    for trial in everything.report["trials"]:
+        if trial["state"] == "complete":
+            size, value = trial["parameters"], trial["objective"]
+            assert any(s <= size and v >= value for s, v in points)
+    assert_rendered(everything, "front of score against trainable parameters")
+
+
+def test_pareto_needs_a_free_budget(tmp_path, start):
+    result, _ = start(tmp_path, search={"pareto": True})
+    assert_error(result, 'Set budget = "free"', codes=(2,))
+
+
+def test_trials_end_at_the_rung(everything):
+    trials = everything.report["trials"]
+    stopped = [trial for trial in trials if trial["state"] == "stopped"]
+    assert stopped
+    assert everything.report["search"]["stopped"] == len(stopped)
+    before = []
+    for trial in trials:
+        value = trial["rungs"]["0.5"]
+        ended = len(before) >= 4 and value < np.median(before)
+        assert (trial["state"] == "stopped") == ended
+        assert trial["fidelity"] == (0.5 if ended else 1.0)
+        before.append(value)
+    with Study(everything) as study:
+        states = [trial.state for trial in study.trials]
+        assert states.count(OptunaState.PRUNED) == len(stopped)
+        assert all(trial.intermediate_values.keys() == {50} for trial in study.trials)
+        optuna.visualization.plot_slice(study)
+
+
+def test_the_proxy_is_kept_and_judged(everything):
+    kept = json.loads((everything.folder / "proxy.json").read_text("utf-8"))
+    assert len(kept["rows"]) == len(kept["values"]) == 12
+    assert len(set(kept["values"])) > 6
+    (entry,) = everything.report["knowledge"]
+    assert entry["name"] == "proxy"
+    assert 0 <= entry["weight"] <= 1
+    assert_rendered(everything, "proxy")
+
+
+def test_the_best_random_allocation_races_too(everything):
+    labels = [c["label"] for c in everything.report["confirm"]["competitors"]]
+    assert "best random" in " ".join(labels)
+    with Study(everything, "random") as study:
+        records = [trial.user_attrs["rankadaptor_trial"] for trial in study.trials]
+    searched = everything.report["trials"]
+    assert len(records) == len(searched)
+    assert {record["seed"] for record in records} == {trial["seed"] for trial in searched}
+    assert {record["fidelity"] for record in records} == {1.0}
+    ranks = [record["ranks"] for record in records]
+    assert ranks != [trial["ranks"] for trial in searched]
+    assert len({tuple(r) for r in ranks}) == len(ranks)
+
+
+def test_random_search_beside_one_that_knows_something_knows_nothing(run, meta):
+    found = run(
+        search={"method": "linear", "max_trials": 2, "meta": str(meta), "proxy": 3, "rung": 0.5},
+        confirm={"finalists": 1, "best_random": True},
+    )
+    assert len(found.report["knowledge"]) == 0  # two trials cannot tell
+    with Study(found, "random") as study:
+        assert len(study.trials) == 2
+
+
+def test_random_search_beside_a_random_search_is_another_one(run):
+    found = run(
+        search={"method": "random", "max_trials": 3}, confirm={"finalists": 1, "best_random": True}
+    )
+    with Study(found, "random") as study:
+        ranks = [tuple(t.user_attrs["rankadaptor_trial"]["ranks"]) for t in study.trials]
+    assert not set(ranks) & {tuple(trial["ranks"]) for trial in found.report["trials"]}
+
+
+def test_a_resumed_run_scores_no_proxy_again(everything, tmp_path, start):
+    shutil.copytree(everything.folder, tmp_path / "out")
+    before = Fluency.scored
+    result, watcher = start(
+        tmp_path,
+        rank_space={"budget": "free", "candidates": [0, 4, 12]},
+        search={
+            "method": "linear",
+            "pareto": True,
+            "rung": 0.5,
+            "proxy": 12,
+            "batch": 3,
+            "max_trials": 13,
+        },
+        confirm={"finalists": 1, "best_random": True},
+    )
+    assert result.exit_code == 0, result.stderr
+    assert len(watcher.trials) == 1
+    # One trial here and one of random search, each perhaps looked at half way; and at most two
+    # new competitors, each with an even allocation of its size, two seeds, on both documents.
+    assert Fluency.scored - before <= 2 * 2 + 2 * 2 * 2 * 2
+    assert (tmp_path / "out" / "proxy.json").read_bytes() == (
+        everything.folder / "proxy.json"
+    ).read_bytes()
+
+
+CUT = {
+    "oracle": {"name": "cut"},
+    "search": {"method": "linear", "rung": 0.5, "proxy": 5, "batch": 3, "max_trials": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def uncut(run):
+    Cut.left = None
+    return run(**CUT)
+
+
+# Of the scores, 2 are of plain models and 5 of the proxy's fine-tune (1 more) and its cuts.
+@pytest.mark.parametrize("scores", [6, 9, 14, 17])
+def test_a_run_that_was_broken_off_ends_as_if_it_had_not_been(uncut, tmp_path, start, scores):
+    Cut.left = scores
+    result, _ = start(tmp_path, **CUT)
+    assert result.exit_code == 130, result.stderr
+    Cut.left = None
+    result, _ = start(tmp_path, **CUT)
+    assert result.exit_code == 0, result.stderr
+    again = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
+    assert [{**trial, "seconds": None} for trial in again["trials"]] == [
+        {**trial, "seconds": None} for trial in uncut.report["trials"]
+    ]
+    for key in ("verdict", "knowledge", "scores"):
+        assert again[key] == uncut.report[key]
+    assert {trial["state"] for trial in again["trials"]} == {"complete", "stopped"}
+
+
+# ------------------------------------------------------------------------------- earlier studies
+
+
+@pytest.fixture(scope="module")
+def meta(default, tmp_path_factory, command):
+    out = tmp_path_factory.mktemp("meta") / "meta.safetensors"
+    done = command("meta-learn", default.folder, "--out", out)
+    assert done.exit_code == 0, done.stderr
+    assert "10 trials of 8 layers" in done.stdout
+    return out
+
+
+def test_a_run_begins_with_what_an_earlier_one_taught(run, meta):
+    found = run(
+        seed=1,
+        rank_space={"candidates": [4, 8, 12]},
+        search={"method": "linear", "max_trials": 5, "meta": str(meta)},
+    )
+    (entry,) = found.report["knowledge"]
+    assert entry["name"] == "earlier studies"
+    assert 0 <= entry["weight"] <= 1
+    assert -1 <= entry["correlation"] <= 1
+    assert np.isfinite(entry["gain"])
+    assert {trial["phase"] for trial in found.report["trials"]} == {"iteration"}
+    assert_rendered(found, "earlier studies", "known before the search")
+
+
+def test_a_path_of_meta_knowledge_is_relative_to_the_run_file(run, meta, tmp_path, start):
+    shutil.copy(meta, tmp_path / "known.safetensors")
+    result, _ = start(
+        tmp_path, search={"method": "linear", "max_trials": 2, "meta": "known.safetensors"}
+    )
+    assert result.exit_code == 0, result.stderr
+
+
+def test_the_paper_uses_earlier_studies_too(run, meta):
+    found = run(
+        search={"method": "paper", "initial_trials": 2, "max_trials": 3, "meta": str(meta)},
+        performance_model={"meta_epochs": 5, "epochs": 5},
+    )
+    assert [entry["name"] for entry in found.report["knowledge"]] == ["earlier studies"]
+
+
+@pytest.mark.parametrize("kind", ["missing", "torn", "empty", "text", "other format", "foreign"])
+def test_a_file_that_holds_no_meta_knowledge_is_one_line(kind, meta, tmp_path, start):
+    bad = tmp_path / "bad.safetensors"
+    content = meta.read_bytes()
+    if kind == "torn":
+        bad.write_bytes(content[: len(content) // 2])
+    elif kind == "empty":
+        bad.write_bytes(b"")
+    elif kind == "text":
+        bad.write_text("no tensors")
+    elif kind == "foreign":
+        bad.write_bytes(content.replace(META.encode(), META[::-1].encode()))
+    elif kind == "other format":
+        bad.write_bytes(content.replace(b'\\"format\\": 1', b'\\"format\\": 9'))
+        assert bad.read_bytes() != content
+    result, watcher = start(tmp_path, search={"meta": str(bad)})
+    assert_error(result, str(bad))
+    assert watcher.trials == []
+
+
+def test_the_study_can_be_read_as_a_source_with_settings_and_groups(grouped):
+    (source,) = read_source(str(grouped.folder))
+    assert source.space.groups == ("attention", "mlp")
+    assert [setting.name for setting in source.space.settings] == [
+        "alpha_over_rank",
+        "learning_rate",
+    ]
+    assert source.rows.shape == (6, 2 * LAYERS + 2)
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"candidates": [4, 8, 12]},
+        {"per": "group"},
+        {"max_rank_sum": 60},
+        {"alpha_over_rank": [1.0, 2.0]},
+    ],
+)
+def test_a_run_folder_of_another_space_is_refused_with_the_difference(
+    default, tmp_path, start, table
+):
+    shutil.copytree(default.folder, tmp_path / "out")
+    result, watcher = start(
+        tmp_path, rank_space=table, search={"max_trials": 12}, performance_model={"epochs": 5}
+    )
+    (key,) = table
+    assert_error(result, key, codes=(1, 2))
+    assert watcher.trials == []
+
+
+def test_a_study_of_another_space_is_refused_with_the_difference(default, tmp_path, start):
+    # As when a study.db is copied into the folder of another run.
+    changes = {
+        "rank_space": {"candidates": [4, 8, 12]},
+        "search": {"method": "random", "max_trials": 2},
+    }
+    result, _ = start(tmp_path, **changes)
+    assert result.exit_code == 0, result.stderr
+    shutil.copy(default.folder / "study.db", tmp_path / "out" / "study.db")
+    result, watcher = start(tmp_path, **changes)
+    assert_error(result, "candidates", "[2, 4, 6, 8, 10, 12]", "[4, 8, 12]", codes=(1,))
+    assert watcher.trials == []
+
+
+def test_when_all_trials_fail_the_reason_is_said_in_one_line(tmp_path, start):
+    result, watcher = start(tmp_path, oracle={"name": "broken"}, search={"max_trials": 9})
+    assert_error(result, "3 trials in a row failed", "The meter broke", codes=(1,))
+    assert [trial.state.value for trial in watcher.trials] == ["failed"] * 3
+
+
+def test_a_search_whose_few_trials_all_failed_is_one_line(tmp_path, start):
+    result, _ = start(tmp_path, oracle={"name": "broken"}, search={"max_trials": 2})
+    assert_error(result, "Only 0 of 2 trials are complete", "The meter broke", codes=(1,))
+
+
+@pytest.fixture(scope="module")
+def constant(run):
+    return run(
+        oracle={"name": "constant"},
+        search={"max_trials": 10, "proxy": 5, "rung": 0.5},
+        performance_model={"epochs": 5},
+        noise={"seeds": 2, "allocations": 2, "if_drowned": "search"},
+    )
+
+
+def test_equal_scores_deliver_uniform_lora(constant):
+    report = constant.report
+    assert {trial["objective"] for trial in report["trials"]} == {-1.5}
+    assert report["search"]["complete"] == 10
+    assert report["verdict"]["delivered"] == "uniform"
+    assert np.isfinite(list(report["search"]["forecasts"].values())).all()
+    json.loads((constant.folder / "report.json").read_text("utf-8"), parse_constant=pytest.fail)
+
+
+def test_nothing_can_be_learned_from_equal_scores(constant, tmp_path, command):
+    done = command("meta-learn", constant.folder, "--out", tmp_path / "m")
+    assert_error(done, "have the same scores")
+
+
+# ---------------------------------------------------------------------- a look at a fine-tune
+
+
+ALLOCATION = RankAllocation((4, 2))
+TRAINING = RecoveryConfig(
+    steps=8, batch_size=4, micro_batch_size=2, learning_rate=0.02, warmup_steps=1, dropout=0.1
+)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    generator = torch.Generator().manual_seed(0)
+    sequences = []
+    for length in (3, 5, 6, 8, 4, 7, 5, 6, 9, 4):
+        tokens = torch.randint(3, 40, (length,), generator=generator)
+        labels = tokens.clone()
+        labels[: length // 2] = IGNORED
+        sequences.append(TrainingSequence(tokens, labels))
+    return Corpus(sequences=sequences, dropped=0)
+
+
+def weights(recovered):
+    return [p.detach().clone() for p in adapters.trainable_parameters(recovered.model)]
+
+
+def equal(one, other):
+    return len(one) == len(other) and all(a.equal(b) for a, b in zip(one, other, strict=True))
+
+
+def looking(goes_on, notes=None):
+    """Looks at a model as an oracle may: it draws, evaluates, and takes its time."""
+
+    def look(model):
+        assert not model.training
+        torch.rand(7)
+        torch.manual_seed(99)
+        np.random.default_rng(0).random()
+        with torch.no_grad():
+            model(torch.arange(9)[None])
+        if notes is not None:
+            notes.append(weights(SimpleNamespace(model=model)))
+        return goes_on
+
+    return look
+
+
+@pytest.mark.parametrize("share", [0.01, 0.25, 0.5, 0.9])
+def test_a_fine_tune_that_was_looked_at_ends_bit_for_bit_as_without(make_llama, corpus, share):
+    plain = recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3)
+    rung = Rung(fidelity=share, goes_on=looking(goes_on=True))
+    seen = recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3, rung=rung)
+    assert equal(weights(plain), weights(seen))
+    assert seen.train_loss == plain.train_loss
+    assert (seen.fidelity, seen.model.training) == (1.0, False)
+
+
+def test_one_that_ends_at_the_rung_is_a_fine_tune_of_that_fidelity(make_llama, corpus):
+    notes = []
+    rung = Rung(fidelity=0.5, goes_on=looking(False, notes))
+    stopped = recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3, rung=rung)
+    half = recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3, fidelity=0.5)
+    assert equal(weights(stopped), weights(half))
+    assert equal(notes[0], weights(half))
+    assert stopped.train_loss == half.train_loss
+    assert (stopped.fidelity, stopped.model.training) == (0.5, False)
+
+
+def test_what_is_looked_at_before_going_on_is_the_half(make_llama, corpus):
+    notes = []
+    rung = Rung(fidelity=0.5, goes_on=looking(True, notes))
+    recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3, rung=rung)
+    half = recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3, fidelity=0.5)
+    assert len(notes) == 1
+    assert equal(notes[0], weights(half))
+
+
+def test_a_look_leaves_the_callers_random_numbers_alone(make_llama, corpus):
+    before = torch.get_rng_state()
+    rung = Rung(fidelity=0.5, goes_on=looking(goes_on=True))
+    recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3, rung=rung)
+    assert torch.get_rng_state().equal(before)
+
+
+def test_a_look_that_fails_leaves_the_base_as_it_was(make_llama, corpus):
+    base = make_llama()
+    names = [name for name, _ in base.named_parameters()]
+
+    def look(model):
+        raise OracleError("no")
+
+    with pytest.raises(OracleError):
+        recover(
+            base, None, ALLOCATION, corpus, TRAINING, seed=3, rung=Rung(fidelity=0.5, goes_on=look)
+        )
+    assert [name for name, _ in base.named_parameters()] == names
+
+
+@pytest.mark.parametrize("share", [0.99, 0.5])
+def test_a_rung_at_the_last_step_is_no_rung(make_llama, corpus, share):
+    steps = RecoveryConfig(steps=1, batch_size=4, learning_rate=0.02)
+    rung = Rung(fidelity=share, goes_on=lambda model: pytest.fail("looked"))
+    recovered = recover(make_llama(), None, ALLOCATION, corpus, steps, seed=3, rung=rung)
+    assert recovered.fidelity == 1.0
+
+
+@pytest.mark.parametrize("ranks", [(2, 0), (1, 3)])
+def test_a_cut_adapter_computes_what_a_smaller_one_would(make_llama, corpus, ranks):
+    model = recover(make_llama(), None, RankAllocation((4, 4)), corpus, TRAINING, seed=3).model
+    whole = adapters.whole_adapter(model)
+    small = RankAllocation(ranks)
+    adapters.cut(model, whole, small)
+    tokens = torch.arange(3, 12)[None]
+    cut = model(tokens).logits
+    other = adapters.attach(
+        make_llama(), small, seed=0, alpha_over_rank=TRAINING.alpha_over_rank
+    ).eval()
+    for name, parameter in other.named_parameters():
+        if ".lora_" in name:
+            rows = whole[name]
+            shape = parameter.shape
+            parameter.data.copy_(rows[: shape[0], : shape[1]])
+    torch.testing.assert_close(other(tokens).logits, cut)

@@ -1,0 +1,492 @@
+"""Recovery methods race uniform LoRA: what enters, what is compared, what the report says of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from copy import deepcopy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.storages import InMemoryStorage
+from safetensors.numpy import save_file
+
+from rankadaptor_plugin.config.tables import (
+    ConfirmConfig,
+    OracleConfig,
+    RankSpaceConfig,
+    RecoveryConfig,
+    SearchConfig,
+)
+from rankadaptor_plugin.config.tables import RunConfig as Config
+from rankadaptor_plugin.core.errors import ConfigError, RankSpaceError, RecoveryError
+from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
+from rankadaptor_plugin.core.run_folder import RunFolder
+from rankadaptor_plugin.core.scores import Score, TaskScore
+from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
+from rankadaptor_plugin.pipeline.method_race import (
+    check_methods,
+    found_entrants,
+    given_entrants,
+    trained_parameters,
+)
+from rankadaptor_plugin.report import tables
+from rankadaptor_plugin.report.html import page
+from rankadaptor_plugin.report.report import METHODS, alone_sentence, markdown, verdict_sentence
+from rankadaptor_plugin.search.study import TrialStore
+from rankadaptor_plugin.verdict.comparison import compare_runs
+from rankadaptor_plugin.verdict.confirmation import (
+    Confirmation,
+    ConfirmationRun,
+    fresh_seeds,
+    run_name,
+)
+from rankadaptor_plugin.verdict.race import Reason
+from rankadaptor_plugin.verdict.race_result import Entrant
+from rankadaptor_plugin.verdict.statistics import Comparison
+
+UNIFORM = RankAllocation((8, 8))
+FOUND = RankAllocation((2, 12))
+ADALORA, NONE = replace(UNIFORM, method="adalora"), replace(UNIFORM, method="none")
+SEEDS = fresh_seeds(0, 3)
+SPACE = RankSpace(
+    candidates=(2, 4, 8, 12), searchable=(True,) * 4, default_rank=8, costs=(10,) * 4, budget=320
+)
+
+
+def score(value: float, seed: int) -> Score:
+    values = value + 0.01 * np.random.default_rng(seed).normal(size=30)
+    return Score(tasks={"toy": TaskScore.of({"clp": values.tolist()})})
+
+
+class Runs:
+    """Fine-tunes that cost nothing."""
+
+    def __init__(self, worth, fails=()):
+        self.worth, self.fails, self.calls = worth, fails, []
+
+    def __call__(self, allocation, seed):
+        self.calls.append((allocation, seed))
+        if allocation in self.fails:
+            raise RecoveryError("The training loss is nan.")
+        value = score(self.worth[allocation], seed + len(str(allocation)))
+        return ConfirmationRun(
+            search=value, report=value, objective=0.0, train_loss=1.0, seconds={"recovery": 1.0}
+        )
+
+
+WORTH = {UNIFORM: 0.0, FOUND: 0.0, ADALORA: 0.0, NONE: -1.0}
+ENTRANTS = (
+    Entrant(label="adalora", allocation=ADALORA, baseline=UNIFORM),
+    Entrant(label="none", allocation=NONE, baseline=UNIFORM),
+)
+
+
+@pytest.fixture
+def race(tmp_path):
+    def confirmation(run, folder="run", store=None):
+        return Confirmation(
+            run=run,
+            folder=RunFolder(tmp_path / folder),
+            store=store or TrialStore(InMemoryStorage(), "confirm"),
+            seeds=SEEDS,
+            least_seeds=2,
+            confidence=0.95,
+            metric="clp",
+            weights=None,
+            on_run=lambda *_: None,
+        )
+
+    return confirmation
+
+
+# ----------------------------------------------------------------------------------- allocations
+
+
+@given(
+    ranks=st.lists(st.integers(1, 64), min_size=1, max_size=6),
+    method=st.sampled_from(["", "adalora", "eva+dora"]),
+    rate=st.sampled_from([(), (("learning_rate", 1e-3),)]),
+)
+def test_an_allocation_keeps_its_method_as_plain_values(ranks, method, rate):
+    allocation = RankAllocation(tuple(ranks), rate, method)
+    assert RankAllocation.from_json(json.loads(json.dumps(allocation.to_json()))) == allocation
+    assert ("method" in allocation.to_json()) == bool(method)
+
+
+def test_an_allocation_shows_its_method_and_has_results_of_its_own():
+    assert str(ADALORA) == "adalora 8-8"
+    assert str(UNIFORM) == "8-8"
+    assert len({run_name(a, 1) for a in (UNIFORM, ADALORA, NONE)}) == 3
+
+
+def test_a_trial_keeps_its_method_and_old_records_have_none():
+    trial = Trial(
+        position=0,
+        phase=Phase.CONFIRMATION,
+        allocation=ADALORA,
+        seed=1,
+        fidelity=1.0,
+        state=TrialState.FAILED,
+    )
+    record = trial.to_json()
+    assert Trial.from_json(record) == trial
+    del record["method"]
+    assert Trial.from_json(record).allocation == UNIFORM
+
+
+# ------------------------------------------------------------------------------------ the run file
+
+
+def config(*methods: str, **tables_) -> Config:
+    return Config(
+        recovery=RecoveryConfig(methods=methods), oracle=OracleConfig(tasks=("a",)), **tables_
+    )
+
+
+@pytest.mark.parametrize(
+    ("methods", "competitors", "a_seed"),
+    [
+        (("rankadaptor",), 2, 3),
+        (("rankadaptor", "lora"), 2, 3),
+        (("rankadaptor", "adalora", "none"), 4, 5),
+        (("adalora", "none"), 2, 3),
+        (("pattern:4-12",), 1, 2),
+        (("pattern:4-12", "dora"), 2, 4),
+        (("rankadaptor", "pattern:4-12"), 3, 5),
+        (("lora",), 1, 1),
+    ],
+)
+def test_fine_tunes_of_all_methods_are_counted(methods, competitors, a_seed):
+    found = config(*methods, confirm=ConfirmConfig(seeds=4))
+    assert (found.competitors, found.race_fine_tunes) == (competitors, 4 * a_seed)
+
+
+def test_finalists_with_baselines_of_their_own_are_counted_too():
+    free = RankSpaceConfig(budget="free")
+    assert config("rankadaptor", rank_space=free).race_fine_tunes == 6 * 4
+    assert config("rankadaptor", "dora", rank_space=free).race_fine_tunes == 6 * 6
+
+
+@pytest.mark.parametrize(
+    ("methods", "more", "message"),
+    [
+        ((), {}, "methods is empty"),
+        (("dora", "dora"), {}, "names a method twice"),
+        (("dora",), {"search": SearchConfig(allocation="4-8")}, r"\[search\] allocation is of no"),
+        (("lora",), {"confirm": ConfirmConfig(best_random=True)}, "best_random is of no use"),
+    ],
+)
+def test_methods_that_make_no_sense_are_refused(methods, more, message):
+    with pytest.raises(ConfigError, match=message):
+        config(*methods, **more)
+
+
+def test_methods_are_checked_by_name():
+    check_methods(RecoveryConfig(methods=["rankadaptor", "lora", "dora", "adalora", "pattern:4-8"]))
+    with pytest.raises(ConfigError, match="adalor"):
+        check_methods(RecoveryConfig(methods=["adalor"]))
+    with pytest.raises(ConfigError, match='"lora\\+dora" is the same as "dora"'):
+        check_methods(RecoveryConfig(methods=["dora", "lora+dora"]))
+    with pytest.raises(ConfigError, match='"LoRA" is the same as "lora"'):
+        check_methods(RecoveryConfig(methods=["LoRA"]))
+    with pytest.raises(ConfigError, match='takes the ranks of "rankadaptor"'):
+        check_methods(RecoveryConfig(methods=["rankadaptor+dora"]))
+
+
+# ------------------------------------------------------------------------------------ what enters
+
+
+def test_a_method_has_the_ranks_of_uniform_lora():
+    (found,) = given_entrants(["eva+dora"], SPACE)
+    assert found.baseline == SPACE.uniform()
+    assert found.allocation == replace(SPACE.uniform(), method="eva+dora")
+
+
+def test_a_method_keeps_the_limits_of_uniform_lora():
+    (found,) = given_entrants(["dora"], replace(SPACE, budget=None, max_rank_sum=20))
+    assert sum(found.allocation.ranks) <= 20
+    assert found.allocation.ranks == found.baseline.ranks
+
+
+def test_a_list_of_ranks_is_lora_against_uniform_lora_of_its_size():
+    (found,) = given_entrants(["pattern:2-6"], SPACE)
+    assert found.allocation == RankAllocation((2, 2, 6, 6))
+    assert found.baseline == RankAllocation((4, 4, 4, 4))
+
+
+def test_a_list_of_ranks_may_have_a_method_on_top():
+    (found,) = given_entrants(["pattern:2-6+dora"], SPACE)
+    assert found.allocation == RankAllocation((2, 2, 6, 6), method="dora")
+    assert found.baseline == RankAllocation((4, 4, 4, 4))
+
+
+def test_a_list_of_ranks_by_layer_holds_for_every_group():
+    space = replace(SPACE, groups=("attention", "mlp"))
+    (found,) = given_entrants(["pattern:2-6"], space)
+    assert found.allocation.ranks == (2, 2, 6, 6)
+    (one,) = given_entrants(["pattern:4"], space)
+    assert one.allocation == one.baseline
+
+
+def test_a_method_may_take_the_ranks_that_were_found():
+    methods = ["dora", "rankadaptor+dora"]
+    assert found_entrants(methods, FOUND, UNIFORM) == [
+        Entrant(
+            label="rankadaptor+dora", allocation=replace(FOUND, method="dora"), baseline=UNIFORM
+        )
+    ]
+    assert [e.label for e in given_entrants(methods, SPACE)] == ["dora"]
+
+
+def test_a_list_of_ranks_beyond_a_hard_limit_is_refused():
+    with pytest.raises(RankSpaceError, match=r"160 trainable parameters .* max_parameters is 150"):
+        given_entrants(["pattern:2-6"], replace(SPACE, budget=None, max_parameters=150))
+
+
+# ------------------------------------------------------------------------------- what it trains
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    save_file(
+        {
+            "q.lora_A.weight": np.zeros((2, 5), np.float32),
+            "q.lora_B.weight": np.zeros((7, 2), np.float32),
+            "q.lora_magnitude_vector": np.zeros(7, np.float32),
+        },
+        tmp_path / "adapter_model.safetensors",
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [("", 320), ("none", 0), ("adalora", 31), ("dora", 327), ("lora-fa", 14), ("pissa", 320)],
+)
+def test_parameters_are_those_that_are_trained(adapter, method, count):
+    allocation = replace(SPACE.uniform(), method=method)
+    assert trained_parameters(allocation, SPACE, RecoveryConfig(), adapter) == count
+    if method == "dora":
+        plain = SPACE.uniform()  # one that every fine-tune of the run turns into DoRA
+        assert trained_parameters(plain, SPACE, RecoveryConfig(dora=True), adapter) == count
+
+
+# --------------------------------------------------------------------------------------- the race
+
+
+def test_methods_race_beside_the_finalists(race):
+    run = Runs(WORTH)
+    found = race(run).confirm([FOUND], lambda _: UNIFORM, None, ENTRANTS)
+    assert run.calls[:4] == [(a, SEEDS[0]) for a in (UNIFORM, FOUND, ADALORA, NONE)]
+    assert [c.label for c in found.competitors] == ["finalist", "adalora", "none"]
+    assert found.rules.competitors == 3
+    assert found.competitors[2].exit.reason is Reason.UNIFORM
+    assert found.methods == {"adalora": ADALORA, "none": NONE}
+
+
+def test_the_method_with_the_greatest_gain_is_delivered(race):
+    found = race(Runs({**WORTH, ADALORA: 0.5, FOUND: 0.3})).confirm(
+        [FOUND], lambda _: UNIFORM, None, ENTRANTS
+    )
+    assert (found.chosen.label, found.delivered, found.searched) == ("adalora", ADALORA, FOUND)
+    assert found.baseline == UNIFORM
+
+
+def test_the_searched_allocation_is_delivered_where_it_gains_most(race):
+    found = race(Runs({**WORTH, ADALORA: 0.3, FOUND: 0.5})).confirm(
+        [FOUND], lambda _: UNIFORM, None, ENTRANTS
+    )
+    assert (found.chosen.is_method, found.delivered) == (False, FOUND)
+
+
+def test_a_method_that_fails_is_out_with_its_reason(race):
+    found = race(Runs(WORTH, fails={NONE})).confirm([FOUND], lambda _: UNIFORM, None, ENTRANTS)
+    out = found.competitors[2].exit
+    assert (out.reason, out.detail) == (Reason.FAILED, "The training loss is nan.")
+    assert found.methods == {"adalora": ADALORA}
+
+
+def test_methods_race_without_any_finalist(race):
+    found = race(Runs({**WORTH, ADALORA: 0.5})).confirm([], lambda _: UNIFORM, None, ENTRANTS)
+    assert (found.delivered, found.searched) == (ADALORA, None)
+    assert found.to_json()["competitors"][0]["method"] == "adalora"
+
+
+def test_a_list_of_ranks_that_was_found_too_runs_once(race):
+    run = Runs(WORTH)
+    same = Entrant(label="pattern:2-12", allocation=FOUND, baseline=UNIFORM)
+    found = race(run).confirm([FOUND], lambda _: UNIFORM, None, [same])
+    assert [c.label for c in found.competitors] == ["finalist"]
+    assert len(run.calls) == 2 * len(SEEDS)
+
+
+def test_a_race_of_methods_goes_on_where_it_was_broken_off(race):
+    store, first, again = TrialStore(InMemoryStorage(), "confirm"), Runs(WORTH), Runs(WORTH)
+    whole = race(first, store=store).confirm([FOUND], lambda _: UNIFORM, None, ENTRANTS)
+    assert {t.allocation for t in store.trials()} == {UNIFORM, FOUND, ADALORA, NONE}
+    assert race(again, store=store).confirm([FOUND], lambda _: UNIFORM, None, ENTRANTS) == whole
+    assert again.calls == []
+
+
+def test_uniform_lora_alone_runs_with_all_seeds(race):
+    run = Runs(WORTH)
+    found = race(run).alone(UNIFORM)
+    assert run.calls == [(UNIFORM, seed) for seed in SEEDS]
+    assert (found.delivered, found.chosen, found.searched) == (UNIFORM, None, None)
+    assert len(found.reports(UNIFORM)) == len(SEEDS)
+    assert found.to_json()["competitors"] == []
+
+
+# ------------------------------------------------------------------------------------ the verdict
+
+GAIN = Comparison(0.012, 0.008, 0.004, 0.020, 0.004, 0.975, 5, 600)
+NO_GAIN = Comparison(0.003, 0.009, -0.006, 0.012, 0.004, 0.975, 5, 600)
+
+
+def test_the_verdict_names_the_method():
+    assert verdict_sentence(GAIN, [8], subject="adalora") == (
+        "gain of 1.2 +- 0.8 points over uniform rank 8 at equal parameters, by adalora"
+    )
+    assert verdict_sentence(NO_GAIN, [8], subject="eva") == (
+        "no gain beyond noise: uniform is delivered "
+        "(0.3 +- 0.9 points over uniform rank 8 at equal parameters, by eva)"
+    )
+
+
+def test_the_verdict_claims_equal_parameters_only_where_they_are():
+    words = "with 6 % more trainable parameters"
+    assert verdict_sentence(GAIN, [8], subject="dora", parameters=words) == (
+        "gain of 1.2 +- 0.8 points over uniform rank 8 with 6 % more trainable parameters, by dora"
+    )
+
+
+def test_the_verdict_says_that_nothing_was_compared():
+    assert alone_sentence([8, 8]) == (
+        "uniform LoRA alone, compared with nothing: uniform rank 8 is delivered"
+    )
+    assert verdict_sentence(None, [8], subject=METHODS) == (
+        "no recovery method is shown to be better than uniform rank 8: uniform is delivered"
+    )
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, write_run_file, command):
+    def make(*methods, **changes):
+        folder = tmp_path_factory.mktemp("methods")
+        file = write_run_file(folder / "run.toml", recovery={"methods": [*methods]}, **changes)
+        result = command("run", file)
+        assert result.exit_code == 0, result.stderr
+        return SimpleNamespace(
+            file=file,
+            folder=folder / "out",
+            report=json.loads((folder / "out" / "report.json").read_text("utf-8")),
+            markdown=(folder / "out" / "report.md").read_text("utf-8"),
+            html=(folder / "out" / "report.html").read_text("utf-8"),
+            stderr=result.stderr,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def methods_alone(run):
+    return run("adalora", "none", "pattern:4-12")
+
+
+def test_methods_race_without_a_search(methods_alone):
+    report = methods_alone.report
+    assert report["trials"] == []
+    assert report["search"]["stop_reason"] == "recovery methods"
+    assert "No search: the run file names other recovery methods alone." in methods_alone.markdown
+    labels = [entry["label"] for entry in report["confirm"]["competitors"]]
+    assert labels == report["methods"] == ["adalora", "none", "pattern:4-12"]
+    assert "searched" not in report["scores"]
+
+
+def test_the_report_has_a_column_for_each_method(methods_alone):
+    report = methods_alone.report
+    header = tables.scores(report, "accuracy").header
+    best = report["verdict"]["delivered"]
+    shown = [name for name in report["methods"] if name != best]
+    assert header == ("task", "base", "pruned", "uniform LoRA", *shown, f"recovered ({best})")
+    for text in (methods_alone.markdown, methods_alone.html):
+        assert "adalora, trainable" in text
+        assert "no adapter" in text
+
+
+def test_a_delivered_list_of_ranks_is_shown_by_layer(methods_alone):
+    name, report = "pattern:4-12", deepcopy(methods_alone.report)
+    report["verdict"]["delivered"] = name
+    report["allocations"]["recovered"] = [4] * 4 + [12] * 4
+    report["scores"]["recovered"] = report["scores"][name]
+    assert "Delivered: pattern:4-12. " in markdown(report)
+    assert re.search(f"uniform rank +{name} rank", markdown(report))
+    assert "layer 7: searched rank 12" not in page(methods_alone.report)
+    assert f"layer 7: {name} rank 12" in page(report)
+    assert tables.scores(report, "accuracy").header[-1] == f"recovered ({name})"
+    assert tables.scores(report, "accuracy").header.count(name) == 0
+
+
+def test_a_delivered_method_of_uniform_ranks_shows_those_alone(methods_alone):
+    report = deepcopy(methods_alone.report)
+    report["verdict"]["delivered"] = "adalora"
+    assert list(tables.allocations(report)) == ["uniform"]
+    assert "Delivered: adalora. " in markdown(report)
+    assert "<dd>adalora</dd>" in page(report)
+
+
+def test_the_report_has_the_trained_parameters_of_each_method(methods_alone):
+    trainable = methods_alone.report["parameters"]["trainable"]
+    assert trainable["none"] == 0
+    assert trainable["pattern:4-12"] == trainable["uniform"]
+    assert trainable["adalora"] == pytest.approx(trainable["uniform"], rel=0.02)
+
+
+def test_without_a_fine_tune_the_model_is_the_pruned_one(methods_alone):
+    scores = methods_alone.report["scores"]
+    for task, metrics in scores["none"].items():
+        for metric, cell in metrics.items():
+            assert cell["mean"] == pytest.approx(scores["pruned"][task][metric]["mean"], abs=1e-6)
+
+
+def test_methods_of_a_finished_run_can_be_compared(methods_alone):
+    folder = methods_alone.folder
+    few = {"resamples": 2000}
+    found = compare_runs([f"{folder}:adalora", f"{folder}:pattern:4-12", f"{folder}:none"], **few)
+    assert [choice.model for choice in found.choices] == ["adalora", "pattern:4-12", "none"]
+    every = [choice.model for choice in compare_runs([str(folder)], **few).choices]
+    assert every == ["uniform", "adalora", "none", "pattern:4-12"]
+
+
+def test_methods_race_the_searched_ranks_in_one_report(run):
+    found = run("rankadaptor", "rankadaptor+dora", search={"initial_trials": 2, "max_trials": 2})
+    labels = [entry["label"] for entry in found.report["confirm"]["competitors"]]
+    assert labels == ["finalist", "rankadaptor+dora"]
+    ours, theirs = (entry["ranks"] for entry in found.report["confirm"]["competitors"])
+    assert ours == theirs
+    trainable = found.report["parameters"]["trainable"]
+    assert trainable["rankadaptor+dora"] > trainable["searched"]
+
+
+def test_uniform_lora_alone_is_delivered_and_nothing_is_claimed(run):
+    found = run("lora")
+    report = found.report
+    assert report["verdict"]["sentence"] == alone_sentence([8])
+    assert (report["verdict"]["delivered"], report["verdict"]["comparisons"]) == ("uniform", {})
+    assert len(report["results"]["uniform"]) == 2
+    assert "No race was run. Uniform LoRA ran alone, 2 seeds." in found.markdown
+
+
+def test_an_unknown_method_is_refused_before_anything_runs(tmp_path, write_run_file, command):
+    result = command("run", write_run_file(tmp_path / "a.toml", recovery={"methods": ["adalor"]}))
+    assert result.exit_code == 2
+    assert "adalora" in result.stderr
+    assert not (tmp_path / "out" / "pruned").exists()

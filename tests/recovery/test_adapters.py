@@ -1,0 +1,481 @@
+"""Allocations as PEFT adapters: the right rank in the right layer, nested initial weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import AdaLoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from rankadaptor_plugin.config.tables import RankSpaceConfig, RecoveryConfig
+from rankadaptor_plugin.core.errors import ArtifactError, ConfigError, RankSpaceError
+from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
+from rankadaptor_plugin.models.families import GPT2, LLAMA
+from rankadaptor_plugin.recovery.adapters import (
+    attach,
+    cut,
+    load,
+    module_ranks,
+    nested_rows,
+    rank_costs,
+    rank_space,
+    save_adapter,
+    trainable_parameters,
+    whole_adapter,
+)
+from rankadaptor_plugin.recovery.fingerprint import RECORD, fingerprint
+from rankadaptor_plugin.recovery.slots import target_matrices
+
+THIRTEEN = RankAllocation((2, 8, 4, 6, 8, 7, 2, 4, 6, 8, 3, 5, 7))
+
+
+@pytest.fixture(scope="module")
+def deep(make_llama):
+    """Thirteen layers, so that layer 1 may be taken for 10, 11 or 12; uneven ones."""
+    model = make_llama(num_hidden_layers=13)
+    model.model.layers[3].mlp.gate_proj = torch.nn.Linear(16, 10, bias=False)
+    model.model.layers[3].mlp.up_proj = torch.nn.Linear(16, 10, bias=False)
+    model.model.layers[3].mlp.down_proj = torch.nn.Linear(10, 16, bias=False)
+    return model
+
+
+def adapted(model) -> dict[str, torch.nn.Module]:
+    return {
+        name.removeprefix("base_model.model.model."): module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+
+
+def first_weights(model) -> dict[str, torch.Tensor]:
+    return {n: m.lora_A["default"].weight.detach().clone() for n, m in adapted(model).items()}
+
+
+@pytest.mark.parametrize("alpha_over_rank", [2.0, 0.5])
+def test_every_layer_has_its_rank_and_one_scaling_on_seven_projections(deep, alpha_over_rank):
+    model = attach(deep, THIRTEEN, seed=0, alpha_over_rank=alpha_over_rank)
+    try:
+        modules = adapted(model)
+        expected = {
+            f"layers.{i}.{name}": r for i, r in enumerate(THIRTEEN.ranks) for name in LLAMA.matrices
+        }
+        assert {name: module.r["default"] for name, module in modules.items()} == expected
+        for name, module in modules.items():
+            assert module.lora_A["default"].weight.shape[0] == expected[name]
+            assert module.scaling["default"] == alpha_over_rank
+        space = RankSpace(
+            candidates=(2, 4),
+            searchable=(True,) * 13,
+            default_rank=8,
+            costs=rank_costs(model.get_base_model()),
+        )
+        count = sum(p.numel() for p in trainable_parameters(model))
+        assert count == space.parameters(THIRTEEN)
+    finally:
+        model.unload()
+
+
+def test_the_costs_are_those_of_uneven_layers(deep):
+    costs = rank_costs(deep)
+    attention = (16 + 16) + (16 + 8) + (16 + 8) + (16 + 16)
+    assert costs[0] == attention + 3 * (16 + 24)
+    assert costs[3] == attention + 3 * (16 + 10)
+    assert set(costs) == {costs[0], costs[3]}
+
+
+def test_a_fresh_adapter_changes_nothing(make_llama):
+    base, tokens = make_llama(), torch.arange(9)[None]
+    before = base(tokens).logits
+    model = attach(base, RankAllocation((4, 2)), seed=0, alpha_over_rank=2.0).eval()
+    assert model(tokens).logits.equal(before)
+
+
+def test_a_layer_starts_from_the_first_rows_whatever_the_other_ranks(make_llama):
+    starts = []
+    for ranks in ((4, 8), (8, 2), (8, 8)):
+        model = attach(make_llama(), RankAllocation(ranks), seed=3, alpha_over_rank=2.0)
+        starts.append(first_weights(model))
+    for name, full in starts[2].items():
+        for start in starts[:2]:
+            assert start[name].equal(full[: len(start[name])])
+        assert full.abs().max() <= full.shape[1] ** -0.5
+    assert len({tuple(w.flatten().tolist()) for w in starts[2].values()}) == 2 * len(LLAMA.matrices)
+
+
+@given(
+    rank=st.integers(1, 100),
+    more=st.integers(0, 100),
+    features=st.integers(1, 5),
+    seed=st.integers(0, 2**32 - 1),
+    name=st.text(),
+)
+def test_a_smaller_rank_is_the_beginning_of_a_larger(rank, more, features, seed, name):
+    small = nested_rows(rank, features, seed, name)
+    assert small.shape == (rank, features)
+    assert small.equal(nested_rows(rank + more, features, seed, name)[:rank])
+    assert (small >= -1).all()
+    assert (small < 1).all()
+
+
+def test_other_seeds_and_other_modules_draw_otherwise():
+    rows = nested_rows(4, 8, 0, "a")
+    assert not rows.equal(nested_rows(4, 8, 1, "a"))
+    assert not rows.equal(nested_rows(4, 8, 0, "b"))
+
+
+def test_swapping_replaces_the_adapter_and_leaves_the_base(make_llama):
+    base = make_llama()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    first = attach(base, RankAllocation((4, 2)), seed=0, alpha_over_rank=2.0)
+    old = trainable_parameters(first)
+    second = attach(first, RankAllocation((2, 6)), seed=0, alpha_over_rank=2.0)
+    assert second is first
+    new = trainable_parameters(second)
+    assert {id(p) for p in old}.isdisjoint({id(p) for p in second.parameters()})
+    assert len(new) == 2 * 2 * len(LLAMA.matrices)
+    assert second.active_adapters == ["default"]
+    alone = attach(make_llama(), RankAllocation((2, 6)), seed=0, alpha_over_rank=2.0)
+    assert all(a.equal(b) for a, b in zip(new, trainable_parameters(alone), strict=True))
+    after = second.unload().state_dict()
+    assert after.keys() == before.keys()
+    assert all(after[name].equal(before[name]) for name in before)
+
+
+@pytest.mark.parametrize("ranks", [(4,), (4, 4, 4)])
+def test_an_allocation_for_another_depth_is_refused(make_llama, ranks):
+    base = make_llama()
+    text = f"The allocation {RankAllocation(ranks)} has {len(ranks)} ranks for 2 layers"
+    with pytest.raises(RankSpaceError, match=text):
+        attach(base, RankAllocation(ranks), seed=0, alpha_over_rank=2.0)
+    assert not any("lora" in name for name, _ in base.named_parameters())
+
+
+def test_a_half_precision_base_keeps_full_precision_adapters(make_llama):
+    base = make_llama().to(torch.bfloat16)
+    model = attach(base, RankAllocation((2, 2)), seed=0, alpha_over_rank=2.0)
+    assert {p.dtype for p in trainable_parameters(model)} == {torch.float32}
+    assert base.lm_head.weight.dtype == torch.bfloat16
+
+
+# ----------------------------------------------------------------------------------------- scaling
+
+
+@pytest.mark.parametrize(
+    ("rslora", "expected"), [(False, lambda r: 6 / r), (True, lambda r: 6 / math.sqrt(r))]
+)
+def test_a_fixed_alpha_is_divided_by_each_rank(make_llama, rslora, expected):
+    ranks = RankAllocation((4, 2))
+    model = attach(make_llama(), ranks, seed=0, alpha_over_rank=2.0, alpha=6.0, rslora=rslora)
+    for name, module in adapted(model).items():
+        rank = ranks.ranks[int(name.split(".")[1])]
+        assert module.scaling["default"] == pytest.approx(expected(rank))
+
+
+def test_rslora_scales_alpha_over_rank_by_the_root(make_llama):
+    ranks = RankAllocation((4, 2))
+    model = attach(make_llama(), ranks, seed=0, alpha_over_rank=2.0, rslora=True)
+    scaling = {n.split(".")[1]: m.scaling["default"] for n, m in adapted(model).items()}
+    assert scaling == pytest.approx({"0": 2 * math.sqrt(4), "1": 2 * math.sqrt(2)})
+
+
+# ------------------------------------------------------------------------------------------- DoRA
+
+
+def test_dora_starts_from_the_base_and_from_the_same_rows(make_llama):
+    base, tokens, ranks = make_llama(), torch.arange(9)[None], RankAllocation((4, 2))
+    before = base(tokens).logits
+    plain = first_weights(attach(make_llama(), ranks, seed=3, alpha_over_rank=2.0))
+    model = attach(base, ranks, seed=3, alpha_over_rank=2.0, dora=True).eval()
+    torch.testing.assert_close(model(tokens).logits, before)
+    assert all(weight.equal(plain[name]) for name, weight in first_weights(model).items())
+    for module in adapted(model).values():
+        norms = module.base_layer.weight.norm(dim=1)
+        torch.testing.assert_close(module.lora_magnitude_vector["default"].weight, norms)
+
+
+def test_nothing_of_dora_is_left_after_a_swap(make_llama):
+    ranks = RankAllocation((4, 2))
+    model = attach(make_llama(), ranks, seed=0, alpha_over_rank=2.0, dora=True)
+    model = attach(model, ranks, seed=0, alpha_over_rank=2.0)
+    assert not [name for name, _ in model.named_parameters() if "magnitude" in name]
+    assert not any(module.lora_variant for module in adapted(model).values())
+    again = attach(model, ranks, seed=0, alpha_over_rank=2.0, dora=True)
+    assert sum("magnitude" in n for n, p in again.named_parameters() if p.requires_grad) == 14
+
+
+# ---------------------------------------------------------------------------------------- targets
+
+
+def test_targets_alone_get_adapters(make_llama):
+    targets = ("q_proj", "mlp.down_proj")
+    model = attach(
+        make_llama(), RankAllocation((4, 2)), seed=0, alpha_over_rank=2.0, targets=targets
+    )
+    expected = {
+        f"layers.{i}.{name}": rank
+        for i, rank in enumerate((4, 2))
+        for name in ("self_attn.q_proj", "mlp.down_proj")
+    }
+    assert {name: module.r["default"] for name, module in adapted(model).items()} == expected
+    count = sum(p.numel() for p in trainable_parameters(model))
+    costs = rank_costs(model.get_base_model(), targets=targets)
+    assert count == sum(r * c for r, c in zip((4, 2), costs, strict=True))
+
+
+def test_other_targets_leave_nothing_of_the_ones_before(make_llama):
+    base, ranks = make_llama(), RankAllocation((4, 2))
+    model = attach(base, ranks, seed=0, alpha_over_rank=2.0)
+    for targets in (("q_proj",), ("mlp.up_proj", "v_proj"), ()):
+        swapped = attach(model, ranks, seed=0, alpha_over_rank=2.0, targets=targets)
+        fresh = attach(make_llama(), ranks, seed=0, alpha_over_rank=2.0, targets=targets)
+        assert swapped is model
+        assert adapted(swapped).keys() == adapted(fresh).keys()
+        assert all(a.equal(b) for a, b in zip(*map(trainable_parameters, (swapped, fresh))))  # noqa: B905
+
+
+def test_a_rank_of_0_leaves_no_layer_of_the_adapter_before(make_llama):
+    model = attach(make_llama(), RankAllocation((4, 2)), seed=0, alpha_over_rank=2.0)
+    model = attach(model, RankAllocation((0, 2)), seed=0, alpha_over_rank=2.0)
+    assert {name.split(".")[1] for name in adapted(model)} == {"1"}
+
+
+@settings(max_examples=30)
+@given(targets=st.sets(st.sampled_from(LLAMA.matrices), min_size=1))
+def test_targets_by_name_and_by_last_part_are_the_same(make_llama, targets):
+    short = [name.rpartition(".")[2] for name in targets]
+    assert set(target_matrices(LLAMA, targets)) == set(target_matrices(LLAMA, short)) == targets
+    model = make_llama()
+    whole = zip(rank_costs(model, "projection"), LLAMA.matrices * 2, strict=True)
+    expected = tuple(cost if name in targets else 0 for cost, name in whole)
+    assert rank_costs(model, "projection", tuple(targets)) == expected
+    assert sum(rank_costs(model, "layer", short)) == sum(rank_costs(model, "group", short))
+
+
+def test_a_last_part_stands_for_all_matrices_of_that_name():
+    assert target_matrices(GPT2, ("c_proj",)) == ("attn.c_proj", "mlp.c_proj")
+    assert target_matrices(GPT2, ("mlp.c_proj",)) == ("mlp.c_proj",)
+
+
+def test_matrices_that_lie_transposed_have_their_costs(make_llama):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_inner=24))
+    assert rank_costs(model, "projection") == (16 + 48, 16 + 16, 16 + 24, 24 + 16)
+    ranks = module_ranks(model, RankAllocation((16,)), ("c_attn",))
+    assert ranks == {"transformer.h.0.attn.c_attn": 16}
+
+
+def test_an_unknown_target_is_one_line_with_a_suggestion(make_llama):
+    with pytest.raises(ConfigError) as caught:
+        attach(
+            make_llama(),
+            RankAllocation((4, 2)),
+            seed=0,
+            alpha_over_rank=2.0,
+            targets=("q_proj", "qkv_proj"),
+        )
+    assert str(caught.value) == (
+        '[recovery] targets names "qkv_proj", which no layer of a model of type "llama" has. Did '
+        "you mean 'v_proj'? There are: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, "
+        "down_proj."
+    )
+
+
+def test_a_group_without_targets_is_not_searched(make_llama):
+    config = RankSpaceConfig(candidates=(2, 4, 6), default_rank=4, per="group")
+    recovery = RecoveryConfig(targets=("q_proj", "v_proj"))
+    space = rank_space(make_llama(), (True, True), config, recovery)
+    cost = (16 + 16) + (16 + 8)
+    assert space.costs == (cost, 0, cost, 0)
+    assert space.searchable == (True, False, True, False)
+    assert space.budget == 4 * 2 * cost
+    model = attach(
+        make_llama(), space.uniform(), seed=0, alpha_over_rank=2.0, targets=recovery.targets
+    )
+    parameters = sum(p.numel() for p in trainable_parameters(model))
+    assert parameters == space.parameters(space.uniform())
+
+
+def test_an_allocation_without_an_adapter_for_any_target_is_refused(make_llama):
+    with pytest.raises(RankSpaceError, match="gives none of \\[recovery\\] targets"):
+        module_ranks(make_llama(), RankAllocation((0, 4, 0, 4)), ("q_proj",))
+
+
+# ------------------------------------------------------------------------------- ranks and shapes
+
+
+def test_a_rank_may_be_as_high_as_the_smaller_side_and_no_higher(make_llama):
+    base = make_llama()
+    assert max(module_ranks(base, RankAllocation((8, 8))).values()) == 8
+    text = "Rank 9 is too high for Layer 1: self_attn.k_proj, which has shape (8, 16) and full rank"
+    with pytest.raises(RankSpaceError, match=re.escape(text)) as caught:
+        attach(base, RankAllocation((8, 9)), seed=0, alpha_over_rank=2.0)
+    assert "\n" not in str(caught.value)
+    assert not any("lora" in name for name, _ in base.named_parameters())
+
+
+def test_a_narrow_matrix_that_is_no_target_sets_no_limit(make_llama):
+    ranks = module_ranks(make_llama(), RankAllocation((16, 16)), ("q_proj", "down_proj"))
+    assert set(ranks.values()) == {16}
+
+
+@pytest.mark.parametrize(
+    ("candidates", "default", "pruned", "fits"),
+    [
+        ((2, 6, 8), 5, (True, True), True),
+        ((2, 9), 4, (True, False), False),
+        ((2, 12), 9, (True, False), False),
+        ((2, 4, 9), 4, (False, True), False),
+    ],
+)
+def test_the_rank_space_goes_up_to_the_narrowest_matrix(
+    make_llama, candidates, default, pruned, fits
+):
+    config = RankSpaceConfig(candidates=candidates, default_rank=default)
+    if fits:
+        assert rank_space(make_llama(), pruned, config).candidates == candidates
+    else:
+        with pytest.raises(RankSpaceError, match="is too high for Layer"):
+            rank_space(make_llama(), pruned, config)
+
+
+# -------------------------------------------------------------------------- adapters of other kinds
+
+
+def test_an_adapter_of_another_kind_gives_way(make_llama):
+    base, tokens, ranks = make_llama(), torch.arange(9)[None], RankAllocation((4, 2))
+    before, bare = base(tokens).logits, fingerprint(base)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        other = get_peft_model(
+            base, AdaLoraConfig(target_modules=["q_proj", "down_proj"], total_step=9)
+        )
+    model = attach(other, ranks, seed=0, alpha_over_rank=2.0).eval()
+    alone = attach(make_llama(), ranks, seed=0, alpha_over_rank=2.0)
+    assert model.get_base_model() is base
+    assert {type(module) for module in adapted(model).values()} == {
+        type(module) for module in adapted(alone).values()
+    }
+    assert model(tokens).logits.equal(before)
+    assert fingerprint(model) == bare
+
+
+def test_a_cut_adapter_adds_what_its_first_ranks_did(make_llama):
+    targets = ("q_proj",)
+    model = attach(
+        make_llama(), RankAllocation((12, 12)), seed=0, alpha_over_rank=2.0, targets=targets
+    )
+    with torch.no_grad():
+        for parameter in trainable_parameters(model):
+            parameter.copy_(torch.randn(parameter.shape))
+    whole = whole_adapter(model)
+    cut(model, whole, RankAllocation((12, 3)))
+    for name, module in adapted(model).items():
+        kept = (12, 3)[int(name.split(".")[1])]
+        up, first = module.lora_B["default"].weight, f"base_model.model.model.{name}.lora_B.default"
+        assert up[:, :kept].equal(whole[f"{first}.weight"][:, :kept])
+        assert not up[:, kept:].any()
+
+
+# ----------------------------------------------------------------------------------------- saving
+
+
+@pytest.fixture
+def trained(make_llama):
+    model = attach(make_llama(), RankAllocation((4, 2)), seed=0, alpha_over_rank=2.0)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model):
+            parameter.copy_(torch.randn(parameter.shape))
+    return model.eval()
+
+
+def files(folder):
+    return {p.name for p in folder.iterdir()}
+
+
+def test_a_saved_adapter_gives_the_same_outputs(trained, make_llama, tmp_path):
+    tokens = torch.arange(9)[None]
+    save_adapter(trained, tmp_path / "deep" / "adapter", {"method": "lora"}, "some/base")
+    again = load(make_llama(), tmp_path / "deep" / "adapter").eval()
+    assert again(tokens).logits.equal(trained(tokens).logits)
+    assert files(tmp_path / "deep") == {"adapter"}
+
+
+def test_a_saved_adapter_says_where_it_comes_from(trained, make_llama, tmp_path):
+    save_adapter(trained, tmp_path / "adapter", {"method": "lora"}, "some/base")
+    record = json.loads((tmp_path / "adapter" / RECORD).read_text())
+    assert record == {"base": fingerprint(make_llama()), "method": "lora"}
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "some/base"
+    save_adapter(trained, tmp_path / "adapter", {}, None)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None
+
+
+def test_a_saved_adapter_has_safetensors_and_nothing_pickled(trained, tmp_path):
+    save_adapter(trained, tmp_path / "adapter", {}, None)
+    expected = {"adapter_config.json", "adapter_model.safetensors", RECORD}
+    assert expected <= files(tmp_path / "adapter") <= {*expected, "README.md"}
+    assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == 2 * 14
+
+
+def test_a_full_disk_leaves_the_adapter_before(trained, tmp_path, monkeypatch):
+    save_adapter(trained, tmp_path / "adapter", {"run": 1}, None)
+
+    def fail(tensors, path, **_):
+        with open(path, "wb") as file:
+            file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("peft.peft_model.safe_save_file", fail)
+    with pytest.raises(ArtifactError, match="No space left on device") as caught:
+        save_adapter(trained, tmp_path / "adapter", {"run": 2}, None)
+    assert "\n" not in str(caught.value)
+    assert files(tmp_path) == {"adapter"}
+    assert json.loads((tmp_path / "adapter" / RECORD).read_text())["run"] == 1
+    assert load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on file sizes")
+def test_a_write_that_the_system_cuts_off_leaves_nothing(tmp_path):
+    """A real one: no file of the process may grow beyond a few thousand bytes."""
+    script = """
+        import resource, signal, sys
+        from pathlib import Path
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from rankadaptor_plugin.recovery.adapters import attach, save_adapter
+        from rankadaptor_plugin.core.errors import ArtifactError
+        from rankadaptor_plugin.core.ranks import RankAllocation
+
+        sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+        base = LlamaForCausalLM(LlamaConfig(vocab_size=9, num_hidden_layers=2, **sizes))
+        model = attach(base, RankAllocation((8, 8)), seed=0, alpha_over_rank=2.0)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+        try:
+            save_adapter(model, Path(sys.argv[1]) / "adapter", {}, None)
+        except ArtifactError as error:
+            print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"The adapter cannot be written to {tmp_path / 'adapter'}: ")
+    assert "File too large" in done.stdout
+    assert len(done.stdout.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,147 @@
+"""The loss of a fine-tune: against plain formulas, and what the kept tokens may lose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rankadaptor_plugin.corpus.corpus import IGNORED, TrainingSequence
+from rankadaptor_plugin.corpus.teacher_tokens import TeacherTokens
+from rankadaptor_plugin.recovery.batches import LAYOUTS, Pass, passes
+from rankadaptor_plugin.recovery.losses import LEAST, forward_logits, token_loss
+
+
+def kept(teacher_logits, k, temperature=1.0):
+    scores = torch.log_softmax(teacher_logits / temperature, dim=-1)
+    best, indices = scores.topk(k)
+    rest = scores.scatter(1, indices, -torch.inf).logsumexp(1)
+    return TeacherTokens(indices.int(), best, rest.clamp(min=LEAST))
+
+
+def a_pass(targets, teacher=None):
+    return Pass({}, torch.arange(len(targets)), targets, torch.arange(len(targets)), teacher)
+
+
+def logits(n, v, seed, scale=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(n, v, generator=generator)
+
+
+def divergence(student, teacher, temperature):
+    """The formula, in float64, with loops."""
+    total = 0.0
+    for s, t in zip(student.double() / temperature, teacher.double() / temperature, strict=True):
+        p, q = t.softmax(0), s.softmax(0)
+        total += sum(float(p[i] * (p[i].log() - q[i].log())) for i in range(len(p)))
+    return total
+
+
+def test_without_a_teacher_it_is_the_sum_of_the_cross_entropies():
+    student, targets = logits(5, 7, 0), torch.tensor([0, 3, 6, 3, 1])
+    plain = -sum(student.double().softmax(1).log()[i, t] for i, t in enumerate(targets))
+    assert token_loss(student, a_pass(targets)).item() == pytest.approx(float(plain), rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_a_live_teacher_adds_the_divergence_times_the_square_of_the_temperature(
+    weight, temperature
+):
+    student, teacher, targets = logits(4, 9, 0), logits(4, 9, 1), torch.tensor([0, 8, 2, 2])
+    found = token_loss(
+        student, a_pass(targets), weight=weight, temperature=temperature, teacher_logits=teacher
+    )
+    next_token = token_loss(student, a_pass(targets)).item()
+    expected = (1 - weight) * next_token
+    expected += weight * temperature**2 * divergence(student, teacher, temperature)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+@settings(max_examples=60)
+@given(
+    k=st.integers(1, 12),
+    scale=st.floats(0.01, 60),
+    temperature=st.sampled_from([0.5, 1.0, 2.0, 5.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_kept_tokens_give_no_more_than_all_and_all_kept_the_same(k, scale, temperature, seed):
+    student, teacher = logits(3, 12, seed, scale), logits(3, 12, seed + 1, scale)
+    student.requires_grad_()
+    targets = torch.zeros(3, dtype=torch.int64)
+    options = {"weight": 1.0, "temperature": temperature}
+    whole = token_loss(student, a_pass(targets), teacher_logits=teacher, **options)
+    cut = token_loss(student, a_pass(targets, kept(teacher, k, temperature)), **options)
+    (gradient,) = torch.autograd.grad(cut, student, retain_graph=True)
+    assert torch.isfinite(gradient).all()
+    slack = 1e-5 * temperature**2 + 1e-5 * whole.item()
+    assert -slack <= cut.item() <= whole.item() + slack
+    if k == 12:
+        assert cut.item() == pytest.approx(whole.item(), abs=slack)
+        (all_of_it,) = torch.autograd.grad(whole, student)
+        torch.testing.assert_close(gradient, all_of_it, rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_that_is_sure_of_the_kept_tokens_still_learns_of_the_others():
+    """The others have 1e-12 of the student's probability, less than float32 tells 1 from."""
+    student = torch.zeros(1, 50)
+    student[0, 0] = 27.6 + torch.tensor(49.0).log()
+    exact = student.double().requires_grad_()
+    student.requires_grad_()
+    teacher = torch.zeros(1, 50)
+    teacher[0, 0] = 3.0
+    tokens = kept(teacher, 1)
+    found = token_loss(student, a_pass(torch.zeros(1, dtype=torch.int64), tokens), weight=1.0)
+    scores = exact.log_softmax(1)
+    p, rest = tokens.log_probabilities.double()[0, 0], tokens.rest.double()[0]
+    expected = p.exp() * (p - scores[0, 0]) + rest.exp() * (rest - scores[0, 1:].logsumexp(0))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    gradients = (torch.autograd.grad(x, y)[0] for x, y in ((found, student), (expected, exact)))
+    torch.testing.assert_close(*gradients, check_dtype=False, rtol=1e-4, atol=1e-9)
+
+
+def test_the_same_predictions_cost_nothing():
+    student, targets = logits(4, 9, 0), torch.zeros(4, dtype=torch.int64)
+    tokens = kept(student, 4, 2.0)
+    found = token_loss(student, a_pass(targets, tokens), weight=1.0, temperature=2.0)
+    assert found.item() == pytest.approx(0, abs=1e-5)
+
+
+def test_half_precision_predictions_of_a_student_are_taken_in_float32():
+    student, targets = logits(4, 9, 0).bfloat16(), torch.zeros(4, dtype=torch.int64)
+    given_ = a_pass(targets, kept(logits(4, 9, 1), 3))
+    found = token_loss(student, given_, weight=0.5)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, token_loss(student.float(), given_, weight=0.5))
+
+
+def test_distillation_without_predictions_is_refused():
+    with pytest.raises(ValueError, match="needs the teacher's predictions"):
+        token_loss(logits(1, 3, 0), a_pass(torch.tensor([0])), weight=0.5)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_predictions_are_those_of_the_trained_positions(make_llama, layout):
+    model = make_llama()
+    tokens = torch.arange(3, 12)
+    labels = torch.where(torch.arange(9) < 4, IGNORED, tokens)
+    (one,) = passes([TrainingSequence(tokens, labels)], layout, 1)
+    whole = model(input_ids=tokens[None]).logits[0]
+    torch.testing.assert_close(forward_logits(model, one), whole[3:8])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_prediction_is_computed_that_is_not_trained(make_llama, layout):
+    model, seen = make_llama(), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    sequences = []
+    for length in (9, 4, 6):
+        tokens = torch.randint(40, (length,), generator=torch.Generator().manual_seed(length))
+        labels = torch.where(torch.arange(length) < 2, IGNORED, tokens)
+        sequences.append(TrainingSequence(tokens, labels))
+    (given_,) = passes(sequences, layout, 3)
+    found = forward_logits(model, given_)
+    whole = model(**given_.inputs, use_cache=False).logits
+    assert seen == [(1, 13, 40), whole.shape]
+    torch.testing.assert_close(found, whole.flatten(0, 1)[given_.positions])

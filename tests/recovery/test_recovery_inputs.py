@@ -1,0 +1,560 @@
+"""What a fine-tune cannot be made of is said in one line, and nothing half done is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from rankadaptor_plugin import hookimpl
+from rankadaptor_plugin.config.embedded_default import EMBEDDED_FOLDER
+from rankadaptor_plugin.config.recipes import recipe
+from rankadaptor_plugin.config.tables import RecoveryConfig
+from rankadaptor_plugin.core.errors import (
+    ArtifactError,
+    ConfigError,
+    CorpusError,
+    RankSpaceError,
+    RecoveryError,
+)
+from rankadaptor_plugin.core.ranks import RankAllocation
+from rankadaptor_plugin.core.run_folder import RunFolder
+from rankadaptor_plugin.corpus.corpus import IGNORED, Corpus, TrainingSequence
+from rankadaptor_plugin.corpus.teacher_tokens import TeacherTokens
+from rankadaptor_plugin.lm_eval_model import RankAdaptorLM
+from rankadaptor_plugin.pipeline.context import Recovered
+from rankadaptor_plugin.recovery.fingerprint import RECORD
+from rankadaptor_plugin.recovery.recover import Rung, recover
+from rankadaptor_plugin.recovery.teacher import LiveTeacher
+from rankadaptor_plugin.search.study import TrialStore
+
+CONFIG = RecoveryConfig(
+    steps=4, batch_size=4, micro_batch_size=2, learning_rate=0.02, warmup_steps=1
+)
+ALLOCATION = RankAllocation((4, 2))
+ROWS = [{"instruction": f"w{i} w{i + 1}", "output": f"w{i + 2}"} for i in range(8)]
+
+
+def sequence(length, masked, seed=0):
+    generator = torch.Generator().manual_seed(seed + 100 * length)
+    tokens = torch.randint(3, 40, (length,), generator=generator)
+    return TrainingSequence(tokens, torch.where(torch.arange(length) < masked, IGNORED, tokens))
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    sequences = [sequence(length, length // 2) for length in (3, 5, 6, 8, 4, 7, 9)]
+    return Corpus(sequences=sequences, dropped=0)
+
+
+def assert_one_line(caught, *fragments):
+    text = str(caught.value)
+    assert "\n" not in text
+    for fragment in fragments:
+        assert fragment in text, text
+
+
+@pytest.fixture
+def refused(make_llama, corpus):
+    """Tells that a fine-tune is refused in one line, and that the model is as before."""
+
+    def check(kind, *fragments, model=None, allocation=ALLOCATION, data=None, **arguments):
+        base = model or make_llama()
+        before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+        rows = corpus if data is None else data
+        random = torch.get_rng_state()
+        given = {"tokenizer": None, "recipe": CONFIG, **arguments}
+        with pytest.raises(kind) as caught:
+            recover(base, given.pop("tokenizer"), allocation, rows, **given)
+        assert type(caught.value) is kind
+        assert_one_line(caught, *fragments)
+        after = base.state_dict()
+        assert after.keys() == before.keys()
+        assert all(after[name].equal(before[name]) for name in before)
+        assert torch.get_rng_state().equal(random)
+        assert all(parameter.grad is None for parameter in base.parameters())
+
+    return check
+
+
+# ---------------------------------------------------------------------------- ranks and matrices
+
+
+def test_a_rank_above_the_smaller_side_of_a_matrix_is_refused(refused):
+    refused(
+        *(RankSpaceError, "Rank 9 is too high for Layer 0: self_attn.k_proj", "(8, 16)"),
+        allocation=RankAllocation((9, 2)),
+    )
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "eva", "lora-fa", "pissa", "dora", "none"])
+def test_every_method_refuses_ranks_for_another_depth(refused, method):
+    refused(
+        *(RankSpaceError, "3 ranks for 2 layers"),
+        allocation=RankAllocation((4, 2, 2)),
+        method=method,
+    )
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "eva"])
+def test_every_method_refuses_a_matrix_that_is_not_there(refused, method):
+    config = dataclasses.replace(CONFIG, targets=("qkv_proj",))
+    refused(
+        *(ConfigError, 'targets names "qkv_proj"', "There are: q_proj"),
+        recipe=config,
+        method=method,
+    )
+
+
+def test_a_plain_list_of_ranks_is_checked_too(refused):
+    refused(RankSpaceError, "3 ranks for 2 layers", allocation=[4, 2, 2])
+
+
+# ---------------------------------------------------------------------------------- what is read
+
+
+def test_an_empty_corpus_is_refused(refused):
+    refused(
+        *(CorpusError, "holds no training sequence", "Give at least one row"),
+        data=Corpus(sequences=[], dropped=0),
+    )
+
+
+def test_no_rows_are_refused(refused, make_tokenizer):
+    refused(
+        *(CorpusError, "gives no training sequence (0 rows", "Give a file with rows"),
+        data=[],
+        tokenizer=make_tokenizer(),
+    )
+
+
+def test_a_sequence_whose_labels_are_all_masked_is_refused_by_its_number(refused):
+    sequences = [sequence(5, 2), sequence(6, 6), sequence(7, 2)]
+    refused(
+        *(CorpusError, "Training sequence 2 of 3 has no token to train on", "unmask its response"),
+        data=Corpus(sequences=sequences, dropped=0),
+    )
+
+
+def test_tokens_of_another_vocabulary_are_refused_by_their_sequence(refused):
+    strange = TrainingSequence(torch.tensor([3, 40, 5]), torch.tensor([3, 40, 5]))
+    refused(
+        *(CorpusError, "sequence 2 of 2 has token 40", "below 40", "tokenizer of the model"),
+        data=Corpus(sequences=[sequence(4, 0), strange], dropped=0),
+    )
+
+
+def test_gradients_are_switched_on_and_inference_mode_is_refused(make_llama, corpus):
+    def run():
+        return recover(make_llama(), None, [2, 2], corpus, CONFIG, 0).losses
+
+    expected = run()
+    with torch.no_grad():
+        assert run() == expected
+    with torch.inference_mode(), pytest.raises(RecoveryError) as caught:
+        run()
+    assert_one_line(caught, "inference_mode() does not allow", "outside")
+
+
+def test_rows_that_are_all_longer_than_allowed_are_refused(refused, make_tokenizer):
+    small = recipe("quick", template="plain", max_tokens=2, steps=2)
+    refused(
+        *(CorpusError, "gives no training sequence (8 rows, 8 longer than 2 tokens", "max_tokens"),
+        data=ROWS,
+        tokenizer=make_tokenizer(),
+        recipe=small,
+    )
+
+
+def test_a_run_whose_rows_are_all_dropped_is_refused(tmp_path, write_run_file, command):
+    result = command("run", write_run_file(tmp_path / "r.toml", corpus={"max_tokens": 2}))
+    assert_error(result, 1, "gives no training sequence", "longer than 2 tokens", "max_tokens")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_without_padding_is_enough(make_llama, make_tokenizer):
+    plain = recipe(
+        "quick", template="plain", steps=2, batch_size=4, micro_batch_size=4, warmup_steps=0
+    )
+    bare = make_tokenizer()
+    bare.pad_token = None
+    assert bare.pad_token_id is None
+    one, other = (
+        recover(make_llama(), tokenizer, ALLOCATION, ROWS, plain)
+        for tokenizer in (bare, make_tokenizer())
+    )
+    assert one.losses == other.losses
+
+
+def test_a_run_of_a_model_without_padding_token_works(tmp_path, write_run_file, command):
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED_FOLDER / "model", folder)
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    for name, keys in (("tokenizer_config.json", ("pad_token",)), ("tokenizer.json", ("padding",))):
+        content = json.loads((folder / name).read_text("utf-8"))
+        (folder / name).write_text(json.dumps({**content, **dict.fromkeys(keys)}), "utf-8")
+    assert AutoTokenizer.from_pretrained(folder).pad_token is None
+    file = write_run_file(
+        tmp_path / "r.toml",
+        model=str(folder),
+        corpus={"limit": 32},
+        recovery={"methods": ["lora"], "steps": 1},
+        prune={"importance": "magnitude"},
+    )
+    result = command("run", file)
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+# -------------------------------------------------------------------------- settings and methods
+
+
+def test_an_unknown_method_is_refused(refused):
+    refused(
+        *(ConfigError, "Unknown recovery method 'adalor'", "Did you mean 'adalora'?"),
+        method="adalor",
+    )
+
+
+def test_a_pattern_longer_than_the_model_is_refused(refused):
+    refused(RankSpaceError, "The pattern 1-2-3 has 3 ranks for 2 layers", method="pattern:1-2-3")
+
+
+def test_switches_that_exclude_each_other_are_refused_before_a_run(
+    tmp_path, write_run_file, command
+):
+    file = write_run_file(tmp_path / "r.toml", recovery={"dora": True, "pissa": True})
+    assert_error(command("run", file), 2, "dora", "pissa")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"methods": ["rankadaptor", "adalora"]},
+        {"methods": ["rankadaptor", "lora-fa"]},
+        {"methods": ["rankadaptor"], "pissa": True},
+    ],
+    ids=str,
+)
+def test_methods_that_divide_by_the_scaling_are_refused_before_a_run_without_one(
+    tmp_path, write_run_file, command, table
+):
+    table = {"alpha_over_rank": 0.0, "steps": 1, **table}
+    file = write_run_file(
+        tmp_path / "r.toml",
+        recovery=table,
+        corpus={"limit": 32},
+        prune={"importance": "magnitude"},
+        search={"max_trials": 3},
+    )
+    assert_error(command("run", file), 2, "divides by LoRA's scaling, which is 0", "above 0")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_recipe_of_a_run_file_is_refused(tmp_path, write_run_file, command):
+    result = command("run", write_run_file(tmp_path / "r.toml", recipe="quik"))
+    assert_error(result, 2, "recipe is 'quik'", "Did you mean 'quick'?", "llm-pruner")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_quantized_weights_are_refused_on_a_cpu(tmp_path, write_run_file, command, quantize):
+    file = write_run_file(tmp_path / "r.toml", quantize=quantize, device="cpu")
+    assert_error(command("run", file), 2, f'quantize is "{quantize}"', "needs a CUDA GPU", "cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_arguments_of_trainer_are_refused_before_a_run(tmp_path, write_run_file, command):
+    table = {"engine": "trainer", "trainer_arguments": {"max_steps": 3}}
+    result = command("run", write_run_file(tmp_path / "r.toml", recovery=table))
+    assert_error(result, 2, "[recovery.trainer_arguments] max_steps", "set [recovery] steps")
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------- packing
+
+
+def mixing(name):
+    """A model whose attention does not see where packed sequences begin."""
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+        "ffn_dim": 24,
+        "ffn_hidden_size": 24,
+        "word_embed_proj_dim": 16,
+        "dropout": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{name}Config")(**sizes)
+        return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("name", ["OPT", "Falcon"])
+@pytest.mark.parametrize("engine", ["own", "trainer"])
+def test_a_model_that_mixes_packed_sequences_is_refused(refused, name, engine):
+    refused(
+        *(ConfigError, f"{name}ForCausalLM mixes the sequences of a row", 'layout = "sorted"'),
+        model=mixing(name),
+        recipe=dataclasses.replace(CONFIG, layout="packed", engine=engine),
+    )
+
+
+# ---------------------------------------------------------------------------------- distillation
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(refused, make_llama):
+    teacher = LiveTeacher(make_llama(vocab_size=41))
+    refused(
+        *(ConfigError, "a vocabulary of 41 tokens", "one of 40", "distill_weight = 0"),
+        recipe=dataclasses.replace(CONFIG, distill_weight=0.5),
+        teacher=teacher,
+    )
+
+
+def test_kept_predictions_of_another_vocabulary_are_refused(refused, corpus):
+    taught = [
+        dataclasses.replace(
+            one,
+            teacher=TeacherTokens(
+                torch.full((count, 1), 40, dtype=torch.int32),
+                torch.full((count, 1), -0.1),
+                torch.full((count,), -2.3),
+            ),
+        )
+        for one in corpus.sequences
+        for count in [int((one.labels[1:] != IGNORED).sum())]
+    ]
+    refused(
+        *(ConfigError, "vocabulary"),
+        data=Corpus(sequences=taught, dropped=0),
+        recipe=dataclasses.replace(CONFIG, distill_weight=0.5),
+    )
+
+
+def test_distillation_without_a_teacher_is_refused(refused):
+    refused(
+        *(ConfigError, "distill_weight"),
+        recipe=dataclasses.replace(CONFIG, distill_weight=0.5),
+    )
+
+
+# ----------------------------------------------------------------------------- diverging fine-tunes
+
+
+WILD = dataclasses.replace(CONFIG, learning_rate=1e30, warmup_steps=0, max_grad_norm=0.0)
+
+
+@pytest.mark.parametrize("engine", ["own", "trainer"])
+@pytest.mark.parametrize("method", ["adalora", "eva", "lora-fa", "pissa"])
+def test_a_learning_rate_beyond_all_measure_is_named_with_the_step(refused, method, engine):
+    refused(
+        *(RecoveryError, "at step 2 of 4", "Lower [recovery] learning_rate (now 1e+30)"),
+        recipe=dataclasses.replace(WILD, engine=engine),
+        method=method,
+    )
+
+
+def test_after_a_fine_tune_that_diverged_the_model_is_in_the_mode_it_was_in(make_llama, corpus):
+    base = make_llama()
+    assert not base.training
+    with pytest.raises(RecoveryError):
+        recover(base, None, ALLOCATION, corpus, WILD)
+    assert not base.training
+
+
+def test_a_fine_tune_that_diverges_after_its_rung_is_refused(refused):
+    refused(
+        *(RecoveryError, "at step 2 of 4"),
+        recipe=WILD,
+        rung=Rung(fidelity=0.25, goes_on=lambda model: True),
+    )
+
+
+# ------------------------------------------------------------------------- adapters of another base
+
+
+@pytest.fixture
+def recovered(make_llama, corpus, tmp_path):
+    """An adapter on disk, of the model with seed 0."""
+    one = recover(make_llama(), None, ALLOCATION, corpus, CONFIG)
+    one.save(tmp_path / "adapter")
+    return one, tmp_path / "adapter"
+
+
+def with_another_base(run, tmp_path):
+    """Copies a run; other weights of the same shape lie in its pruned folder."""
+    folder = tmp_path / "out"
+    shutil.copytree(run, folder)
+    weights = folder / "pruned" / "model.safetensors"
+    tensors = load_file(weights)
+    name = next(name for name in tensors if "q_proj" in name)
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, weights, {"format": "pt"})
+    return folder
+
+
+def test_an_adapter_of_another_base_is_not_exported(finished, tmp_path, command):
+    folder = with_another_base(finished.folder, tmp_path)
+    result = command("export", folder, "--format", "merged")
+    assert_error(result, 1, "was trained on another base model")
+    assert not list(folder.glob("*export*"))
+    assert not list(folder.glob(".*partial"))
+
+
+class Foreign:
+    """A recovery stage that hands back an adapter of another model."""
+
+    def __init__(self, adapter):
+        self.adapter = adapter
+
+    @hookimpl
+    def rankadaptor_post_prune(self, pruned, context):
+        return Recovered(adapter=self.adapter, allocation=RankAllocation((8,) * 8))
+
+
+def test_an_adapter_of_another_base_is_not_scored(finished, tmp_path, write_run_file, command):
+    file = write_run_file(tmp_path / "r.toml", prune={"importance": "magnitude"})
+    result = command("run", file, plugin=Foreign(finished.folder / "adapter"))
+    assert_error(result, 1, "was trained on another base model")
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_an_adapter_of_another_base_writes_no_texts(finished, tmp_path, write_run_file, command):
+    with_another_base(finished.folder, tmp_path)
+    file = write_run_file(tmp_path / "r.toml", generation={"max_new_tokens": 4})
+    result = command("run", file)
+    assert_error(result, 1, "was trained on another base model")
+
+
+def test_an_adapter_of_another_base_is_not_evaluated_in_lm_eval(finished, tmp_path):
+    folder = with_another_base(finished.folder, tmp_path)
+    with pytest.raises(ArtifactError) as caught:
+        RankAdaptorLM(str(folder), device="cpu")
+    assert_one_line(caught, "was trained on another base model")
+
+
+# ------------------------------------------------------------------------------ a full disk
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Lets the next writing of adapter weights end half way."""
+
+    def fail(tensors, path, **_):
+        with open(path, "wb") as file:
+            file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    def fill():
+        monkeypatch.setattr("peft.peft_model.safe_save_file", fail)
+
+    return SimpleNamespace(fill=fill, free=monkeypatch.undo)
+
+
+def test_a_record_that_cannot_be_written_leaves_no_adapter(recovered, tmp_path, monkeypatch):
+    def fail(folder, record):
+        (folder / RECORD).write_text('{"half', "utf-8")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rankadaptor_plugin.recovery.files.write_provenance", fail)
+    with pytest.raises(ArtifactError, match="No space left on device"):
+        recovered[0].save(tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_run_on_a_full_disk_goes_on_where_there_is_space(
+    tmp_path, write_run_file, command, full_disk
+):
+    file = write_run_file(
+        tmp_path / "r.toml",
+        recovery={"methods": ["lora"], "steps": 1},
+        corpus={"limit": 32},
+        prune={"importance": "magnitude"},
+    )
+    full_disk.fill()
+    result = command("run", file)
+    assert_error(result, 1, "The adapter cannot be written", "No space left on device")
+    out = tmp_path / "out"
+    assert not list((out / "adapters").iterdir())
+    assert not (out / "adapter").exists()
+    full_disk.free()
+    result = command("run", file)
+    assert result.exit_code == 0, result.stderr
+    assert {path.name for path in (out / "adapter").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        RECORD,
+    }
+
+
+# --------------------------------------------------------------------------------- the command line
+
+
+def assert_error(result, code, *fragments):
+    assert result.exit_code == code, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, result.stderr
+    assert result.stderr.splitlines()[-1] == lines[0]
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    for fragment in fragments:
+        assert fragment in lines[0], lines[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "fragments"),
+    [
+        ({"targets": ["qkv_proj"]}, 2, ('targets names "qkv_proj"', "There are: q_proj")),
+        ({"methods": ["pattern:1-2-3-4-5-6-7-8-9"]}, 2, ("9", "8")),
+        ({"methods": ["lora", "eva+pissa"]}, 2, ("eva cannot be combined with pissa",)),
+        ({"layout": "heaped"}, 2, ("recovery.layout is 'heaped'", "sorted")),
+        ({"candidates_per_pass": -1}, 2, ("candidates_per_pass is -1", "at least 0")),
+        ({"distill_weight": 1.5}, 2, ("distill_weight is 1.5", "at most 1")),
+    ],
+    ids=str,
+)
+def test_bad_settings_of_a_run_are_one_line(
+    tmp_path, write_run_file, command, changes, code, fragments
+):
+    file = write_run_file(
+        tmp_path / "r.toml",
+        recovery={"steps": 1, **changes},
+        corpus={"limit": 32},
+        prune={"importance": "magnitude"},
+    )
+    assert_error(command("run", file), code, *fragments)
+    assert not (tmp_path / "out" / "study.db").exists()
+
+
+def test_trials_that_fail_in_a_row_are_kept_and_end_the_run_with_advice(
+    tmp_path, write_run_file, command, observer
+):
+    file = write_run_file(
+        tmp_path / "r.toml",
+        recovery={"learning_rate": 1e30, "candidates_per_pass": 3},
+        corpus={"limit": 32},
+        prune={"importance": "magnitude"},
+    )
+    result = command("run", file, plugin=observer)
+    assert_error(
+        *(result, 1, "3 trials in a row failed", "at step 2 of 3", "Lower [recovery] learning_"),
+        *("run the same command again", "the trials made so far are kept"),
+    )
+    assert [trial.state.value for trial in observer.trials] == ["failed"] * 3
+    with TrialStore.open(RunFolder(tmp_path / "out").study_url, "search") as store:
+        assert [trial.state.value for trial in store.trials()] == ["failed"] * 3

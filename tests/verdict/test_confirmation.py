@@ -1,0 +1,412 @@
+"""Confirmation: fresh seeds, a race on the report documents, the same after a break."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from optuna.storages import InMemoryStorage
+
+from rankadaptor_plugin.core.errors import OracleError, RecoveryError
+from rankadaptor_plugin.core.ranks import RankAllocation
+from rankadaptor_plugin.core.run_folder import RunFolder
+from rankadaptor_plugin.core.scores import Score, TaskScore
+from rankadaptor_plugin.core.trials import Phase, TrialState
+from rankadaptor_plugin.search.study import TrialStore
+from rankadaptor_plugin.verdict.confirmation import (
+    Confirmation,
+    ConfirmationRun,
+    fresh_seeds,
+    run_name,
+)
+from rankadaptor_plugin.verdict.race import Reason
+
+A, B, C = (RankAllocation(ranks) for ranks in ((2, 12), (12, 2), (4, 10)))
+UNIFORM, SMALL = RankAllocation((7, 7)), RankAllocation((5, 5))
+SEEDS = fresh_seeds(5, 4)
+LEAST = 2
+
+
+def score(value: float, noise: float = 0.0, seed: int = 0) -> Score:
+    values = value + noise * np.random.default_rng(seed).normal(size=40)
+    other = {"clp": values.tolist(), "accuracy": (values / 3).tolist()}
+    return Score(tasks={"toy": TaskScore.of(other)})
+
+
+class BrokenOffError(Exception):
+    """What ends a process in the middle of a race."""
+
+
+class ToyRuns:
+    """Fine-tunes that cost nothing; `worth` is the mean on the report documents."""
+
+    def __init__(self, worth, breaks_at=None, diverges=(), noise=0.1):
+        self.worth, self.breaks_at, self.noise = worth, breaks_at, noise
+        self.diverges, self.calls = diverges, []
+
+    def __call__(self, allocation, seed):
+        if len(self.calls) == self.breaks_at:
+            raise BrokenOffError
+        self.calls.append((allocation, seed))
+        if (allocation, seed) in self.diverges:
+            raise RecoveryError("The training loss is nan at step 2 of 3.")
+        value = self.worth[allocation] + (seed - SEEDS[0]) / 7
+        own = 1000 * sum(allocation.ranks) + 10 * allocation.ranks[0] + seed
+        return ConfirmationRun(
+            search=score(-value),  # the other way round: it must not matter
+            report=score(value, self.noise, own),
+            objective=-value,
+            train_loss=1 / 3,
+            seconds={"recovery": 0.1, "oracle": 0.2},
+        )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder(tmp_path)
+
+
+@pytest.fixture
+def store():
+    return TrialStore(InMemoryStorage(), "confirm")
+
+
+def race(
+    folder, store, run, finalists=(A, B), baseline_for=lambda _: UNIFORM, best_random=None, **more
+):
+    options = {
+        "seeds": SEEDS,
+        "least_seeds": LEAST,
+        "confidence": 0.95,
+        "metric": "clp",
+        "weights": None,
+        "on_run": lambda *_: None,
+    }
+    confirmation = Confirmation(run=run, folder=folder, store=store, **{**options, **more})
+    return confirmation.confirm(finalists, baseline_for, best_random)
+
+
+def rounds(*entries):
+    """Calls in order: (seeds, allocations) after each other."""
+    return [(a, s) for seeds, allocations in entries for s in seeds for a in allocations]
+
+
+EQUAL = dict.fromkeys((A, B, C, UNIFORM, SMALL), 0.2)
+ONE_GAINS = {**EQUAL, B: 0.5, UNIFORM: 0.19}
+ALL_BAD = {**EQUAL, A: -1.0, B: -2.0}
+
+
+def test_seeds_are_fresh():
+    many = fresh_seeds(0, 100)
+    assert len(set(many)) == 100
+    assert set(many).isdisjoint(range(10_000))
+    assert fresh_seeds(5, 9)[:4] == SEEDS
+
+
+def test_the_race_runs_one_seed_after_the_other(folder, store):
+    run, told = ToyRuns(EQUAL), []
+    result = race(folder, store, run, on_run=lambda *args: told.append(args))
+    assert run.calls == rounds((SEEDS, (UNIFORM, A, B)))
+    assert told == [(done, 12) for done in range(1, 13)]
+    assert result.seeds == SEEDS
+    assert result.fine_tunes == 12
+    assert [c.exit for c in result.competitors] == [None, None]
+    assert result.delivered == result.baseline == UNIFORM
+
+
+def test_the_one_that_gains_eliminates_the_other_and_is_delivered(folder, store):
+    run, told = ToyRuns(ONE_GAINS, noise=0.01), []
+    result = race(folder, store, run, on_run=lambda *args: told.append(args))
+    assert run.calls == rounds((SEEDS[:2], (UNIFORM, A, B)), (SEEDS[2:], (UNIFORM, B)))
+    assert told[-1] == (10, 10)
+    loser, winner = result.competitors
+    assert (loser.exit.after, loser.exit.reason) == (2, Reason.LEADER)
+    assert loser.comparison.seeds == 2
+    assert (winner.exit, winner.is_gain) == (None, True)
+    assert result.chosen is winner
+    assert result.searched == result.delivered == B
+    assert winner.comparison.estimate == pytest.approx(0.31, abs=0.02)
+    assert winner.comparison.confidence == pytest.approx(0.975)
+    assert (result.seeds_of(A), result.seeds_of(B)) == (SEEDS[:2], SEEDS)
+    assert (len(result.reports(A)), len(result.reports(UNIFORM))) == (2, 4)
+
+
+def test_if_all_are_out_uniform_lora_has_won(folder, store):
+    run, told = ToyRuns(ALL_BAD), []
+    result = race(folder, store, run, on_run=lambda *args: told.append(args))
+    assert run.calls == rounds((SEEDS[:2], (UNIFORM, A, B)))
+    assert told[-1] == (6, 6)
+    assert result.seeds == SEEDS[:2]
+    assert [c.exit.reason for c in result.competitors] == [Reason.UNIFORM] * 2
+    assert (result.searched, result.delivered) == (A, UNIFORM)
+    assert result.chosen.comparison.is_loss
+    assert result.comparisons(["clp"])["clp"] == result.chosen.comparison
+
+
+def test_nobody_is_eliminated_before_the_least_seeds(folder, store):
+    run = ToyRuns(ALL_BAD)
+    result = race(folder, store, run, least_seeds=3)
+    assert [c.exit.after for c in result.competitors] == [3, 3]
+    run = ToyRuns(ALL_BAD)
+    whole = race(RunFolder(folder.path / "whole"), store, run, least_seeds=4)
+    assert [c.exit for c in whole.competitors] == [None, None]
+    assert whole.delivered == UNIFORM
+
+
+def test_of_several_gains_the_greatest_is_delivered(folder, store):
+    worth = {**EQUAL, A: 0.55, B: 0.56, UNIFORM: 0.0}
+    result = race(folder, store, ToyRuns(worth))
+    assert [c.is_gain for c in result.competitors] == [True, True]
+    estimates = {c.allocation: c.comparison.estimate for c in result.competitors}
+    assert result.delivered == max(estimates, key=estimates.get)
+
+
+def test_without_noise_equal_ones_are_no_gain(folder, store):
+    result = race(folder, store, ToyRuns(EQUAL, noise=0.0))
+    assert [c.comparison.half_width for c in result.competitors] == [0.0, 0.0]
+    assert (result.searched, result.delivered) == (A, UNIFORM)
+
+
+def test_the_best_random_allocation_races_along(folder, store):
+    run = ToyRuns(EQUAL)
+    result = race(folder, store, run, finalists=(A,), best_random=C)
+    assert [(c.allocation, c.label) for c in result.competitors] == [
+        (A, "finalist"),
+        (C, "best random"),
+    ]
+    assert result.rules.competitors == 2
+    assert run.calls == rounds((SEEDS, (UNIFORM, A, C)))
+
+
+def test_a_best_random_allocation_that_is_a_finalist_runs_once(folder, store):
+    result = race(folder, store, ToyRuns(EQUAL), best_random=B)
+    assert [c.label for c in result.competitors] == ["finalist", "finalist"]
+
+
+def test_each_competitor_may_have_a_baseline_of_its_own(folder, store):
+    own = {A: UNIFORM, B: SMALL}
+    worth = {**EQUAL, A: -1.0, B: 0.5, SMALL: 0.0}
+    run = ToyRuns(worth)
+    result = race(folder, store, run, baseline_for=own.get)
+    # The baseline of one that is out rests too.
+    assert run.calls == rounds((SEEDS[:2], (UNIFORM, SMALL, A, B)), (SEEDS[2:], (SMALL, B)))
+    assert (result.baseline, result.delivered) == (SMALL, B)
+
+
+def test_a_competitor_that_is_out_may_go_on_as_the_baseline_of_another(folder, store):
+    worth = {**EQUAL, A: -1.0, B: 0.5}
+    run = ToyRuns(worth)
+    result = race(folder, store, run, baseline_for={A: UNIFORM, B: A}.get)
+    assert run.calls == rounds((SEEDS[:2], (UNIFORM, A, B)), (SEEDS[2:], (A, B)))
+    entry = result.to_json()["competitors"][0]
+    assert (entry["eliminated_after"], len(entry["per_seed"])) == (2, 2)
+    assert len(result.reports(A)) == 4
+
+
+def test_a_finalist_that_is_its_own_baseline_needs_no_runs(folder, store):
+    run = ToyRuns(EQUAL)
+    result = race(folder, store, run, finalists=(UNIFORM, A))
+    assert run.calls == rounds((SEEDS, (UNIFORM, A)))
+    assert (result.competitors[0].exit.reason, result.searched) == (Reason.SAME, A)
+    assert result.rules.competitors == 1
+    assert result.to_json()["competitors"][0]["per_seed"] == []
+
+
+def test_where_no_finalist_differs_uniform_lora_runs_with_the_least_seeds(folder, store):
+    run, told = ToyRuns(EQUAL), []
+    result = race(folder, store, run, finalists=(UNIFORM,), on_run=lambda *args: told.append(args))
+    assert run.calls == rounds((SEEDS[:LEAST], (UNIFORM,)))
+    assert told == [(1, 2), (2, 2)]
+    assert (result.chosen, result.searched, result.comparisons(["clp"])) == (None, None, {})
+    assert result.delivered == result.baseline == UNIFORM
+
+
+# ---------------------------------------------------------------------------- failed fine-tunes
+
+
+@pytest.mark.parametrize("failed", [0, 1, 3])
+def test_a_competitor_that_diverges_is_out(folder, store, failed):
+    run = ToyRuns(EQUAL, diverges={(A, SEEDS[failed])})
+    result = race(folder, store, run)
+    out, other = result.competitors
+    assert (out.exit.after, out.exit.reason) == (failed, Reason.FAILED)
+    assert "loss is nan" in out.exit.detail
+    assert out.comparison is None
+    assert (other.exit, result.searched) == (None, B)
+    assert run.calls == rounds(
+        (SEEDS[: failed + 1], (UNIFORM, A, B)), (SEEDS[failed + 1 :], (UNIFORM, B))
+    )
+    trials = [t for t in store.trials() if t.state is TrialState.FAILED]
+    assert [(t.allocation, t.seed, t.reason) for t in trials] == [
+        (A, SEEDS[failed], out.exit.detail)
+    ]
+    again = ToyRuns(EQUAL)
+    assert race(folder, store, again) == result
+    assert again.calls == []
+
+
+def test_if_all_diverge_uniform_lora_runs_with_the_least_seeds(folder, store):
+    run, told = ToyRuns(EQUAL, diverges={(A, SEEDS[0]), (B, SEEDS[0])}), []
+    result = race(folder, store, run, on_run=lambda *args: told.append(args))
+    assert run.calls == rounds((SEEDS[:1], (UNIFORM, A, B)), (SEEDS[1:2], (UNIFORM,)))
+    assert told[-1] == (4, 4)
+    assert (result.chosen, result.delivered) == (None, UNIFORM)
+    assert json.loads(json.dumps(result.to_json()))["competitors"][0]["comparison"] is None
+
+
+def test_if_the_last_one_diverges_the_race_ends(folder, store):
+    told = []
+    run = ToyRuns(EQUAL, diverges={(A, SEEDS[2])})
+    race(folder, store, run, finalists=(A,), on_run=lambda *args: told.append(args))
+    assert run.calls == rounds((SEEDS[:3], (UNIFORM, A)))
+    assert told[-2:] == [(6, 8), (6, 6)]
+
+
+def test_the_baseline_that_ran_longest_goes_on(folder, store):
+    run = ToyRuns(EQUAL, diverges={(A, SEEDS[0]), (B, SEEDS[1])})
+    result = race(folder, store, run, baseline_for={A: UNIFORM, B: SMALL}.get, least_seeds=3)
+    assert run.calls == [
+        *rounds((SEEDS[:1], (UNIFORM, SMALL, A, B)), (SEEDS[1:2], (SMALL, B))),
+        (SMALL, SEEDS[2]),
+    ]
+    assert result.delivered == SMALL
+
+
+def test_a_leader_that_diverges_does_not_bring_back_whom_it_eliminated(folder, store):
+    run = ToyRuns(ONE_GAINS, diverges={(B, SEEDS[3])}, noise=0.01)
+    result = race(folder, store, run)
+    assert [c.exit.reason for c in result.competitors] == [Reason.LEADER, Reason.FAILED]
+    assert (result.chosen, result.delivered) == (None, UNIFORM)
+
+
+def test_a_score_that_is_no_number_counts_as_diverged(folder, store):
+    run = ToyRuns({**EQUAL, A: math.nan})
+    result = race(folder, store, run)
+    assert result.competitors[0].exit.reason is Reason.FAILED
+    assert "not a finite number" in result.competitors[0].exit.detail
+
+
+def test_a_competitor_that_cannot_be_scored_is_out(folder, store):
+    class Unscored(ToyRuns):
+        def __call__(self, allocation, seed):
+            if allocation == A:
+                raise OracleError("A score of task toy is not a number.")
+            return super().__call__(allocation, seed)
+
+    result = race(folder, store, Unscored(EQUAL))
+    assert result.competitors[0].exit.detail == "A score of task toy is not a number."
+    with pytest.raises(OracleError, match="task toy"):
+        race(RunFolder(folder.path / "other"), store, Unscored(EQUAL), baseline_for=lambda _: A)
+
+
+def test_a_baseline_that_diverges_ends_the_run(folder, store):
+    with pytest.raises(RecoveryError, match="loss is nan"):
+        race(folder, store, ToyRuns(EQUAL, diverges={(UNIFORM, SEEDS[1])}))
+    rest = ToyRuns(EQUAL)
+    race(folder, store, rest)
+    assert rest.calls[0] == (UNIFORM, SEEDS[1])
+
+
+# ------------------------------------------------------------------------------------ resuming
+
+
+def test_finished_runs_are_not_repeated(folder, store):
+    first = race(folder, store, ToyRuns(ONE_GAINS))
+    run = ToyRuns(ONE_GAINS)
+    assert race(folder, store, run) == first
+    assert run.calls == []
+    assert len(store.trials()) == first.fine_tunes
+
+
+def test_a_run_that_lost_its_adapter_is_made_again(folder, store):
+    first = race(folder, store, ToyRuns(EQUAL))
+    run, lost = ToyRuns(EQUAL), (UNIFORM, SEEDS[0])
+    again = race(folder, store, run, is_whole=lambda *args: args != lost)
+    assert again == first
+    assert run.calls == [lost]
+    assert len(store.trials()) == 12
+
+
+@pytest.mark.parametrize("finished", range(10))
+def test_a_broken_race_goes_on_to_the_same_result(tmp_path, finished):
+    whole_store, store = (TrialStore(InMemoryStorage(), "confirm") for _ in range(2))
+    options = {"noise": 0.01, "diverges": {(C, SEEDS[0])}}
+    entrants = (C, A, B)
+    run = ToyRuns(ONE_GAINS, **options)
+    whole = race(RunFolder(tmp_path / "whole"), whole_store, run, entrants)
+    folder = RunFolder(tmp_path / "broken")
+    with pytest.raises(BrokenOffError):
+        race(folder, store, ToyRuns(ONE_GAINS, finished, **options), entrants)
+    rest = ToyRuns(ONE_GAINS, **options)
+    assert race(folder, store, rest, entrants) == whole
+    assert rest.calls == run.calls[finished:]
+    assert store.trials() == whole_store.trials()
+
+
+def test_a_run_whose_trial_was_not_stored_is_stored_later(folder, store):
+    race(folder, TrialStore(InMemoryStorage(), "lost"), ToyRuns(EQUAL))
+    run = ToyRuns(EQUAL)
+    race(folder, store, run)
+    assert run.calls == []
+    trials = store.trials()
+    assert [(t.allocation, t.seed) for t in trials] == rounds((SEEDS, (UNIFORM, A, B)))
+    assert [t.position for t in trials] == list(range(12))
+    assert {(t.phase, t.state) for t in trials} == {(Phase.CONFIRMATION, TrialState.COMPLETE)}
+
+
+# ---------------------------------------------------------------------------- what is written
+
+
+def test_the_report_keeps_its_documents_and_comes_back_equal(folder, store):
+    result = race(folder, store, ToyRuns(EQUAL))
+    (first, *_) = result.runs[B]
+    name = f"evaluations/{run_name(B, SEEDS[0])}"
+    again = ConfirmationRun.from_json(folder.read_json(f"{name}.json"))
+    assert again.report.tasks["toy"].per_document == {}
+    assert folder.with_documents(f"{name}.parquet", again.report) == first.report
+    assert first.search.tasks["toy"].per_document == {}
+
+
+def test_the_plain_values_say_all_of_the_race(folder, store):
+    result = race(folder, store, ToyRuns(ONE_GAINS, noise=0.01), weights={"toy": 1.0})
+    plain = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert {key: plain[key] for key in plain if key != "competitors"} == {
+        "error_rate": 0.05,
+        "confidence": 0.95,
+        "metric": "clp",
+        "seeds": list(SEEDS),
+        "most_seeds": 4,
+        "least_seeds": 2,
+        "fine_tunes": 10,
+    }
+    loser, winner = plain["competitors"]
+    assert (loser["eliminated_after"], loser["reason"]) == (2, "worse than the leader")
+    assert (winner["eliminated_after"], winner["reason"], winner["chosen"]) == (None, None, True)
+    assert (winner["ranks"], winner["baseline"]) == ([12, 2], [7, 7])
+    assert (len(loser["per_seed"]), len(winner["per_seed"])) == (2, 4)
+    assert np.mean(winner["per_seed"]) == pytest.approx(winner["comparison"]["estimate"])
+    assert winner["search_objective"] == pytest.approx(-0.5 - 1.5 / 7)
+
+
+def test_other_metrics_are_compared_with_the_confidence_of_the_verdict(folder, store):
+    result = race(folder, store, ToyRuns(ONE_GAINS, noise=0.01))
+    found = result.comparisons(["clp", "accuracy"])
+    assert found["clp"] == result.chosen.comparison
+    assert found["accuracy"].confidence == found["clp"].confidence
+    assert found["accuracy"].estimate == pytest.approx(found["clp"].estimate / 3)
+
+
+def test_searched_settings_stand_in_the_plain_values(folder, store):
+    warm = replace(A, settings=(("learning_rate", 0.01),))
+    result = race(folder, store, ToyRuns({**EQUAL, warm: 0.2}), finalists=(warm,))
+    assert result.to_json()["competitors"][0]["settings"] == {"learning_rate": 0.01}
+
+
+def test_names_of_runs_are_short_and_distinct():
+    deep = RankAllocation((8,) * 200)
+    seen = {run_name(a, s) for a in (A, B, C, UNIFORM, deep) for s in SEEDS}
+    assert len(seen) == 20
+    assert max(map(len, seen)) < 40

@@ -1,0 +1,447 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from rankadaptor_plugin.cli import build_cli
+from rankadaptor_plugin.core.document_results import write_documents
+from rankadaptor_plugin.core.errors import ArtifactError, ConfigError, OracleError, RankAdaptorError
+from rankadaptor_plugin.core.scores import Score, TaskScore
+from rankadaptor_plugin.hooks.compare import compare
+from rankadaptor_plugin.plugins import plugin_manager
+from rankadaptor_plugin.report.comparison_text import text
+from rankadaptor_plugin.verdict.comparison import compare_runs
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TASKS = {"tiny_boolq": 1.0, "tiny_piqa": 1.0}
+LEVELS = {"base": 0.8, "pruned": 0.4, "uniform": 0.6, "searched": 0.6}
+FEW = {"resamples": 400}
+
+
+def score(rng, level: float, tasks, documents: int, *, named: bool, offset: int) -> Score:
+    found = {}
+    for task in tasks:
+        right = (rng.random(documents) < level).astype(float).tolist()
+        nats = (level + 0.1 * rng.normal(size=documents)).tolist()
+        keys = [f"{task}-{offset + j}" for j in range(documents)]
+        found[task] = TaskScore(
+            values={},
+            stderr={},
+            documents=documents,
+            per_document={"accuracy": right, "clp": nats},
+            keys=keys if named else [],
+        )
+    return Score(tasks=found)
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    """Writes what a finished run leaves for comparisons."""
+
+    def write(
+        name: str = "run",
+        *,
+        seeds=(1, 2, 3),
+        levels=LEVELS,
+        tasks=TASKS,
+        documents: int = 40,
+        offset: int = 0,
+        delivered: str = "uniform",
+        named: bool = True,
+        trainable: int = 1000,
+        **report,
+    ) -> Path:
+        folder = tmp_path / name
+        rng = np.random.default_rng(0)  # the same documents are hard for all runs
+        results = {}
+        for model, level in levels.items():
+            results[model] = []
+            for seed in [None] if model in ("base", "pruned") else seeds:
+                file = f"evaluations/{model}-{seed}.parquet"
+                found = score(rng, level, tasks, documents, named=named, offset=offset)
+                write_documents(folder / file, found)
+                results[model].append({"file": file, "seed": seed})
+        if delivered:
+            results["recovered"] = results[delivered]
+        recovered = [m for m in results if m not in ("base", "pruned")]
+        content = {
+            "results": results,
+            "weights": dict(tasks),
+            "confirm": {"confidence": 0.95},
+            "parameters": {
+                "base": 9000,
+                "pruned": 5000,
+                "trainable": dict.fromkeys(recovered, trainable),
+            },
+            "config": {"output": str(folder), "prune": {"ratio": 0.5}},
+            **report,
+        }
+        (folder / "report.json").write_text(json.dumps(content))
+        (folder / "inputs.json").write_text("{}")
+        return folder
+
+    return write
+
+
+def labels(found) -> list[str]:
+    return [choice.label for choice in found.choices]
+
+
+def change(folder: Path, **changes) -> None:
+    file = folder / "report.json"
+    report = json.loads(file.read_text())
+    file.write_text(json.dumps({**report, **changes}))
+
+
+def call(*words):
+    result = CliRunner().invoke(compare, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+# --------------------------------------------------------------------------- which models are meant
+
+
+def test_one_run_alone_compares_its_recovered_models(write_run):
+    assert labels(compare_runs([str(write_run())], **FEW)) == ["uniform", "searched"]
+
+
+def test_the_same_run_twice_is_one_run(write_run):
+    run = str(write_run())
+    assert labels(compare_runs([run, run + "/."], **FEW)) == ["uniform", "searched"]
+
+
+def test_two_runs_compare_what_they_deliver(write_run):
+    runs = [str(write_run("a")), str(write_run("b", delivered="searched"))]
+    found = compare_runs(runs, **FEW)
+    assert labels(found) == ["a:recovered", "b:recovered"]
+    assert [choice.files[1].name for choice in found.choices] == [
+        "uniform-1.parquet",
+        "searched-1.parquet",
+    ]
+
+
+def test_models_after_a_colon(write_run):
+    run = write_run()
+    found = compare_runs([f"{run}:base", f"{run}:searched", f"{run}:pruned"], **FEW)
+    assert labels(found) == ["base", "searched", "pruned"]
+    assert list(found.pairs) == [(0, 1), (0, 2), (1, 2)]
+
+
+def test_all_compares_every_recovered_model(write_run):
+    runs = [str(write_run("a")), str(write_run("b"))]
+    found = compare_runs(runs, every_model=True, **FEW)
+    assert labels(found) == ["a:uniform", "a:searched", "b:uniform", "b:searched"]
+    assert len(found.pairs) == 6
+
+
+def test_all_keeps_a_model_that_was_named(write_run):
+    runs = [str(write_run("a")), f"{write_run('b')}:base"]
+    assert labels(compare_runs(runs, every_model=True, **FEW)) == [
+        "a:uniform",
+        "a:searched",
+        "b:base",
+    ]
+
+
+def test_a_delivered_model_of_its_own_is_compared_too(write_run):
+    run = write_run(levels={**LEVELS, "recovered": 0.6}, delivered="")
+    assert labels(compare_runs([str(run)], **FEW)) == ["uniform", "searched", "recovered"]
+
+
+def test_a_run_file_stands_for_its_output(write_run, write_run_file, tmp_path):
+    write_run("out")
+    file = write_run_file(tmp_path / "run.toml", output="out")
+    assert compare_runs([str(file)], **FEW).choices[0].folder == tmp_path / "out"
+    assert labels(compare_runs([f"{file}:base", f"{file}:pruned"], **FEW)) == ["base", "pruned"]
+
+
+def test_a_path_may_hold_colons_and_brackets(write_run):
+    odd, named = write_run("a[b]:c"), write_run("x:uniform")
+    found = compare_runs([f"{odd}:uniform", str(named)], **FEW)
+    assert labels(found) == ["a[b]:c:uniform", "x:uniform:recovered"]
+    assert "a[b]:c:uniform" in text(found, 80)
+
+
+def test_runs_of_the_same_name_are_told_apart(write_run):
+    runs = [str(write_run("one/out")), str(write_run("two/out"))]
+    assert labels(compare_runs(runs, **FEW)) == ["one/out:recovered", "two/out:recovered"]
+
+
+# ----------------------------------------------------------------------------------- what comes out
+
+
+def test_the_difference_is_that_of_the_means(write_run):
+    run = write_run()
+    found = compare_runs([f"{run}:base", f"{run}:pruned"], metric="clp", **FEW)
+    difference = found.pairs[0, 1]
+    assert difference.estimate == pytest.approx(0.4, abs=0.05)
+    assert difference.is_gain
+    assert (difference.documents, difference.left_out) == (80, 0)
+
+
+def test_one_task_alone(write_run):
+    found = compare_runs([str(write_run())], task="tiny_piqa", **FEW)
+    assert found.weights == {"tiny_piqa": 1.0}
+    assert found.pairs[0, 1].documents == 40
+
+
+def test_tasks_without_weight_are_left_out(write_run):
+    found = compare_runs([str(write_run(weights={"tiny_boolq": 0.0, "tiny_piqa": 2.0}))], **FEW)
+    assert found.weights == {"tiny_piqa": 2.0}
+
+
+def test_the_confidence_is_the_runs_own_unless_given(write_run):
+    run = str(write_run(confirm={"confidence": 0.8}))
+    assert compare_runs([run], **FEW).pairs[0, 1].confidence == 0.8
+    assert compare_runs([run], confidence=0.9, **FEW).pairs[0, 1].confidence == 0.9
+
+
+def test_the_same_seed_gives_the_same_numbers(write_run):
+    run = str(write_run())
+    first, again, other = (compare_runs([run], seed=s, **FEW).to_json() for s in (0, 0, 1))
+    assert first == again
+    assert first["pairs"][0]["low"] != other["pairs"][0]["low"]
+
+
+# -------------------------------------------------------------------------------------------- notes
+
+
+def test_like_with_like_needs_no_note(write_run):
+    assert compare_runs([str(write_run("a")), str(write_run("b"))], **FEW).notes == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"weights": {"tiny_boolq": 1.0, "tiny_piqa": 3.0}}, "weight their tasks differently"),
+        ({"tasks": {**TASKS, "arc": 1.0}}, "compared: tiny_boolq, tiny_piqa. Left out: arc."),
+        ({"confirm": {"confidence": 0.9}}, "different confidences (0.9, 0.95); 0.95 is used"),
+        ({"parameters": {"base": 1, "pruned": 5000}}, "base models of different sizes: 9,000, 1"),
+        ({"parameters": {"base": 9000, "pruned": 6000}}, "pruned models of different sizes"),
+        ({"config": {"prune": {"ratio": 0.2}}}, "Settings that differ between the runs: prune.ra"),
+        ({"trainable": 1030}, "b:recovered has 1,030 trainable parameters, a:recovered 1,000"),
+        ({"seeds": (1,)}, "b:recovered is one fine-tune."),
+        ({"seeds": (None,)}, "b:recovered is one fine-tune."),
+    ],
+)
+def test_a_note_says_how_the_runs_differ(changes, note, write_run):
+    runs = [str(write_run("a")), str(write_run("b", **changes))]
+    notes = compare_runs(runs, **FEW).notes
+    assert len(notes) == 1
+    assert note in notes[0]
+
+
+def test_nearly_equal_parameters_count_as_equal(write_run):
+    runs = [str(write_run("a")), str(write_run("b", trainable=1020))]
+    assert compare_runs(runs, **FEW).notes == []
+
+
+def test_documents_without_names_are_paired_by_position_with_a_note(write_run):
+    runs = [str(write_run(name, named=False)) for name in ("a", "b")]
+    assert "no names" in compare_runs(runs, **FEW).notes[0]
+    assert compare_runs(runs[:1], **FEW).notes == []
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+def test_the_table_is_for_people(write_run):
+    a, b = write_run("a"), write_run("b", levels={**LEVELS, "uniform": 0.95}, offset=10)
+    done = call(a, b, "--resamples", 1000)
+    assert done.exit_code == 0
+    lines = done.stdout.splitlines()
+    assert lines[0] == "Difference A - B in accuracy, weighted mean of tiny_boolq, tiny_piqa:"
+    assert "difference (points)" in lines[2]
+    assert "95 % interval" in lines[2]
+    assert lines[3].startswith("a:recovered  b:recovered")
+    assert lines[3].endswith("B is better")
+    assert "a:recovered                 1,000      3" in lines
+    assert "3 paired seeds; 60 paired documents, 40 of one model alone left out." in lines
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_several_pairs_say_how_they_were_corrected(write_run):
+    run = write_run()
+    done = call(f"{run}:base", f"{run}:uniform", f"{run}:searched", "--metric", "clp")
+    assert "difference (nats)" in done.stdout
+    assert "Holm, 3 pairs" in done.stdout
+    assert "base and uniform; base and searched: seeds not paired (none and 3);" in done.stdout
+    assert "uniform and searched: 3 paired seeds; 80 paired documents." in done.stdout
+    rows = [line for line in done.stdout.splitlines() if line.startswith("base ")]
+    assert rows[0].endswith("A is better")
+
+
+def test_no_difference_is_said_plainly(write_run):
+    assert "no difference beyond noise" in call(write_run()).stdout
+
+
+@pytest.mark.parametrize("width", [20, 100])
+def test_a_long_label_is_not_cut(width, write_run):
+    name = "n" * 60
+    found = compare_runs([str(write_run(name)), str(write_run("b"))], **FEW)
+    assert "…" not in text(found, width)
+    assert f"{name}:recovered" in text(found, width)
+
+
+def test_json_holds_all(write_run):
+    done = call(write_run("a"), write_run("b"), "--json", "--seed", 3, "--resamples", 500)
+    found = json.loads(done.stdout)
+    assert (found["metric"], found["correction"], found["seed"]) == ("accuracy", "holm", 3)
+    assert found["weights"] == TASKS
+    assert [m["trainable_parameters"] for m in found["models"]] == [1000, 1000]
+    assert [m["seeds"] for m in found["models"]] == [[1, 2, 3]] * 2
+    (pair,) = found["pairs"]
+    assert (pair["first"], pair["second"]) == ("a:recovered", "b:recovered")
+    assert pair.keys() >= {"estimate", "low", "high", "p", "p_adjusted", "is_gain", "is_loss"}
+    assert pair["seeds"] == {"first": 3, "second": 3, "paired": True, "left_out": 0}
+
+
+def test_every_option_has_a_help_text():
+    assert all(option.help for option in compare.params if isinstance(option, click.Option))
+
+
+def test_no_torch_is_loaded(write_run):
+    code = (
+        "import sys\n"
+        "from rankadaptor_plugin.hooks.compare import compare\n"
+        "compare([sys.argv[1], '--resamples', '200'], standalone_mode=False)\n"
+        "assert not {'torch', 'transformers', 'peft', 'lm_eval', 'scipy'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, write_run()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+def fails(kind: type[RankAdaptorError], message: str, *runs: object, **options) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        compare_runs([str(run) for run in runs], **{**FEW, **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_is_not_there(tmp_path):
+    fails(ConfigError, "There is no run", tmp_path / "none")
+    fails(ConfigError, "There is no run", tmp_path / "none:uniform")
+    fails(ConfigError, "There is no run", r"C:\runs\none")
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    fails(ArtifactError, "is no run folder", tmp_path)
+
+
+def test_a_run_that_is_not_finished(write_run):
+    run = write_run()
+    (run / "report.json").unlink()
+    fails(ArtifactError, "not finished", run)
+
+
+def test_a_report_of_an_earlier_version(write_run):
+    run = write_run(results=None)
+    fails(ArtifactError, "earlier version", run)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"results": []},
+        {"results": {"uniform": []}},
+        {"results": {"uniform": [{"file": "x.parquet"}]}},
+        {"results": {"uniform": [{"file": "x", "seed": 1}, {"file": "y", "seed": 1}]}},
+        {"results": {"uniform": [{"file": "x", "seed": "1"}]}},
+        {"weights": {"tiny_piqa": "1"}},
+        {"weights": {"tiny_piqa": -1.0}},
+        {"weights": None},
+        {"parameters": None},
+    ],
+)
+def test_a_report_that_was_tampered_with(changes, write_run):
+    run = write_run()
+    change(run, **changes)
+    fails(ArtifactError, "no usable results", run)
+
+
+def test_a_torn_report(write_run):
+    run = write_run()
+    (run / "report.json").write_text('{"results": ')
+    fails(ArtifactError, "cannot be read", run)
+
+
+def test_a_file_of_results_that_is_gone(write_run):
+    run = write_run()
+    (run / "evaluations" / "uniform-2.parquet").unlink()
+    fails(ArtifactError, r"uniform-2\.parquet is missing", run)
+
+
+def test_an_unknown_model(write_run):
+    run = write_run()
+    fails(ConfigError, "no model 'serched'.* Did you mean 'searched'", f"{run}:serched")
+
+
+def test_a_model_that_the_run_does_not_have(write_run):
+    run = write_run(levels={"base": 0.8, "uniform": 0.6})
+    fails(ConfigError, "has no model 'searched'. It has: base, uniform", f"{run}:searched", run)
+
+
+def test_a_single_model(write_run):
+    run = write_run(levels={"base": 0.8, "uniform": 0.6})
+    fails(ConfigError, "only uniform to compare", run)
+    fails(ConfigError, "only base to compare", f"{run}:base")
+
+
+def test_a_model_with_itself(write_run):
+    run = write_run()
+    fails(ConfigError, "are the same model", f"{run}:base", f"{run}:base")
+    fails(ConfigError, "uniform and recovered are the same", f"{run}:uniform", f"{run}:recovered")
+
+
+def test_a_metric_that_is_absent(write_run):
+    fails(ConfigError, "It has: accuracy, clp", write_run(), metric="margin")
+
+
+def test_a_task_that_is_absent(write_run):
+    fails(
+        ConfigError, "no task 'tiny_pica'.* Did you mean 'tiny_piqa'", write_run(), task="tiny_pica"
+    )
+
+
+def test_no_common_task(write_run):
+    fails(OracleError, "no task in common", write_run("a"), write_run("b", tasks={"arc": 1.0}))
+
+
+def test_no_common_documents(write_run):
+    runs = write_run("a"), write_run("b", offset=100)
+    fails(OracleError, "0 documents of task tiny_boolq in common", *runs)
+
+
+def test_too_few_resamples(write_run):
+    run = write_run()
+    runs = [f"{run}:{model}" for model in LEVELS]
+    fails(ConfigError, "Use at least 240", *runs, resamples=239)
+
+
+def test_errors_are_one_line_with_an_exit_code(write_run, tmp_path):
+    cli = build_cli(plugin_manager(third_party=False))
+    cli.add_command(compare)
+    for run, code in ((f"{write_run()}:best", 2), (tmp_path, 1)):
+        done = CliRunner().invoke(cli, ["compare", str(run)])
+        assert (done.exit_code, done.stderr.count("\n")) == (code, 1)
+        assert done.stderr.startswith("Error: ")
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--resamples", "3"], ["--confidence", "1"], ["--seed", "-1"]]
+)
+def test_wrong_options_are_refused_by_the_command(words, write_run):
+    assert call(*([write_run(), *words] if words else [])).exit_code == 2
