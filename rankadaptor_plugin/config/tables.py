@@ -31,7 +31,9 @@ PATTERN = "pattern:"
 def _f(default: Any, help_: str, **rule: Any) -> Any:
     """A field with its help text.
 
-    `rule` is ``low``, ``high`` (inclusive), ``above``, ``below`` (exclusive) or ``choices``.
+    `rule` is ``low``, ``high`` (inclusive), ``above``, ``below`` (exclusive) or ``choices``, and
+    ``aliases``, other names of the setting: former ones and those of other tools. They are not
+    accepted, but answered with the name of the setting.
     """
     return field(default=default, metadata={"help": help_, **rule})
 

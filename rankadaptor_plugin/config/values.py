@@ -34,7 +34,7 @@ def build(cls: type[T], data: dict[str, Any], table: str) -> T:
         name = f"{table}.{key}" if table else key
         if key not in fields:
             raise ConfigError(
-                f"Unknown key {name} in the run file.{suggestion(key, list(fields))} "
+                f"Unknown key {name} in the run file.{_meant(key, fields)} "
                 f"Allowed here: {', '.join(fields)}."
             )
         if dataclasses.is_dataclass(hints[key]):
@@ -45,6 +45,14 @@ def build(cls: type[T], data: dict[str, Any], table: str) -> T:
             values[key] = _value(name, value, hints[key])
             _check_range(name, values[key], fields[key].metadata)
     return cls(**values)
+
+
+def _meant(key: str, fields: dict[str, dataclasses.Field[Any]]) -> str:
+    """Returns the question which setting was meant: by another name of it, or by its spelling."""
+    for field in fields.values():
+        if key in field.metadata.get("aliases", ()):
+            return f" Did you mean {field.name!r}?"
+    return suggestion(key, list(fields))
 
 
 def _value(name: str, value: Any, hint: Any) -> Any:
