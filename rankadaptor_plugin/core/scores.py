@@ -139,3 +139,17 @@ class Score:
     def from_json(cls, data: Mapping[str, Any]) -> Score:
         """Builds a score from what `to_json` returned."""
         return cls(tasks={name: TaskScore(**task) for name, task in data.items()})
+
+
+METRIC_UNITS = {
+    "accuracy": "%",
+    "clp": "nats",
+    "margin": "nats",
+    "gold_ll": "nats per byte",
+    "log_likelihood": "nats per token",
+}
+
+
+def unit_of_difference(metric: str) -> str:
+    """Names the unit of a difference in a metric; accuracy differs in points."""
+    return "points" if metric == "accuracy" else METRIC_UNITS.get(metric, "")

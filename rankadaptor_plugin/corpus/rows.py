@@ -10,7 +10,6 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from rankadaptor_plugin.config.hub_names import is_hub_name  # noqa: F401
 from rankadaptor_plugin.core.errors import ConfigError, CorpusError
 from rankadaptor_plugin.corpus.conversations import messages_of
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from rankadaptor_plugin.core.scores import unit_of_difference
 from rankadaptor_plugin.report.console import printed
-from rankadaptor_plugin.report.numbers import number, unit_of_difference
+from rankadaptor_plugin.report.numbers import number
 
 if TYPE_CHECKING:
     from rankadaptor_plugin.verdict.bootstrap import Difference

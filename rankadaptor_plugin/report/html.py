@@ -8,12 +8,13 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from rankadaptor_plugin.core.scores import unit_of_difference
 from rankadaptor_plugin.report import report_model_tables as model_tables
 from rankadaptor_plugin.report import report_noise_tables as noise_tables
 from rankadaptor_plugin.report import report_search_tables as search_tables
 from rankadaptor_plugin.report import svg, tables
 from rankadaptor_plugin.report import texts as generation
-from rankadaptor_plugin.report.numbers import metric_label, unit_of_difference
+from rankadaptor_plugin.report.numbers import metric_label
 from rankadaptor_plugin.report.report_style import STYLE
 from rankadaptor_plugin.report.words import READING, config_text, search_line
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from rankadaptor_plugin.core.metric_units import METRIC_UNITS, unit_of_difference  # noqa: F401
+from rankadaptor_plugin.core.scores import METRIC_UNITS
 
 UNKNOWN = "n/a"
 MODELS = {

@@ -14,13 +14,14 @@ import re
 from typing import TYPE_CHECKING, Any, cast
 
 from rankadaptor_plugin.core.errors import ArtifactError
+from rankadaptor_plugin.core.scores import unit_of_difference
 from rankadaptor_plugin.report import report_model_tables as model_tables
 from rankadaptor_plugin.report import report_noise_tables as noise_tables
 from rankadaptor_plugin.report import report_search_tables as search_tables
 from rankadaptor_plugin.report import tables
 from rankadaptor_plugin.report import texts as generation
 from rankadaptor_plugin.report.html import page
-from rankadaptor_plugin.report.numbers import number, unit_of_difference
+from rankadaptor_plugin.report.numbers import number
 from rankadaptor_plugin.report.words import READING, config_text, search_line
 
 if TYPE_CHECKING:

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rankadaptor_plugin.report.numbers import (
-    METRIC_UNITS,
-    UNKNOWN,
-    duration,
-    number,
-    scored,
-    unit_of_difference,
-)
+from rankadaptor_plugin.core.scores import METRIC_UNITS, unit_of_difference
+from rankadaptor_plugin.report.numbers import UNKNOWN, duration, number, scored
 from rankadaptor_plugin.report.tables import Table
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rankadaptor_plugin.report.numbers import UNKNOWN, interval, number, scored, unit_of_difference
+from rankadaptor_plugin.core.scores import unit_of_difference
+from rankadaptor_plugin.report.numbers import UNKNOWN, interval, number, scored
 from rankadaptor_plugin.report.tables import Table
 from rankadaptor_plugin.report.words import objective_label
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rankadaptor_plugin.core.scores import unit_of_difference
 from rankadaptor_plugin.report.numbers import (
     MODELS,
     UNKNOWN,
@@ -16,7 +17,6 @@ from rankadaptor_plugin.report.numbers import (
     metric_label,
     number,
     scored,
-    unit_of_difference,
 )
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from rankadaptor_plugin.report.numbers import METRIC_UNITS, number
+from rankadaptor_plugin.core.scores import METRIC_UNITS
+from rankadaptor_plugin.report.numbers import number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rankadaptor_plugin.core.errors import OracleError, RecoveryError
-from rankadaptor_plugin.core.metric_units import unit_of_difference
+from rankadaptor_plugin.core.scores import unit_of_difference
 from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
 from rankadaptor_plugin.search.parameters import untried
 from rankadaptor_plugin.verdict.confirmation import (

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankadaptor_plugin.config import run_file
+from rankadaptor_plugin.config.hub_names import is_hub_name
 from rankadaptor_plugin.core.errors import ConfigError, CorpusError
 from rankadaptor_plugin.corpus.corpus import (
     ALPACA,
@@ -21,7 +22,6 @@ from rankadaptor_plugin.corpus.corpus import (
     read_rows,
     split_rows,
 )
-from rankadaptor_plugin.corpus.rows import is_hub_name
 from rankadaptor_plugin.pruning.calibration_text import calibration_documents, calibration_samples
 
 BOS, EOS, UNK = 0, 1, 2
