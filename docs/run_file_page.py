@@ -21,7 +21,7 @@ of range are errors. Relative paths count from the folder of the run file. The e
 values of its own: [rankadaptor_plugin/embedded/run.toml](../rankadaptor_plugin/embedded/run.toml).
 
 `python docs/run_file_page.py` writes this page from
-[rankadaptor_plugin/config.py](../rankadaptor_plugin/config.py).
+[rankadaptor_plugin/config/tables.py](../rankadaptor_plugin/config/tables.py).
 """
 
 TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false"}

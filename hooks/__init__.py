@@ -1,1 +1,1 @@
-"""The plugin face: hook specifications and thin built-in implementations."""
+"""The hooks: what plugins may implement (`specs`), and the built-in plugin (`builtin`)."""

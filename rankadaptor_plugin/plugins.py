@@ -13,42 +13,25 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from rankadaptor_plugin.core.errors import PluginError
-from rankadaptor_plugin.hooks import (
-    commands,
-    families,
-    meta_learn,
-    oracles,
-    pruners,
-    recovery,
-    search,
-    specs,
-)
+from rankadaptor_plugin.hooks import builtin, specs
 from rankadaptor_plugin.pipeline.registries import GROUP, provider
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-BUILT_IN = {
-    "pruners": pruners,
-    "families": families,
-    "oracles": oracles,
-    "search": search,
-    "commands": commands,
-    "meta-learn": meta_learn,
-    "rankadaptor": recovery,
-}
+BUILT_IN = "rankadaptor"
+"""Name of the built-in plugin."""
 
 
 def plugin_manager(*, third_party: bool = True) -> pluggy.PluginManager:
-    """Returns a manager with the built-in plugins and, if asked for, the installed ones.
+    """Returns a manager with the built-in plugin and, if asked for, the installed ones.
 
     Raises:
         PluginError: If a plugin cannot be loaded, or implements a hook that does not exist.
     """
     manager = pluggy.PluginManager("rankadaptor_plugin")
     manager.add_hookspecs(specs)
-    for name, module in BUILT_IN.items():
-        manager.register(module, name=name)
+    manager.register(builtin, name=BUILT_IN)
     if third_party:
         for point in entry_points(group=GROUP):
             _register(manager, point)

@@ -22,7 +22,6 @@ from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.core.scores import METRICS
 from rankadaptor_plugin.core.trials import RECORD
 from rankadaptor_plugin.oracle.lm_eval_oracle import LmEvalOracle
-from rankadaptor_plugin.pipeline import command as run_command
 from rankadaptor_plugin.report.progress import Progress
 from rankadaptor_plugin.verdict.confirmation import run_name
 
@@ -266,7 +265,7 @@ def test_on_a_terminal_there_is_a_live_display(
 ):
     screen = io.StringIO()
     monkeypatch.setattr(
-        run_command, "Console", lambda **_: Console(file=screen, force_terminal=True, width=100)
+        "rich.console.Console", lambda **_: Console(file=screen, force_terminal=True, width=100)
     )
     write_run_file(finished_copy, search={"max_trials": 6})
     result = command("run", finished_copy)

@@ -97,9 +97,9 @@ def test_two_plugins_of_one_name_are_an_error_at_start(install):
     fails("The plugin 'same' of ", " 2.5", "another plugin", "Rename its entry point")
 
 
-def test_a_plugin_cannot_take_the_name_of_a_built_in_one(install):
-    install("thief", "", point="pruners")
-    fails("'pruners' of thief 2.5", "Rename")
+def test_a_plugin_cannot_take_the_name_of_a_built_in_plugin(install):
+    install("thief", "", point="rankadaptor")
+    fails("'rankadaptor' of thief 2.5", "Rename")
 
 
 def test_a_module_that_is_named_twice_is_an_error_at_start(install, tmp_path):

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from rankadaptor_plugin.core.errors import PluginError, UnsupportedModelError
 from rankadaptor_plugin.core.registry import Registry
-from rankadaptor_plugin.hooks import families as family_hooks
+from rankadaptor_plugin.hooks import builtin
 from rankadaptor_plugin.models import families as table
 from rankadaptor_plugin.models import registration as lazy_registration
 from rankadaptor_plugin.models import structures
@@ -232,7 +232,7 @@ def test_the_table_of_lazy_registration_names_all_families_and_their_classes():
 
 def test_the_hook_registers_all_families():
     registry: Registry[Structure] = Registry("model family")
-    family_hooks.rankadaptor_register_families(registry)
+    builtin.rankadaptor_register_families(registry)
     assert {name: registry.get(name) for name in registry.names()} == {
         structure.model_type: structure for structure in BUILT_IN
     }

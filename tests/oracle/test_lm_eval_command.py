@@ -30,7 +30,6 @@ from rankadaptor_plugin import hookimpl, lm_eval_model
 from rankadaptor_plugin.config.embedded_default import EMBEDDED_FOLDER
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError, UnsupportedModelError
 from rankadaptor_plugin.core.ranks import RankAllocation
-from rankadaptor_plugin.hooks import lm_eval as hook
 from rankadaptor_plugin.lm_eval_model import RankAdaptorLM, check_adapter, locate
 from rankadaptor_plugin.models import families
 from rankadaptor_plugin.models.modeling_rankadaptor import Structure
@@ -38,6 +37,7 @@ from rankadaptor_plugin.models.pruned_loading import load_pruned
 from rankadaptor_plugin.models.pruned_model import PrunedModel
 from rankadaptor_plugin.models.structures import layer_units
 from rankadaptor_plugin.oracle.lm_eval_command import run, with_tasks
+from rankadaptor_plugin.pipeline import commands
 from rankadaptor_plugin.pipeline.export import export
 from rankadaptor_plugin.plugins import plugin_manager
 from rankadaptor_plugin.pruning.cutting import remove
@@ -403,12 +403,12 @@ def test_the_installed_entry_point_names_the_model_type():
     st.lists(st.text() | st.sampled_from(["--", "--help", "-h", "-L8", "--limit=8", "-E", "[]"]))
 )
 def test_every_argument_reaches_lm_eval_as_it_stands(arguments):
-    command = hook._PassThrough("lm-eval", add_help_option=False)
+    command = commands._PassThrough("lm-eval", add_help_option=False)
     assert command.make_context("lm-eval", list(arguments)).args == arguments
 
 
 def test_the_command_has_no_help_of_its_own():
-    assert hook.lm_eval.get_help_option(click.Context(hook.lm_eval)) is None
+    assert commands.lm_eval.get_help_option(click.Context(commands.lm_eval)) is None
 
 
 @pytest.fixture

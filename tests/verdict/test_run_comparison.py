@@ -14,7 +14,7 @@ from rankadaptor_plugin.cli import build_cli
 from rankadaptor_plugin.core.document_results import write_documents
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError, OracleError, RankAdaptorError
 from rankadaptor_plugin.core.scores import Score, TaskScore
-from rankadaptor_plugin.hooks.compare import compare
+from rankadaptor_plugin.pipeline.commands import compare
 from rankadaptor_plugin.plugins import plugin_manager
 from rankadaptor_plugin.report.comparison_text import text
 from rankadaptor_plugin.verdict.comparison import compare_runs
@@ -314,7 +314,7 @@ def test_every_option_has_a_help_text():
 def test_no_torch_is_loaded(write_run):
     code = (
         "import sys\n"
-        "from rankadaptor_plugin.hooks.compare import compare\n"
+        "from rankadaptor_plugin.pipeline.commands import compare\n"
         "compare([sys.argv[1], '--resamples', '200'], standalone_mode=False)\n"
         "assert not {'torch', 'transformers', 'peft', 'lm_eval', 'scipy'} & set(sys.modules)\n"
     )

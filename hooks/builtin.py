@@ -1,0 +1,95 @@
+"""The built-in plugin ``rankadaptor``: everything that ships with the package, registered.
+
+Targets are strings ``"module:object"``, imported on first use, so that help loads no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rankadaptor_plugin import hookimpl
+from rankadaptor_plugin.models.registration import BUILT_IN
+from rankadaptor_plugin.tasks import task_dir
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import click
+
+    from rankadaptor_plugin.core.registry import Registry
+    from rankadaptor_plugin.models.modeling_rankadaptor import Structure
+    from rankadaptor_plugin.models.pruned_model import PrunedModel
+    from rankadaptor_plugin.oracle.contract import OracleFactory
+    from rankadaptor_plugin.pipeline.context import Recovered, RunContext
+    from rankadaptor_plugin.pruning.contract import Pruner
+    from rankadaptor_plugin.search.contract import PerformanceModelFactory, SamplerFactory
+
+
+@hookimpl
+def rankadaptor_register_pruners(register: Registry[Pruner]) -> None:
+    """Registers LLM-Pruner's block-wise and channel-wise pruning, and Shortened LLaMA's."""
+    register("width", "rankadaptor_plugin.pruning.width:prune_width")
+    register("channel", "rankadaptor_plugin.pruning.channel:prune_channel")
+    register("depth", "rankadaptor_plugin.pruning.depth:prune_depth")
+
+
+@hookimpl
+def rankadaptor_register_families(register: Registry[Structure]) -> None:
+    """Registers the maps of `rankadaptor_plugin.models.families`."""
+    for model_type in BUILT_IN:
+        register(model_type, f"rankadaptor_plugin.models.families:{model_type.upper()}")
+
+
+@hookimpl
+def rankadaptor_register_oracles(register: Registry[OracleFactory]) -> None:
+    """Registers lm-eval's tasks, and perplexity on held-out text."""
+    register("lm-eval", "rankadaptor_plugin.oracle.lm_eval_oracle:lm_eval")
+    register("perplexity", "rankadaptor_plugin.oracle.perplexity:perplexity")
+
+
+@hookimpl
+def rankadaptor_lm_eval_task_paths() -> Path:
+    """Returns the folder of our tasks: the seven of the paper, and seven tiny ones."""
+    return task_dir()
+
+
+@hookimpl
+def rankadaptor_register_performance_models(register: Registry[PerformanceModelFactory]) -> None:
+    """Registers the paper's MLP and its ablation, our own models beside it."""
+    register("mlp", "rankadaptor_plugin.search.performance.mlp:mlp")
+    register("mlp-1", "rankadaptor_plugin.search.performance.mlp:mlp_1")
+    register("mlp-2", "rankadaptor_plugin.search.performance.mlp:mlp_2")
+    register("mlp-3", "rankadaptor_plugin.search.performance.mlp:mlp_3")
+    register("linear", "rankadaptor_plugin.search.performance.linear_model:linear")
+    register("ensemble", "rankadaptor_plugin.search.performance.ensemble:ensemble")
+
+
+@hookimpl
+def rankadaptor_register_samplers(register: Registry[SamplerFactory]) -> None:
+    """Registers our own search step, the paper's, and Optuna's samplers."""
+    register("auto", "rankadaptor_plugin.search.adaptive:auto")
+    register("linear", "rankadaptor_plugin.search.adaptive:linear")
+    register("ensemble", "rankadaptor_plugin.search.adaptive:ensemble")
+    register("paper", "rankadaptor_plugin.search.paper:paper")
+    register("random", "rankadaptor_plugin.search.optuna_samplers:random")
+    register("tpe", "rankadaptor_plugin.search.optuna_samplers:tpe")
+    register("gp", "rankadaptor_plugin.search.optuna_samplers:gp")
+    register("cmaes", "rankadaptor_plugin.search.optuna_samplers:cmaes")
+    register("qmc", "rankadaptor_plugin.search.optuna_samplers:qmc")
+
+
+@hookimpl
+def rankadaptor_register_commands(cli: click.Group) -> None:
+    """Adds the commands of `rankadaptor_plugin.pipeline.commands`."""
+    from rankadaptor_plugin.pipeline.commands import COMMANDS
+
+    for command in COMMANDS:
+        cli.add_command(command)
+
+
+@hookimpl(trylast=True)
+def rankadaptor_post_prune(pruned: PrunedModel, context: RunContext) -> Recovered:
+    """Searches the rank allocation, compares it with uniform LoRA, delivers the better one."""
+    from rankadaptor_plugin.pipeline.stage import recover_pruned
+
+    return recover_pruned(pruned, context)

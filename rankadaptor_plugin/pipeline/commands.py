@@ -1,0 +1,400 @@
+"""The commands of ``rankadaptor-plugin``.
+
+A command parses, calls one function and prints. Heavy modules are imported inside the command, so
+that help answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rankadaptor_plugin.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import pluggy
+    from rich.console import Console
+
+    from rankadaptor_plugin.config.tables import RunConfig
+    from rankadaptor_plugin.pipeline.export import Format
+
+_INTERRUPTED = 130  # what shells give a command that ended by Ctrl-C
+
+_run_file = click.argument(
+    "run_file", type=click.Path(path_type=Path), required=False, metavar="[RUN.toml]"
+)
+_output = click.option(
+    "--output", type=click.Path(path_type=Path), help="Run folder, instead of output."
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.command()
+@_run_file
+@_output
+@click.option("--quiet", "-q", is_flag=True, help="Print the verdict alone.")
+@click.pass_obj
+def run(
+    manager: pluggy.PluginManager, run_file: Path | None, output: Path | None, quiet: bool
+) -> None:
+    """Prune, search ranks, recover, evaluate, report.
+
+    Without RUN.toml, runs the embedded default: a tiny Llama on seven small tasks. The same command
+    continues an interrupted run.
+    """
+    began = time.perf_counter()
+    config = load_config(run_file, output)
+    with _interruptible(), _display(manager, config, quiet=quiet, began=began):
+        # Imported here: these are seconds in which there is something to see already.
+        from rankadaptor_plugin.pipeline import run as pipeline
+
+        result = pipeline.run(config, manager, began=began)
+    if quiet:
+        click.echo(result.verdict)
+        return
+    click.echo(f"Verdict: {result.verdict}")
+    click.echo(f"Report:  {_near(result.folder / 'report.html')} (also .md, .json)")
+    click.echo(f"Adapter: {_near(result.adapter)}")
+
+
+@click.command()
+@_run_file
+@_output
+@click.option("--seeds", type=int, help="Fine-tunes of each allocation, instead of noise.seeds.")
+@click.option("--allocations", type=int, help="Allocations, instead of noise.allocations.")
+@click.option(
+    "--gain",
+    "gains",
+    type=float,
+    multiple=True,
+    help="Gain to detect, 0.01 is one point; may be repeated. Instead of noise.gains.",
+)
+@_json
+@click.pass_obj
+def noise(
+    manager: pluggy.PluginManager,
+    /,
+    run_file: Path | None,
+    output: Path | None,
+    as_json: bool,
+    **changes: Any,
+) -> None:
+    """Measure the noise of the scores, before a search.
+
+    Fine-tunes uniform LoRA and a few random allocations with several seeds, and tells what gain
+    could be detected, with how many fine-tunes, and how long they take. A run of the same run file
+    goes on from there. Without RUN.toml, takes the embedded default.
+    """
+    began = time.perf_counter()
+    from rankadaptor_plugin.config import run_file as run_files
+    from rankadaptor_plugin.config.tables import NoiseConfig
+
+    plain = run_files.to_dict(load_config(run_file, output))
+    if not plain["noise"]["seeds"]:  # a run skips the step, but here it is asked for
+        plain["noise"]["seeds"] = NoiseConfig.seeds
+    changes["gains"] = list(changes["gains"]) or None
+    plain["noise"] |= {key: value for key, value in changes.items() if value is not None}
+    config = run_files.from_dict(plain)
+    if not config.noise.seeds:
+        raise ConfigError("noise.seeds is 0, which measures nothing. Use at least 2.")
+    with _interruptible(), _display(manager, config, quiet=as_json, began=began):
+        from rankadaptor_plugin.pipeline import run as pipeline
+        from rankadaptor_plugin.report.noise_text import noise_text
+
+        floor = pipeline.noise(config, manager, began=began)
+    if as_json:
+        click.echo(json.dumps(floor, indent=2))
+    elif floor is None:
+        click.echo("Fewer than two allocations could be fine-tuned; the noise floor is not known.")
+    else:
+        click.echo(noise_text(floor, shutil.get_terminal_size().columns))
+
+
+@click.command()
+@click.argument("run_file", type=click.Path(path_type=Path), metavar="RUN.toml")
+@click.option("--model", help="Model folder to write into it; the embedded model if left out.")
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
+def init(run_file: Path, model: str | None, force: bool) -> None:
+    """Write a commented run file with every setting."""
+    from rankadaptor_plugin.config.template import write_template
+
+    write_template(run_file, model=model, force=force)
+    click.echo(f"Wrote {run_file}. Start it with: rankadaptor-plugin run {run_file}")
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN[:MODEL]...")
+@click.option(
+    "--all", "every_model", is_flag=True, help="All recovered models of every RUN without MODEL."
+)
+@click.option(
+    "--metric",
+    metavar="NAME",
+    help="What to compare, such as clp; what the first run's verdict is about if left out.",
+)
+@click.option("--task", metavar="NAME", help="One task, instead of the weighted mean.")
+@click.option(
+    "--confidence",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Of intervals and verdicts; the first run's if left out.",
+)
+@click.option(
+    "--resamples",
+    type=click.IntRange(min=100),
+    default=10_000,
+    show_default=True,
+    help="Resamples of the bootstrap.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of the resamples.",
+)
+@_json
+def compare(runs: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Compare models within a run or between runs.
+
+    RUN is a run folder or a run file; MODEL is base, pruned, uniform, searched, a recovery method
+    such as adalora, or recovered (the delivered one, if left out). One RUN alone: all of its
+    recovered models. Nothing is evaluated again.
+    """
+    from rankadaptor_plugin.report.comparison_text import text
+    from rankadaptor_plugin.verdict.comparison import compare_runs
+
+    comparison = compare_runs(runs, **options)
+    if as_json:
+        click.echo(json.dumps(comparison.to_json(), indent=2))
+    else:
+        click.echo(text(comparison, shutil.get_terminal_size().columns))
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["hf", "hf-remote-code", "merged"]),
+    required=True,
+    help="Model and adapter; the same with code; or one model.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder to write, instead of RUN/export-FORMAT.",
+)
+@click.pass_obj
+def export(manager: pluggy.PluginManager, run: Path, format_: Format, output: Path | None) -> None:
+    """Write a finished run as a model folder.
+
+    RUN is a run folder or a run file. hf loads where this package is installed, hf-remote-code
+    and merged also where it is not.
+    """
+    from rankadaptor_plugin.pipeline.export import export as export_run
+    from rankadaptor_plugin.pipeline.registries import register_families, registries
+
+    register_families(registries(manager))
+    click.echo(export_run(run, format_, output))
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@_json
+@click.pass_obj
+def inspect(manager: pluggy.PluginManager, folder: Path, as_json: bool) -> None:
+    """Show the layers of a model and what was pruned.
+
+    DIR is a model folder, pruned or not, an export or a run folder. No weights are read.
+    """
+    from rankadaptor_plugin.models.inspection import inspect_folder
+    from rankadaptor_plugin.pipeline.registries import register_families, registries
+    from rankadaptor_plugin.report.inspection_text import text
+
+    register_families(registries(manager))
+    inspection = inspect_folder(folder)
+    if as_json:
+        click.echo(json.dumps(inspection.to_json(), indent=2))
+    else:
+        click.echo(text(inspection, shutil.get_terminal_size().columns))
+
+
+@click.command("meta-learn")
+@click.argument("studies", nargs=-1, required=True, metavar="STUDY...")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="File to write, such as meta.safetensors; one written before is replaced.",
+)
+def meta_learn(studies: tuple[str, ...], out: Path) -> None:
+    """Collect finished studies for later searches to learn from.
+
+    STUDY is a run folder, an SQLite file or a storage URL of Optuna, with #NAME for one study among
+    several. Name the file under [search] meta in a run file; the models may differ in depth.
+    """
+    from rankadaptor_plugin.search.transfer.meta_knowledge import collect
+
+    knowledge = collect(studies, out)
+    for source in knowledge.sources:
+        tasks = ", ".join(source.tasks) or "none, the objective alone"
+        click.echo(
+            f"{source.name}: {len(source.rows)} trials of {source.space.layers} layers, "
+            f"{len(source.tasks)} tasks ({tasks})"
+        )
+    click.echo(f"Wrote {out}. Use it with [search] meta.")
+
+
+@click.command()
+@_json
+@click.pass_obj
+def plugins(manager: pluggy.PluginManager, as_json: bool) -> None:
+    """List plugins, who provides them, their hooks and every registered name."""
+    from rankadaptor_plugin.pipeline.registries import describe
+
+    active = describe(manager)
+    if as_json:
+        click.echo(json.dumps(active, indent=2))
+        return
+    for plugin in active["plugins"]:
+        click.echo(f"{plugin['name']} ({plugin['provider']})")
+        for hook in plugin["hooks"]:
+            click.echo(f"    {hook}")
+    click.echo()
+    for kind, names in active["registered"].items():
+        click.echo(f"{kind}: {', '.join(names)}")
+
+
+@click.command("task-path")
+def task_path() -> None:
+    """Print the folder of our lm-eval tasks, for lm_eval --include_path."""
+    from rankadaptor_plugin.tasks import task_dir
+
+    click.echo(task_dir())
+
+
+class _PassThrough(click.Command):
+    """Hands on every argument as it stands, ``--help`` and ``--`` too."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.args = list(args)
+        return ctx.args
+
+
+@click.command("lm-eval", cls=_PassThrough, add_help_option=False)
+@click.pass_context
+def lm_eval(context: click.Context) -> None:
+    """Run lm-eval with our model type and tasks known to it.
+
+    Takes whatever lm-eval takes; lm-eval --help lists it.
+    """
+    from rankadaptor_plugin.oracle.lm_eval_command import run
+
+    manager: pluggy.PluginManager = context.obj
+    run(context.args, manager.hook.rankadaptor_lm_eval_task_paths(), context.command_path)
+
+
+COMMANDS = (
+    run,
+    noise,
+    init,
+    compare,
+    export,
+    inspect,
+    meta_learn,
+    plugins,
+    task_path,
+    lm_eval,
+)
+
+
+def load_config(path: Path | None, output: Path | None) -> RunConfig:
+    """Returns the config of a run file, or of the embedded default.
+
+    Args:
+        path: The run file; None for the embedded default, which writes below the current folder.
+        output: Run folder to use in place of the run file's.
+    """
+    from rankadaptor_plugin.config import run_file
+    from rankadaptor_plugin.config.embedded_default import EMBEDDED_RUN_FILE
+
+    config = run_file.load(path or EMBEDDED_RUN_FILE)
+    if path is None:
+        config = dataclasses.replace(config, output=str(Path.cwd() / "runs" / "embedded"))
+    if output is not None:
+        config = dataclasses.replace(config, output=str(Path.cwd() / output))
+    return config
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ends the program on Ctrl-C with what to do next."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("Interrupted. The same command goes on from what is finished.", err=True)
+        raise click.exceptions.Exit(_INTERRUPTED) from None
+
+
+@contextlib.contextmanager
+def _display(
+    manager: pluggy.PluginManager, config: RunConfig, *, quiet: bool, began: float
+) -> Iterator[None]:
+    """Shows progress and warnings while the block lasts; warnings alone if quiet."""
+    from rich.console import Console
+
+    from rankadaptor_plugin.report.progress import Progress
+
+    console = Console(stderr=True)
+    _log_to(console, quiet=quiet)
+    if quiet:
+        yield
+        return
+    n_trials = config.search.max_trials if config.searches else 0
+    plan = {
+        "noise": config.noise.seeds * config.noise.allocations if config.searches else 0,
+        "search": n_trials,
+        "random": n_trials if config.confirm.best_random else 0,
+        "confirm": config.race_fine_tunes,
+    }
+    with Progress(console, plan, began) as progress:
+        manager.register(progress, name="progress")
+        try:
+            manager.hook.rankadaptor_on_progress(stage="load", done=0, total=1)
+            yield
+        finally:
+            manager.unregister(progress)
+
+
+def _log_to(console: Console, *, quiet: bool) -> None:
+    """Shows warnings: above the live display on a terminal, else as whole lines."""
+    handler: logging.Handler
+    if console.is_terminal:
+        from rich.logging import RichHandler
+
+        handler = RichHandler(console=console, show_time=False, show_path=False)
+    else:
+        handler = logging.StreamHandler()
+        if not quiet:  # the plain lines of the progress say already why a trial failed
+            handler.addFilter(lambda record: record.name != "rankadaptor_plugin.search.search")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+
+
+def _near(path: Path) -> Path:
+    """Returns a path as seen from the current folder where it lies below it."""
+    try:
+        return path.resolve().relative_to(Path.cwd())
+    except ValueError:
+        return path
