@@ -14,12 +14,11 @@ from rankadaptor_plugin.tasks import task_dir
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import click
-
     from rankadaptor_plugin.core.registry import Registry
     from rankadaptor_plugin.models.modeling_rankadaptor import Structure
     from rankadaptor_plugin.models.pruned_model import PrunedModel
     from rankadaptor_plugin.oracle.contract import OracleFactory
+    from rankadaptor_plugin.pipeline.commands import CommandGroup
     from rankadaptor_plugin.pipeline.context import Recovered, RunContext
     from rankadaptor_plugin.pruning.contract import Pruner
     from rankadaptor_plugin.search.contract import PerformanceModelFactory, SamplerFactory
@@ -79,7 +78,7 @@ def rankadaptor_register_samplers(register: Registry[SamplerFactory]) -> None:
 
 
 @hookimpl
-def rankadaptor_register_commands(cli: click.Group) -> None:
+def rankadaptor_register_commands(cli: CommandGroup) -> None:
     """Adds the commands of `rankadaptor_plugin.pipeline.commands`."""
     from rankadaptor_plugin.pipeline.commands import COMMANDS
 

@@ -19,13 +19,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    import click
-
     from rankadaptor_plugin.core.registry import Registry
     from rankadaptor_plugin.core.trials import Trial
     from rankadaptor_plugin.models.modeling_rankadaptor import Structure
     from rankadaptor_plugin.models.pruned_model import PrunedModel
     from rankadaptor_plugin.oracle.contract import OracleFactory
+    from rankadaptor_plugin.pipeline.commands import CommandGroup
     from rankadaptor_plugin.pipeline.context import Recovered, RunContext
     from rankadaptor_plugin.pruning.contract import Pruner
     from rankadaptor_plugin.search.contract import PerformanceModelFactory, SamplerFactory
@@ -86,7 +85,7 @@ def rankadaptor_lm_eval_task_paths() -> Path | None:
 
 
 @hookspec
-def rankadaptor_register_commands(cli: click.Group) -> None:
+def rankadaptor_register_commands(cli: CommandGroup) -> None:
     """Adds commands to the ``rankadaptor-plugin`` command line.
 
     Called once at the start; import what is heavy inside the command.

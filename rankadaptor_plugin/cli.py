@@ -5,43 +5,21 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from rankadaptor_plugin import __version__, plugins
 from rankadaptor_plugin.core.errors import RankAdaptorError
+from rankadaptor_plugin.pipeline.commands import CommandGroup
 
 if TYPE_CHECKING:
     import pluggy
 
 
-class _Group(click.Group):
-    """Shows our errors as one line and ends with their exit code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except RankAdaptorError as error:
-            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
-            ctx.exit(error.exit_code)
-        except RuntimeError as error:
-            # By name, as help must not load torch.
-            if type(error).__name__ != "OutOfMemoryError":
-                raise
-            reason = str(error).split(". ")[0]
-            click.echo(
-                f"Error: {reason}. Set a smaller micro_batch_size, batch_tokens or max_tokens, "
-                'fewer or shorter calibration sequences, or device_map = "auto" to use all GPUs; '
-                "then run again.",
-                err=True,
-            )
-            ctx.exit(1)
-
-
 def build_cli(manager: pluggy.PluginManager) -> click.Group:
     """Returns the command group with the commands of all plugins."""
-    group = _Group(
+    group = CommandGroup(
         "rankadaptor-plugin",
         help="Recover pruned LLMs with per-layer LoRA ranks, and say honestly what it gained.",
         context_settings={"help_option_names": ["-h", "--help"], "obj": manager},

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rankadaptor_plugin.core.errors import ConfigError
+from rankadaptor_plugin.core.errors import ConfigError, RankAdaptorError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +37,30 @@ _output = click.option(
     "--output", type=click.Path(path_type=Path), help="Run folder, instead of output."
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+class CommandGroup(click.Group):
+    """Shows the errors of this package as one line and ends with their exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Invokes the command."""
+        try:
+            return super().invoke(ctx)
+        except RankAdaptorError as error:
+            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            ctx.exit(error.exit_code)
+        except RuntimeError as error:
+            # By name, as help must not load torch.
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            reason = str(error).split(". ")[0]
+            click.echo(
+                f"Error: {reason}. Set a smaller micro_batch_size, batch_tokens or max_tokens, "
+                'fewer or shorter calibration sequences, or device_map = "auto" to use all GPUs; '
+                "then run again.",
+                err=True,
+            )
+            ctx.exit(1)
 
 
 @click.command()
