@@ -35,7 +35,7 @@ import torch
 from embedded_default import processor
 
 from rankadaptor_plugin.config import run_file
-from rankadaptor_plugin.config.embedded_default import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE
 from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.models.base_model import load_model
 from rankadaptor_plugin.pipeline.preparation import prepare

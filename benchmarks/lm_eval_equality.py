@@ -44,7 +44,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from tiny.tinyworld import TASKS
 
-from rankadaptor_plugin.config.embedded_default import model_folder
+from rankadaptor_plugin.config.run_file import model_folder
 from rankadaptor_plugin.config.tables import OracleConfig, PruneConfig
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.models.base_model import load_model, load_tokenizer

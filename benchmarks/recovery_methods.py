@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from rankadaptor_plugin.config import run_file
-from rankadaptor_plugin.config.embedded_default import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE
 from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.models.base_model import load_model
 from rankadaptor_plugin.pipeline.method_race import given_entrants, trained_parameters

@@ -43,7 +43,7 @@ from scipy.stats import rankdata
 from tiny.tinyworld import TASKS, World
 
 from rankadaptor_plugin.config import run_file
-from rankadaptor_plugin.config.embedded_default import EMBEDDED_RUN_FILE, corpus_file
+from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE, corpus_file
 from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.core.scores import LOG_LIKELIHOOD, METRICS
 from rankadaptor_plugin.corpus.corpus import prompt_and_response, read_rows

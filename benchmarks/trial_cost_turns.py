@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 
 from rankadaptor_plugin import hookimpl
-from rankadaptor_plugin.config.embedded_default import corpus_file
+from rankadaptor_plugin.config.run_file import corpus_file
 from rankadaptor_plugin.oracle.oracle_requests import choice_scores
 from rankadaptor_plugin.pipeline import planned
 from rankadaptor_plugin.plugins import plugin_manager

@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from rankadaptor_plugin.config import run_file
-from rankadaptor_plugin.config.embedded_default import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.core.scores import METRICS, Score

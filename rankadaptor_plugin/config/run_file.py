@@ -6,18 +6,23 @@ Unknown keys are refused with a suggestion, wrong types and ranges with what is 
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 import typing
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from rankadaptor_plugin.config.hub_names import is_hub_name
 from rankadaptor_plugin.config.recipes import with_preset
 from rankadaptor_plugin.config.tables import EMBEDDED, RunConfig
 from rankadaptor_plugin.config.values import build
 from rankadaptor_plugin.core.errors import ConfigError
+from rankadaptor_plugin.core.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from pathlib import Path
+EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "embedded"
+EMBEDDED_RUN_FILE = EMBEDDED_FOLDER / "run.toml"
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILE_SUFFIXES = (".json", ".jsonl", ".txt", ".text", ".md", ".csv", ".parquet", ".gz", ".zst")
 
 
 def load(path: Path) -> RunConfig:
@@ -72,6 +77,40 @@ def from_dict(data: dict[str, Any]) -> RunConfig:
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Returns nested dictionaries that `from_dict` takes back, with lists for tuples."""
     return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(config)))
+
+
+def model_folder(model: str) -> Path:
+    """Returns the folder of a model as a run file names it."""
+    return EMBEDDED_FOLDER / "model" if model == EMBEDDED else Path(model)
+
+
+def corpus_file(path: str) -> Path:
+    """Returns the file of a corpus as a run file names it."""
+    return EMBEDDED_FOLDER / "recovery.jsonl" if path == EMBEDDED else Path(path)
+
+
+def run_folder(run: Path) -> RunFolder:
+    """Returns the folder of a run that is named by its folder or its run file.
+
+    Raises:
+        ConfigError: If there is neither, or the run file is wrong.
+    """
+    if run.is_dir():
+        return RunFolder(run)
+    if not run.exists():
+        raise ConfigError(
+            f"There is no run {run}. Give a run folder, or a run file whose run is finished."
+        )
+    return RunFolder(Path(load(run).output))
+
+
+def is_hub_name(path: Path | str) -> bool:
+    """Whether a path reads as the name of a dataset on the hub, ``owner/name``.
+
+    A file that is there goes before; that is for the caller to look up.
+    """
+    name = str(path)
+    return bool(_HUB_NAME.fullmatch(name)) and not name.lower().endswith(_FILE_SUFFIXES)
 
 
 def _plain(value: Any) -> Any:

@@ -121,7 +121,12 @@ class RankSpaceConfig:
     candidates: tuple[int, ...] = _f(
         (2, 4, 6, 8, 10, 12), "ranks a searched layer may take; 0 leaves it without adapter", low=0
     )
-    default_rank: int = _f(8, "rank of layers that are not searched, and of uniform LoRA", low=1)
+    default_rank: int = _f(
+        8,
+        "rank of layers that are not searched, and of uniform LoRA",
+        low=1,
+        aliases=("r", "rank", "lora_r"),
+    )
     search: str = _f(
         "pruned", "layers whose rank is searched: pruned or all", choices=("pruned", "all")
     )
@@ -208,7 +213,7 @@ class RecoveryConfig:
     epochs: float = _f(0.0, "passes over the corpus in place of steps; 0 takes steps", low=0.0)
     batch_size: int = _f(64, "sequences per optimizer step", low=1)
     micro_batch_size: int = _f(16, "sequences per forward pass (paper: 16)", low=1)
-    learning_rate: float = _f(1e-4, "peak learning rate of AdamW", low=0.0)
+    learning_rate: float = _f(1e-4, "peak learning rate of AdamW", low=0.0, aliases=("lr",))
     warmup_steps: int = _f(20, "steps of linear warm-up", low=0)
     schedule: str = _f(
         "linear", "after the warm-up: linear to 0, or constant", choices=("linear", "constant")
@@ -551,6 +556,7 @@ class RunConfig:
         "8bit or 4bit: quantized weights of the pruned model while it is fine-tuned (CUDA only, "
         "bitsandbytes); empty: as they are",
         choices=("", "8bit", "4bit"),
+        aliases=("load_in_4bit", "load_in_8bit", "quantization"),
     )
     threads: int = _f(0, "CPU threads of torch; 0 leaves its default", low=0)
     trust_remote_code: bool = _f(False, "run Python code that comes with the model folder")

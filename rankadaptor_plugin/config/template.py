@@ -9,7 +9,7 @@ import typing
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.config import run_file
-from rankadaptor_plugin.config.embedded_default import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE
 from rankadaptor_plugin.config.tables import EMBEDDED
 from rankadaptor_plugin.core.errors import ConfigError
 

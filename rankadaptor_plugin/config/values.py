@@ -16,17 +16,20 @@ from rankadaptor_plugin.core.registry import suggestion
 T = TypeVar("T")
 
 
-def build(cls: type[T], data: dict[str, Any], table: str) -> T:
+def build(cls: type[T], data: dict[str, Any], table: str, root: type | None = None) -> T:
     """Builds a dataclass of the config, and those inside it.
 
     Args:
         cls: The dataclass.
         data: Values by key, lists for tuples.
         table: Name of the table, for messages; empty for the whole run file.
+        root: Dataclass of the whole run file, whose tables a misplaced key is looked for in; `cls`
+            if left out.
 
     Raises:
         ConfigError: On an unknown key (with a suggestion), a wrong type, or a wrong value.
     """
+    root = root or cls
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
@@ -34,25 +37,48 @@ def build(cls: type[T], data: dict[str, Any], table: str) -> T:
         name = f"{table}.{key}" if table else key
         if key not in fields:
             raise ConfigError(
-                f"Unknown key {name} in the run file.{_meant(key, fields)} "
+                f"Unknown key {name} in the run file.{key_suggestion(key, cls, root)} "
                 f"Allowed here: {', '.join(fields)}."
             )
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 raise ConfigError(f"{name} is {value!r}; it must be a table, written as [{name}].")
-            values[key] = build(typing.cast("type[Any]", hints[key]), value, name)
+            values[key] = build(typing.cast("type[Any]", hints[key]), value, name, root)
         else:
             values[key] = _value(name, value, hints[key])
             _check_range(name, values[key], fields[key].metadata)
     return cls(**values)
 
 
-def _meant(key: str, fields: dict[str, dataclasses.Field[Any]]) -> str:
-    """Returns the question which setting was meant: by another name of it, or by its spelling."""
-    for field in fields.values():
+def key_suggestion(key: str, cls: type, root: type | None = None) -> str:
+    """Returns `` Did you mean ...?`` for an unknown key, or nothing.
+
+    Args:
+        key: The key.
+        cls: Dataclass of the table that it is in.
+        root: Dataclass of the whole run file, in whose other tables it may belong.
+    """
+    fields = dataclasses.fields(cls)
+    for field in fields:
         if key in field.metadata.get("aliases", ()):
             return f" Did you mean {field.name!r}?"
-    return suggestion(key, list(fields))
+    if near := suggestion(key, [field.name for field in fields]):
+        return near
+    for table, fields in _tables(root).items() if root else ():
+        for field in fields:
+            if key in (field.name, *field.metadata.get("aliases", ())):
+                place = f"[{table}] {field.name}" if table else f"{field.name}, above all tables"
+                return f" Did you mean {place}?"
+    return ""
+
+
+def _tables(root: type) -> dict[str, tuple[dataclasses.Field[Any], ...]]:
+    """Returns the fields of the run file by table; the table of the top level is empty."""
+    hints = typing.get_type_hints(root)
+    top = dataclasses.fields(root)
+    inner = {f.name: hints[f.name] for f in top if dataclasses.is_dataclass(hints[f.name])}
+    plain = tuple(field for field in top if field.name not in inner)
+    return {"": plain} | {name: dataclasses.fields(cls) for name, cls in inner.items()}
 
 
 def _value(name: str, value: Any, hint: Any) -> Any:

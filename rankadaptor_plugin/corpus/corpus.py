@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from rankadaptor_plugin.config.hub_names import is_hub_name
+from rankadaptor_plugin.config.run_file import is_hub_name
 from rankadaptor_plugin.core.errors import CorpusError
 from rankadaptor_plugin.corpus.cache import corpus_key, read_corpus, write_corpus
 from rankadaptor_plugin.corpus.chat import chat_sequences

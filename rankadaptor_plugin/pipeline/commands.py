@@ -352,7 +352,7 @@ def load_config(path: Path | None, output: Path | None) -> RunConfig:
         output: Run folder to use in place of the run file's.
     """
     from rankadaptor_plugin.config import run_file
-    from rankadaptor_plugin.config.embedded_default import EMBEDDED_RUN_FILE
+    from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE
 
     config = run_file.load(path or EMBEDDED_RUN_FILE)
     if path is None:

@@ -22,7 +22,7 @@ import transformers
 from safetensors import SafetensorError
 
 from rankadaptor_plugin import __version__
-from rankadaptor_plugin.config.run_location import run_folder
+from rankadaptor_plugin.config.run_file import run_folder
 from rankadaptor_plugin.core.atomic_folder import write_folder
 from rankadaptor_plugin.core.errors import ArtifactError, UnsupportedModelError
 from rankadaptor_plugin.models import modeling_rankadaptor

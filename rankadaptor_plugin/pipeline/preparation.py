@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig
 
 from rankadaptor_plugin.config import run_file
-from rankadaptor_plugin.config.embedded_default import corpus_file, model_folder
+from rankadaptor_plugin.config.run_file import corpus_file, model_folder
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError
 from rankadaptor_plugin.core.run_folder import TOKENIZED, RunFolder, digest
 from rankadaptor_plugin.core.trials import TrialState

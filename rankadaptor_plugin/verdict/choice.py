@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankadaptor_plugin.config.run_location import run_folder
+from rankadaptor_plugin.config.run_file import run_folder
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError
 from rankadaptor_plugin.core.registry import suggestion
 from rankadaptor_plugin.core.run_folder import RunFolder

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankadaptor_plugin.config import run_file
-from rankadaptor_plugin.config.embedded_default import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE
 from rankadaptor_plugin.config.tables import RunConfig
 from rankadaptor_plugin.config.template import write_template
 from rankadaptor_plugin.core.errors import ConfigError
@@ -29,6 +29,13 @@ REFUSED = [
     ("[serch]\nx = 1", "Unknown key serch in the run file. Did you mean 'search'?"),
     ("[recovery]\nstep = 1", "Unknown key recovery.step in the run file. Did you mean 'steps'?"),
     ("[prune]\nzzz = 1", "Unknown key prune.zzz in the run file. Allowed here: method, "),
+    (
+        "[recovery]\nlr = 1",
+        "Unknown key recovery.lr in the run file. Did you mean 'learning_rate'?",
+    ),
+    ("lr = 1", "Unknown key lr in the run file. Did you mean [recovery] learning_rate?"),
+    ("[recovery]\nr = 4", "Did you mean [rank_space] default_rank?"),
+    ("[recovery]\nload_in_4bit = true", "Did you mean quantize, above all tables?"),
     ("recovery = 3", "recovery is 3; it must be a table, written as [recovery]."),
     ("seed = true", "seed is True; it must be a whole number. Change it in the run file."),
     ("seed = 1.0", "seed is 1.0; it must be a whole number."),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankadaptor_plugin.config import run_file
-from rankadaptor_plugin.config.hub_names import is_hub_name
+from rankadaptor_plugin.config.run_file import is_hub_name
 from rankadaptor_plugin.core.errors import ConfigError, CorpusError
 from rankadaptor_plugin.corpus.corpus import (
     ALPACA,

@@ -13,7 +13,7 @@ import pytest
 
 from rankadaptor_plugin import hookimpl
 from rankadaptor_plugin.config import run_file
-from rankadaptor_plugin.config.embedded_default import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE
 from rankadaptor_plugin.models.families import BUILT_IN
 
 HELP = """

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rankadaptor_plugin.config.embedded_default import EMBEDDED_FOLDER
+from rankadaptor_plugin.config.run_file import EMBEDDED_FOLDER
 from rankadaptor_plugin.tasks import task_dir
 
 TASK = {"tasks": ["tiny_boolq"]}  # one task is loaded faster than two

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from rankadaptor_plugin import hookimpl
-from rankadaptor_plugin.config.embedded_default import corpus_file
+from rankadaptor_plugin.config.run_file import corpus_file
 from rankadaptor_plugin.oracle.lm_eval_oracle import LmEvalOracle
 from rankadaptor_plugin.oracle.perplexity import PerplexityOracle
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from rankadaptor_plugin import hookimpl
-from rankadaptor_plugin.config.embedded_default import corpus_file
+from rankadaptor_plugin.config.run_file import corpus_file
 from rankadaptor_plugin.core.document_results import read_documents
 from rankadaptor_plugin.oracle.lm_eval_oracle import LmEvalOracle
 

@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from rankadaptor_plugin.config.embedded_default import model_folder
+from rankadaptor_plugin.config.run_file import model_folder
 from rankadaptor_plugin.core.errors import ConfigError, OracleError
 from rankadaptor_plugin.oracle.commonsense7 import ACCURACY_METRICS, Commonsense7Task, task_config
 from rankadaptor_plugin.oracle.local_data import convert

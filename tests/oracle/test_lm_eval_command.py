@@ -27,7 +27,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Olmo2Config
 
 from rankadaptor_plugin import hookimpl, lm_eval_model
-from rankadaptor_plugin.config.embedded_default import EMBEDDED_FOLDER
+from rankadaptor_plugin.config.run_file import EMBEDDED_FOLDER
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError, UnsupportedModelError
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.lm_eval_model import RankAdaptorLM, check_adapter, locate

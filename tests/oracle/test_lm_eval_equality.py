@@ -16,7 +16,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from rankadaptor_plugin.config.embedded_default import corpus_file, model_folder
+from rankadaptor_plugin.config.run_file import corpus_file, model_folder
 from rankadaptor_plugin.config.tables import EMBEDDED, OracleConfig, PruneConfig
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.corpus.corpus import load_corpus

@@ -17,7 +17,7 @@ from tiny.tinyworld import World
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from rankadaptor_plugin.config.embedded_default import model_folder
+from rankadaptor_plugin.config.run_file import model_folder
 from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.models.base_model import load_model, load_tokenizer

@@ -13,7 +13,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoConfig
 
-from rankadaptor_plugin.config.embedded_default import model_folder
+from rankadaptor_plugin.config.run_file import model_folder
 from rankadaptor_plugin.core.errors import ConfigError, UnsupportedModelError
 from rankadaptor_plugin.models.families import LLAMA
 from rankadaptor_plugin.models.modeling_rankadaptor import PrunedLlamaForCausalLM

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from rankadaptor_plugin import hookimpl
-from rankadaptor_plugin.config.embedded_default import EMBEDDED_FOLDER
 from rankadaptor_plugin.config.recipes import recipe
+from rankadaptor_plugin.config.run_file import EMBEDDED_FOLDER
 from rankadaptor_plugin.config.tables import RecoveryConfig
 from rankadaptor_plugin.core.errors import (
     ArtifactError,
