@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +27,7 @@ from rankadaptor_plugin.recovery.teacher import LiveTeacher, with_teacher
 from rankadaptor_plugin.report.report import write_report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import pluggy
     from peft import PeftModel
@@ -78,7 +79,24 @@ def run(
     folder = RunFolder(Path(config.output))
     with folder.opened(), threads(config.threads):
         prepared = prepare(config, manager, folder, pruned, began or time.perf_counter())
-        return _Run(prepared, folder, pruned).result()
+        session = _Session(prepared, folder, pruned)
+        session.prune()
+        base = session.evaluated("base", session.base_model)
+        session.distill()
+        model = session.pruned()
+        scores = {"base": [base], "pruned": [session.evaluated("pruned", lambda: model.model)]}
+        with session.recovery_timed():
+            recovered = session.context.hook.rankadaptor_post_prune(
+                pruned=model, context=session.context
+            )
+        if not isinstance(recovered, Recovered):
+            raise PluginError(
+                f"The recovery stage returned {type(recovered).__name__}, not Recovered. Repair "
+                "the plugin that implements rankadaptor_post_prune."
+            )
+        if "scores" not in recovered.summary:
+            scores["recovered"] = [session.evaluated_adapter(model, recovered.adapter)]
+        return session.report(model, recovered, scores)
 
 
 def noise(
@@ -101,30 +119,27 @@ def noise(
     folder = RunFolder(Path(config.output))
     with folder.opened(), threads(config.threads):
         prepared = prepare(config, manager, folder, None, began or time.perf_counter())
-        return _Run(prepared, folder, None).noise()
+        session = _Session(prepared, folder, None)
+        session.prune()
+        session.distill()
+        return measure_noise(session.pruned(), session.context)
 
 
-class _Run:
-    """One session of a run; holds what its stages share."""
+class _Session:
+    """One session of a run: its stages, and what they share."""
 
-    def __init__(self, prepared: Prepared, folder: RunFolder, given: PrunedModel | None) -> None:
-        self.prepared, self.folder, self.given = prepared, folder, given
+    def __init__(self, prepared: Prepared, folder: RunFolder, model: PrunedModel | None) -> None:
+        self.prepared, self.folder, self.model = prepared, folder, model
         self.context = prepared.context
         self.config = prepared.context.config
         self.evaluation_seconds = 0.0
         self.results: dict[str, list[Result]] = {}
 
-    def result(self) -> RunResult:
-        """Runs the stages in order and returns what they left."""
-        self._prune()
-        base = self._evaluated("base", self._base_model)
-        self._distill()
-        pruned = self._pruned()
-        scores = {"base": [base], "pruned": [self._evaluated("pruned", lambda: pruned.model)]}
-        recovered = self._recovered(pruned)
-        if "scores" not in recovered.summary:
-            scores["recovered"] = [self._evaluated_adapter(pruned, recovered.adapter)]
-        generation = self._texts(pruned, recovered)
+    def report(
+        self, pruned: PrunedModel, recovered: Recovered, scores: dict[str, list[Score]]
+    ) -> RunResult:
+        """Writes the report and returns what the run leaves behind."""
+        generation = self.texts(pruned, recovered)
         self._progress("report", 0)
         data = report_data(
             pruned,
@@ -147,21 +162,21 @@ class _Run:
             report=dict(data),
         )
 
-    def _recovered(self, pruned: PrunedModel) -> Recovered:
-        """Calls the recovery stage; what it does not time itself counts as ``recover``."""
-        began, timed = time.perf_counter(), sum(self.folder.timings().values())
-        recovered = self.context.hook.rankadaptor_post_prune(pruned=pruned, context=self.context)
-        if not isinstance(recovered, Recovered):
-            raise PluginError(
-                f"The recovery stage returned {type(recovered).__name__}, not Recovered. Repair "
-                "the plugin that implements rankadaptor_post_prune."
-            )
-        if "scores" not in recovered.summary:
-            own = sum(self.folder.timings().values()) - timed
-            self.folder.add_seconds("recover", max(0.0, time.perf_counter() - began - own))
-        return recovered
+    @contextlib.contextmanager
+    def recovery_timed(self) -> Iterator[None]:
+        """Counts as ``recover`` what a foreign recovery stage does not time itself.
 
-    def _evaluated_adapter(self, pruned: PrunedModel, adapter: Path) -> Score:
+        The built-in stage times all that it does.
+        """
+        began, timed = time.perf_counter(), self._timed()
+        yield
+        if self._timed() == timed:
+            self.folder.add_seconds("recover", time.perf_counter() - began)
+
+    def _timed(self) -> float:
+        return sum(self.folder.timings().values())
+
+    def evaluated_adapter(self, pruned: PrunedModel, adapter: Path) -> Score:
         """Scores the adapter of a foreign stage, which may be another one than last time."""
         wrapped: list[PeftModel] = []
 
@@ -170,12 +185,12 @@ class _Run:
             return wrapped[0]
 
         try:
-            return self._evaluated("recovered", load, of=digest(adapter))
+            return self.evaluated("recovered", load, of=digest(adapter))
         finally:
             for model in wrapped:
                 model.unload()
 
-    def _base_model(self) -> PreTrainedModel:
+    def base_model(self) -> PreTrainedModel:
         """Loads the base model; nobody keeps it, so that one model at a time is in memory."""
         return load_model(
             self.prepared.source,
@@ -185,7 +200,7 @@ class _Run:
             trust_remote_code=self.config.trust_remote_code,
         )
 
-    def _evaluated(
+    def evaluated(
         self, name: str, model: Callable[[], PreTrainedModel | PeftModel], of: str = ""
     ) -> Score:
         """Returns a model's score on the report documents, kept from an earlier session if any."""
@@ -208,7 +223,7 @@ class _Run:
         self._progress(f"evaluate {name}", 1)
         return self.folder.with_documents(f"{file}.parquet", score)
 
-    def _texts(self, pruned: PrunedModel, recovered: Recovered) -> list[dict[str, Any]]:
+    def texts(self, pruned: PrunedModel, recovered: Recovered) -> list[dict[str, Any]]:
         """Returns what the models write, kept from an earlier session if it was asked alike."""
         table = self.config.generation
         if not table.max_new_tokens:
@@ -223,7 +238,7 @@ class _Run:
                 found = sample_texts(
                     pruned,
                     {name: self.folder.path / adapter for name, adapter in folders.items()},
-                    self._base_model,
+                    self.base_model,
                     self.prepared.tokenizer,
                     self.config,
                 )
@@ -232,13 +247,7 @@ class _Run:
         self._progress("texts", 1)
         return list(kept["entries"])
 
-    def noise(self) -> dict[str, Any] | None:
-        """Prunes and takes the noise floor alone."""
-        self._prune()
-        self._distill()
-        return measure_noise(self._pruned(), self.context)
-
-    def _distill(self) -> None:
+    def distill(self) -> None:
         """Lets the unpruned model predict the corpus, if the fine-tunes are to learn from it."""
         table, corpus = self.config.recovery, self.context.corpus
         if not table.distill_weight:
@@ -248,7 +257,7 @@ class _Run:
             if table.distill_top_k:
                 corpus = with_teacher(
                     corpus,
-                    self._base_model,
+                    self.base_model,
                     fingerprint=f"{digest(self.prepared.source)} {self.prepared.dtype}",
                     top_k=table.distill_top_k,
                     temperature=table.distill_temperature,
@@ -256,17 +265,17 @@ class _Run:
                 )
                 self.context = replace(self.context, corpus=corpus)
             else:
-                self.context = replace(self.context, teacher=LiveTeacher(self._base_model()))
+                self.context = replace(self.context, teacher=LiveTeacher(self.base_model()))
         self._progress("teacher", 1)
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
         """Leaves the pruned model on disk."""
         self._progress("prune", 0)
         if not self.folder.pruned.is_dir():
             with self.folder.timed("prune"), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.config.seed)  # for pruners that draw at random
-                pruned = self.given or self.prepared.pruner(
-                    self._base_model(),
+                pruned = self.model or self.prepared.pruner(
+                    self.base_model(),
                     self.prepared.tokenizer,
                     self.prepared.calibration,
                     self.config.prune,
@@ -274,9 +283,9 @@ class _Run:
                 pruned.save(self.folder.pruned)
         self._progress("prune", 1)
 
-    def _pruned(self) -> PrunedModel:
-        """Returns the pruned model, unless it was given always as it reads back from disk."""
-        return self.given or load_pruned(
+    def pruned(self) -> PrunedModel:
+        """Returns the pruned model, as it reads back from disk unless it was in memory already."""
+        return self.model or load_pruned(
             self.folder.pruned,
             device=self.prepared.device,
             dtype=self.prepared.dtype,
