@@ -238,7 +238,7 @@ def main() -> None:
             device="cpu",
             recovery=dataclasses.replace(config.recovery, candidates_per_pass=options.together),
             search=dataclasses.replace(
-                config.search, max_trials=options.trials, batch=options.proposals
+                config.search, n_trials=options.trials, batch=options.proposals
             ),
         )
         measured = measure(

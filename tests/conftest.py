@@ -94,7 +94,7 @@ SMALL = {
         "batch_size": 32,
     },
     "performance_model": {"meta_epochs": 20, "epochs": 20},
-    "search": {"initial_trials": 3, "max_trials": 5, "candidates": 200, "tolerance": 0.0},
+    "search": {"n_startup_trials": 3, "n_trials": 5, "candidates": 200, "tolerance": 0.0},
     "noise": {"seeds": 0},
     "confirm": {"finalists": 1, "seeds": 2, "least_seeds": 2},
     "generation": {"max_new_tokens": 0},

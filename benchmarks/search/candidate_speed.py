@@ -35,13 +35,13 @@ from scoring_ways import LAYERS, OPERATIONS, Rate, alternatives, limits
 
 from rankadaptor_plugin.config.tables import PerformanceModelConfig
 from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
-from rankadaptor_plugin.search.adaptive import auto
-from rankadaptor_plugin.search.candidate_scan import best_of_random
-from rankadaptor_plugin.search.contract import SamplerSettings
-from rankadaptor_plugin.search.parameters import distributions, parameters_of
+from rankadaptor_plugin.search.bayes import auto
+from rankadaptor_plugin.search.paper import best_of_random
 from rankadaptor_plugin.search.performance.ensemble import MLPEnsemble
-from rankadaptor_plugin.search.performance.linear_model import BayesianRegression
+from rankadaptor_plugin.search.performance.linear import BayesianRegression
 from rankadaptor_plugin.search.performance.mlp import MLPPerformanceModel, mlp
+from rankadaptor_plugin.search.samplers import SamplerSettings
+from rankadaptor_plugin.search.space import distributions, parameters_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,7 +97,7 @@ def asker(rank_space: RankSpace, rows: Allocations, values: Values) -> Callable[
         space=rank_space,
         seed=RANDOM_STATE,
         search_seed=RANDOM_STATE,
-        initial_trials=0,
+        n_startup_trials=0,
         candidates=1,
         performance_model=partial(mlp, rank_space, CONFIG, RANDOM_STATE),
         model_config=CONFIG,

@@ -48,12 +48,10 @@ from rankadaptor_plugin.core.scores import Score, TaskScore
 from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
 from rankadaptor_plugin.pipeline.registries import registries
 from rankadaptor_plugin.plugins import plugin_manager
-from rankadaptor_plugin.search.contract import SamplerSettings
-from rankadaptor_plugin.search.parameters import untried
-from rankadaptor_plugin.search.record import LayerFeatures
+from rankadaptor_plugin.search.samplers import SamplerSettings
+from rankadaptor_plugin.search.space import LayerFeatures, untried
 from rankadaptor_plugin.search.study import TrialStore
-from rankadaptor_plugin.search.transfer.meta_knowledge import MetaKnowledge
-from rankadaptor_plugin.search.transfer.source_studies import OBJECTIVE, SourceStudy
+from rankadaptor_plugin.search.transfer.studies import OBJECTIVE, MetaKnowledge, SourceStudy
 from rankadaptor_plugin.search.transfer.transfer import prior_effects
 
 if TYPE_CHECKING:
@@ -168,7 +166,7 @@ def _samplers(
                 search_seed=seed,
                 # The sources take the place of the paper's initialization; two values are the
                 # least that its sampler learns from.
-                initial_trials=2 if on_sources else 0,
+                n_startup_trials=2 if on_sources else 0,
                 candidates=SEARCH.candidates,
                 final_candidates=SEARCH.final_candidates,
                 performance_model=lambda: model(trial_seed),
@@ -202,7 +200,7 @@ def source_priors(problem: simulators.Problem) -> tuple[PriorEffects, ...]:
 
 
 def _pretrained(model: Any, problem: simulators.Problem) -> PerformanceModel:
-    """Trains the paper's network on all sources jointly, standardised per task."""
+    """Trains the paper's network on all sources jointly, standardized per task."""
     values = problem.source_values
     values = (values - values.mean(1, keepdims=True)) / values.std(1, keepdims=True)
     model.pretrain(problem.source_rows.reshape(-1, simulators.LAYERS), values.reshape(-1, 1))

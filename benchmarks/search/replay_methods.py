@@ -1,7 +1,7 @@
 """Searches that are replayed on a table of fine-tunes instead of making new ones.
 
 The allocations of one kind are the whole space: a method chooses among rows that it has not tried,
-so its acquisition is maximised over these rows instead of by its own search. It sees the score of
+so its acquisition is maximized over these rows instead of by its own search. It sees the score of
 one seed; what its choice is worth is the mean of the other seeds.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from rankadaptor_plugin.config.tables import PerformanceModelConfig
 from rankadaptor_plugin.search.performance.ensemble import MLPEnsemble
-from rankadaptor_plugin.search.performance.linear_model import BayesianRegression
+from rankadaptor_plugin.search.performance.linear import BayesianRegression
 from rankadaptor_plugin.search.performance.mlp import mlp
 
 if TYPE_CHECKING:

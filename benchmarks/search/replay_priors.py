@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rankadaptor_plugin.search.record import LayerFeatures
-from rankadaptor_plugin.search.transfer.meta_knowledge import MetaKnowledge
-from rankadaptor_plugin.search.transfer.source_studies import OBJECTIVE, SourceStudy
+from rankadaptor_plugin.search.space import LayerFeatures
+from rankadaptor_plugin.search.transfer.studies import OBJECTIVE, MetaKnowledge, SourceStudy
 from rankadaptor_plugin.search.transfer.transfer import prior_effects, proxy_effects
 
 if TYPE_CHECKING:

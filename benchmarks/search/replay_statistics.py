@@ -85,11 +85,11 @@ def reliabilities(kind: Kind) -> list[dict[str, Any]]:
     found = []
     for column, values in kind.values.items():
         result = reliability(values)
-        centred = values - values.mean(axis=0)
-        others = [np.delete(centred, s, axis=1).mean(axis=1) for s in range(kind.seeds)]
-        rest = centred - centred.mean(axis=1, keepdims=True)
+        centered = values - values.mean(axis=0)
+        others = [np.delete(centered, s, axis=1).mean(axis=1) for s in range(kind.seeds)]
+        rest = centered - centered.mean(axis=1, keepdims=True)
         shares = {
-            name: float(np.mean([_explained(x, o, centred[:, s]) for s, o in enumerate(others)]))
+            name: float(np.mean([_explained(x, o, centered[:, s]) for s, o in enumerate(others)]))
             / max(result.icc, np.finfo(float).tiny)
             for name, x in (("parameters", np.hstack([logged, logged**2])), ("ranks", ranks))
         }

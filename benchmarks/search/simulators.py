@@ -9,7 +9,7 @@ single layers, products of the log ranks of two layers, a square of the total):
   overfitting; a smooth trend over depth; pairs of values that saturate at ranks of the pair's own;
   a sum that saturates; a total rank above which the score falls.
 - ``interactions``: 60 % of the variance is interactions, all main effects taken out of them: the
-  least of three neighbouring layers, sigmoids of the sum of four layers, and thresholds that two
+  least of three neighboring layers, sigmoids of the sum of four layers, and thresholds that two
   or three layers have to pass together.
 - ``non-monotone``: a best rank for each layer, low in some, that moves with the rank of the next
   layer; the sum saturates.
@@ -181,7 +181,7 @@ def family(kind: str, seed: int, correlation: float = CORRELATION) -> tuple[Task
     }[kind]
     rows = random_rows(20_000, np.random.default_rng(0))
     return tuple(
-        _standardised(make(_Parameters(kind, seed, number, correlation)), rows)
+        _standardized(make(_Parameters(kind, seed, number, correlation)), rows)
         for number in range(1 + SOURCES)
     )
 
@@ -304,10 +304,10 @@ def _saturating(parameters: _Parameters) -> Task:
 def _interactions(parameters: _Parameters) -> Task:
     gain = parameters.normal("gain", LAYERS) + 0.5 * parameters.trend("trend")
     effects = gain[:, None] * -np.expm1(-_RANK / _scales(parameters)[:, None])
-    # The least of three neighbours, each measured against a need of its own.
-    neighbours = np.arange(LAYERS - 2)[:, None] + np.arange(3)
+    # The least of three neighbors, each measured against a need of its own.
+    neighbors = np.arange(LAYERS - 2)[:, None] + np.arange(3)
     need = parameters.uniform("need", 5.0, 14.0, LAYERS)
-    met = np.minimum(1.0, _RANK / need[:, None])[neighbours]  # (24, 3, 6)
+    met = np.minimum(1.0, _RANK / need[:, None])[neighbors]  # (24, 3, 6)
     least = np.minimum(
         np.minimum(met[:, 0, :, None, None], met[:, 1, None, :, None]), met[:, 2, None, None, :]
     )
@@ -317,7 +317,7 @@ def _interactions(parameters: _Parameters) -> Task:
     mean = np.stack(np.meshgrid(*[_RANK] * 4, indexing="ij")).mean(axis=0)
     sigmoids = expit((mean[None] - center[:, None, None, None, None]) / 0.5)
     sigmoids = sigmoids * parameters.normal("fours", len(fours))[:, None, None, None, None]
-    parts = [(neighbours, least), (fours, sigmoids)]
+    parts = [(neighbors, least), (fours, sigmoids)]
     for size, count in ((2, 24), (3, 12)):
         layers = parameters.groups(f"passed {size}", count, size)
         threshold = parameters.uniform(f"threshold {size}", 3.0, 11.0, count, size)
@@ -341,8 +341,8 @@ def _non_monotone(parameters: _Parameters) -> Task:
     shift = 0.6 * parameters.normal("shift", LAYERS)[:, None] * _LOG
     distance = np.log(_RANK)[None, :, None] - optimum[:, None, None] - shift[:, None, :]
     bumps = gain[:, None, None] * np.exp(-0.5 * (distance / width[:, None, None]) ** 2)
-    neighbours = np.arange(LAYERS - 1)[:, None] + np.arange(2)
-    parts = [(neighbours, bumps[:-1])]
+    neighbors = np.arange(LAYERS - 1)[:, None] + np.arange(2)
+    parts = [(neighbors, bumps[:-1])]
     return _task(parameters, bumps.mean(axis=2), parts, interactions=0.3, ceiling=6.0)
 
 
@@ -393,7 +393,7 @@ def _pure(tables: Floats) -> Floats:
     return np.asarray(pure)
 
 
-def _standardised(task: Task, rows: Rows) -> Task:
+def _standardized(task: Task, rows: Rows) -> Task:
     """Sets center and scale so that random `rows` have mean 0 and standard deviation 1."""
     values = task(rows)
     return Task(

@@ -8,7 +8,6 @@ and writing is the business of `rankadaptor_plugin.config.run_file`.
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from rankadaptor_plugin.core.errors import ConfigError, RankSpaceError
 EMBEDDED = "embedded"
 """Stands for the model and the corpus that ship with the package."""
 
-AUTO, FIXED = "auto", "fixed"
+BAYES, FIXED = "bayes", "fixed"
 """The default method, and the one that searches nothing: the run file names the allocation."""
 
 SEARCHED_RANKS, UNIFORM_LORA = "rankadaptor", "lora"
@@ -390,15 +389,15 @@ class PerformanceModelConfig:
     name: str = _f(
         "mlp",
         "registered performance model of method paper: mlp, its settings mlp-1, mlp-2, mlp-3 of "
-        "the paper's ablation, linear, or ensemble",
+        "the paper's ablation, or bayes (linear regression)",
     )
     hidden: tuple[int, ...] = _f(
-        (32, 32, 32), "mlp, ensemble: widths of the hidden layers (paper: 32-32-32)", low=1
+        (32, 32, 32), "mlp: widths of the hidden layers (paper: 32-32-32)", low=1
     )
     learning_rate: float = _f(0.01, "learning rate of its training", low=0.0)
     meta: str = _f(
         "joint",
-        "offline meta-learning: joint (all tasks, standardised), raw (as they are), reptile, or "
+        "offline meta-learning: joint (all tasks, standardized), raw (as they are), reptile, or "
         "none",
         choices=("joint", "raw", "reptile", "none"),
     )
@@ -414,46 +413,41 @@ class SearchConfig:
     """Which allocations are fine-tuned, and when the search ends."""
 
     method: str = _f(
-        AUTO,
-        "auto (linear and ensemble, whichever predicts better), linear, ensemble, paper, fixed, "
-        "random, or Optuna's tpe, gp, cmaes, qmc",
+        BAYES,
+        "bayes (Bayesian linear regression), paper, fixed, random, or Optuna's tpe, gp",
+        aliases=("sampler",),
     )
     allocation: str = _f(
         "",
         'in place of a search: ranks such as "4-6-8-8", or a list of the paper\'s Table 7 such as '
         '"paper:llama-7b:20:boolq"',
     )
-    initial_trials: int = _f(
-        0, "random allocations before the method's own; 0: what it takes (paper: 10)", low=0
+    n_startup_trials: int = _f(
+        0,
+        "random allocations before the method's own; 0: what it takes (paper: 10)",
+        low=0,
+        aliases=("initial_trials",),
     )
-    max_trials: int = _f(30, "most fine-tunes of the search, initial ones included", low=2)
+    n_trials: int = _f(
+        30,
+        "most fine-tunes of the search, startup trials included",
+        low=2,
+        aliases=("max_trials",),
+    )
     max_hours: float = _f(
         0.0,
         "wall time of all fine-tunes and evaluations of the run, those of the confirmation kept "
         "in reserve; a hard limit, 0 sets none",
         low=0.0,
+        aliases=("timeout",),
     )
     max_gpu_hours: float = _f(
         0.0, "the same in hours times devices, where a CPU counts as one", low=0.0
     )
-    batch: int = _f(1, "allocations proposed at once, before any of them is measured", low=1)
-    rung: float = _f(
-        0.0,
-        "look at each fine-tune after this share of its steps and end those below the median "
-        "there; 0 does not",
-        low=0.0,
-        below=1.0,
-    )
     pareto: bool = _f(
-        False, "search the front of score against trainable parameters; needs budget free"
+        False, "search the Pareto front of score against trainable parameters; needs budget free"
     )
     meta: str = _f("", "file of `rankadaptor-plugin meta-learn` with knowledge of earlier studies")
-    proxy: int = _f(
-        0,
-        "allocations scored beforehand on one adapter of the greatest rank, cut to size; their "
-        "scores weigh as much as they prove to predict; 0 does without",
-        low=0,
-    )
     candidates: int = _f(
         10_000, "paper: random allocations scored by the performance model per step", low=1
     )
@@ -471,17 +465,17 @@ class SearchConfig:
     max_failures: int = _f(3, "failed trials in a row that end the run", low=1)
 
     def __post_init__(self) -> None:
-        if self.initial_trials > self.max_trials:
+        if self.n_startup_trials > self.n_trials:
             raise ConfigError(
-                f"[search] initial_trials {self.initial_trials} is more than max_trials "
-                f"{self.max_trials}. Raise max_trials or lower initial_trials."
+                f"[search] n_startup_trials {self.n_startup_trials} is more than n_trials "
+                f"{self.n_trials}. Raise n_trials or lower n_startup_trials."
             )
         if self.method == FIXED and not self.allocation:
             raise ConfigError(
                 f'[search] method is "{FIXED}", but there is no allocation. Set allocation to '
                 'ranks such as "4-6-8-8".'
             )
-        if self.allocation and self.method not in (FIXED, AUTO):
+        if self.allocation and self.method not in (FIXED, BAYES):
             raise ConfigError(
                 f'[search] allocation is "{self.allocation}", which leaves nothing to search, but '
                 f'method is "{self.method}". Leave one of them out.'
@@ -521,10 +515,8 @@ class ConfirmConfig:
             )
 
 
-_EVEN = {"cmaes", "qmc"}
-_OURS = {"auto", "linear", "ensemble"}
-_METHODS = _OURS | {"paper", "random", "tpe", "gp", "cmaes", "qmc"}
-_USED_BY = {"pareto": _OURS, "proxy": _OURS | {"paper"}, "meta": _OURS | {"paper"}}
+_METHODS = {BAYES, "paper", "random", "tpe", "gp"}
+_USED_BY = {"pareto": {BAYES}, "meta": {BAYES, "paper"}}
 """Keys of ``[search]`` that not every built-in method uses; those of plugins may."""
 
 
@@ -591,18 +583,12 @@ class RunConfig:
                 f"[rank_space] alpha_over_rank is searched, but [recovery] alpha "
                 f"{self.recovery.alpha:g} takes its place. Leave one of them out."
             )
-        steps = {high - low for low, high in itertools.pairwise(self.rank_space.candidates)}
-        if self.search.method in _EVEN and len(steps) > 1:
-            raise ConfigError(
-                f'[search] method "{self.search.method}" takes evenly spaced rank candidates, not '
-                f"{list(self.rank_space.candidates)}. Change [rank_space] candidates or the method."
-            )
         for key, methods in _USED_BY.items():
             given, method = getattr(self.search, key), self.search.method
             if given and method in _METHODS - methods:
                 raise ConfigError(
-                    f'[search] {key} is of no use with method "{method}". Use one of '
-                    f"{', '.join(sorted(methods))}, or leave {key} out."
+                    f'[search] {key} has no effect with method "{method}". Use '
+                    f"{' or '.join(sorted(methods))}, or leave {key} out."
                 )
         if self.confirm.best_random and self.search.is_fixed:
             raise ConfigError(

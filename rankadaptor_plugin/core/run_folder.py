@@ -52,7 +52,6 @@ _FILES = (
     "report.html",
     "noise.json",
     "passes.json",
-    "proxy.json",
     "generations.json",
     "study.db",
     "timings.json",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.core.ranks import RankAllocation
@@ -22,7 +22,6 @@ class TrialState(enum.StrEnum):
 
     COMPLETE = "complete"
     FAILED = "failed"
-    STOPPED = "stopped"  # ended at its rung
 
 
 class Phase(enum.StrEnum):
@@ -39,18 +38,16 @@ class Outcome:
 
     Attributes:
         score: Scores per task on the search documents.
+        objective: What the search maximizes, P of the paper.
         train_loss: Mean training loss over the last tenth of the fine-tune, in nats per token.
         seconds: Wall time by part: ``recovery`` and ``oracle``.
-        fidelity: Share of the steps that were run.
-        rungs: What the search maximizes, by share of the steps at which it was looked at.
         validation_loss: Loss on the held-out rows, in nats per token; None without such rows.
     """
 
     score: Score
+    objective: float
     train_loss: float
     seconds: dict[str, float]
-    fidelity: float = 1.0
-    rungs: dict[float, float] = field(default_factory=dict)
     validation_loss: float | None = None
 
 
@@ -63,15 +60,13 @@ class Trial:
         phase: Initialization or iteration.
         allocation: The ranks.
         seed: Seed of the fine-tune, the same for all trials of a search.
-        fidelity: Share of the fine-tuning steps that were run, in (0, 1].
-        state: Complete, failed, or stopped at a rung.
+        state: Complete or failed.
         score: Scores per task and metric, None if failed.
-        objective: What the search maximizes, P of the paper; None unless complete.
+        objective: See `Outcome`; None unless complete.
         predicted: What the performance model said before, Q of the paper; None if it said nothing.
         train_loss: See `Outcome`.
         seconds: See `Outcome`, plus ``search``: time to propose the allocation.
         reason: Why the trial failed.
-        rungs: See `Outcome`.
         parameters: Trainable parameters; None in records that were made without.
         validation_loss: See `Outcome`.
     """
@@ -80,7 +75,6 @@ class Trial:
     phase: Phase
     allocation: RankAllocation
     seed: int
-    fidelity: float
     state: TrialState
     score: Score | None = None
     objective: float | None = None
@@ -88,7 +82,6 @@ class Trial:
     train_loss: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     reason: str | None = None
-    rungs: dict[float, float] = field(default_factory=dict)
     parameters: int | None = None
     validation_loss: float | None = None
 
@@ -100,7 +93,6 @@ class Trial:
             **self.allocation.to_json(),
             "parameters": self.parameters,
             "seed": self.seed,
-            "fidelity": self.fidelity,
             "state": self.state.value,
             "score": None if self.score is None else self.score.to_json(),
             "objective": self.objective,
@@ -109,17 +101,13 @@ class Trial:
             "validation_loss": self.validation_loss,
             "seconds": self.seconds,
             "reason": self.reason,
-            "rungs": {str(share): value for share, value in self.rungs.items()},
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trial:
-        """Builds a trial from what `to_json` returned."""
-        values = dict(data)
+        """Builds a trial from what `to_json` returned; other keys are left aside."""
+        values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         values["allocation"] = RankAllocation.from_json(data)
-        for key in ("ranks", "settings", "method"):
-            values.pop(key, None)
-        values["rungs"] = {float(share): v for share, v in values.pop("rungs", {}).items()}
         values["phase"] = Phase(values["phase"])
         values["state"] = TrialState(values["state"])
         if values["score"] is not None:

@@ -269,7 +269,7 @@ def meta_learn(studies: tuple[str, ...], out: Path) -> None:
     STUDY is a run folder, an SQLite file or a storage URL of Optuna, with #NAME for one study among
     several. Name the file under [search] meta in a run file; the models may differ in depth.
     """
-    from rankadaptor_plugin.search.transfer.meta_knowledge import collect
+    from rankadaptor_plugin.search.transfer.studies import collect
 
     knowledge = collect(studies, out)
     for source in knowledge.sources:
@@ -386,7 +386,7 @@ def _display(
     if quiet:
         yield
         return
-    n_trials = config.search.max_trials if config.searches else 0
+    n_trials = config.search.n_trials if config.searches else 0
     plan = {
         "noise": config.noise.seeds * config.noise.allocations if config.searches else 0,
         "search": n_trials,

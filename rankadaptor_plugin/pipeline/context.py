@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.oracle.contract import Oracle, OracleFactory
     from rankadaptor_plugin.pruning.contract import Pruner
     from rankadaptor_plugin.recovery.teacher import LiveTeacher
-    from rankadaptor_plugin.search.contract import (
+    from rankadaptor_plugin.search.samplers import (
         PerformanceModelFactory,
         SamplerFactory,
     )

@@ -7,26 +7,23 @@ allocation and a seed.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 
-from rankadaptor_plugin.core.ranks import RankAllocation
-from rankadaptor_plugin.core.scores import Score
 from rankadaptor_plugin.core.trials import Outcome
 from rankadaptor_plugin.pipeline.planned import PlannedFineTunes
-from rankadaptor_plugin.recovery import adapters
 from rankadaptor_plugin.recovery.module_adapters import bare_model
 from rankadaptor_plugin.recovery.packing import check_packing
-from rankadaptor_plugin.recovery.recover import Rung, adopt, recover
+from rankadaptor_plugin.recovery.recover import adopt, recover
 from rankadaptor_plugin.verdict.confirmation import ConfirmationRun, run_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
+    from rankadaptor_plugin.core.ranks import RankAllocation
     from rankadaptor_plugin.core.run_folder import RunFolder
     from rankadaptor_plugin.models.pruned_model import PrunedModel
     from rankadaptor_plugin.oracle.oracle import Objective
@@ -75,70 +72,42 @@ class FineTuner:
             if isinstance(self._resident, PeftModel):
                 self._resident.unload()
 
-    def evaluate(
-        self,
-        allocation: RankAllocation,
-        fidelity: float,
-        seed: int,
-        goes_on: Callable[[float], bool] | None = None,
-    ) -> Outcome:
-        """Fine-tunes an allocation and scores it on the search documents.
-
-        With `goes_on` it is scored at the rung of the run file too, and ends there if that says no.
-        """
-        share, looks, looking = self._context.config.search.rung, list[Score](), 0.0
-
-        def look(model: PeftModel) -> bool:
-            nonlocal looking
-            began = time.perf_counter()
-            looks.append(self._context.oracle.score(model, "search"))
-            looking = time.perf_counter() - began
-            value = self._objective(looks[0])
-            return goes_on is None or not math.isfinite(value) or goes_on(value)
-
-        rung = Rung(fidelity=share, goes_on=look) if goes_on is not None else None
+    def evaluate(self, allocation: RankAllocation, seed: int) -> Outcome:
+        """Fine-tunes an allocation and scores it on the search documents."""
         try:
-            recovered = self._recovered(allocation, fidelity, seed, rung)
+            recovered = self._recovered(allocation, seed)
         except BaseException:
             self._resident = bare_model(self._resident)
             raise
         self._last = recovered
         self._resident = recovered.model
         began = time.perf_counter()
-        stopped = recovered.fidelity < fidelity
-        score = looks[0] if stopped else self._context.oracle.score(recovered.model, "search")
+        score = self._context.oracle.score(recovered.model, "search")
         return Outcome(
             score=score,
+            objective=self._objective(score),
             train_loss=recovered.train_loss,
-            seconds={
-                "recovery": recovered.seconds,
-                "oracle": time.perf_counter() - began + looking,
-            },
-            fidelity=recovered.fidelity,
-            rungs={share: self._objective(looks[0])} if looks else {},
+            seconds={"recovery": recovered.seconds, "oracle": time.perf_counter() - began},
             validation_loss=recovered.validation_loss,
         )
 
-    def _recovered(
-        self, allocation: RankAllocation, fidelity: float, seed: int, rung: Rung | None
-    ) -> RecoveredAdapter:
+    def _recovered(self, allocation: RankAllocation, seed: int) -> RecoveredAdapter:
         searched: dict[str, Any] = dict(allocation.settings)
         config = replace(self._context.config.recovery, **searched)
         corpus, micro = self._context.corpus, self._planned.micro
         self._planned.choice(self._resident, (allocation, seed))
-        if fidelity == 1 and rung is None:
-            made = self._planned.take(self._resident, allocation, seed)
-            if made is not None:
-                return adopt(
-                    self._resident,
-                    allocation,
-                    made[0],
-                    corpus,
-                    config,
-                    seed,
-                    seconds=made[1],
-                    micro=micro,
-                )
+        made = self._planned.take(self._resident, allocation, seed)
+        if made is not None:
+            return adopt(
+                self._resident,
+                allocation,
+                made[0],
+                corpus,
+                config,
+                seed,
+                seconds=made[1],
+                micro=micro,
+            )
         return recover(
             self._resident,
             self._tokenizer,
@@ -146,45 +115,17 @@ class FineTuner:
             corpus,
             config,
             seed,
-            fidelity=fidelity,
-            rung=rung,
             teacher=self._context.teacher,
             micro=micro,
         )
 
-    def proxies(
-        self, allocations: Sequence[RankAllocation], seed: int
-    ) -> tuple[list[float], dict[str, float]]:
-        """Scores one adapter that is cut to each allocation.
-
-        The adapter is trained once, at the greatest of their ranks everywhere.
-
-        Returns:
-            What the search would maximize of each, and the seconds by part.
-        """
-        slots = len(allocations[0].ranks)
-        greatest = RankAllocation((max(max(a.ranks) for a in allocations),) * slots)
-        outcome = self.evaluate(greatest, 1.0, seed)
-        began = time.perf_counter()
-        whole = adapters.whole_adapter(self._resident)
-        values = []
-        hook, total = self._context.hook, len(allocations)
-        for done, allocation in enumerate(allocations):
-            hook.rankadaptor_on_progress(stage="proxy", done=done, total=total)
-            adapters.cut(self._resident, whole, allocation)
-            score = self._context.oracle.score(self._resident, "search")
-            values.append(self._objective(score))
-        hook.rankadaptor_on_progress(stage="proxy", done=total, total=total)
-        oracle = outcome.seconds["oracle"] + time.perf_counter() - began
-        return values, {**outcome.seconds, "oracle": oracle}
-
     def search_run(self, allocation: RankAllocation, seed: int) -> ConfirmationRun:
         """Fine-tunes and scores on the search documents."""
-        outcome = self.evaluate(allocation, 1.0, seed)
+        outcome = self.evaluate(allocation, seed)
         return ConfirmationRun(
             search=outcome.score,
             report=None,
-            objective=self._objective(outcome.score),
+            objective=outcome.objective,
             train_loss=outcome.train_loss,
             seconds=outcome.seconds,
             validation_loss=outcome.validation_loss,

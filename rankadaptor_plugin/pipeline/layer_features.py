@@ -23,7 +23,7 @@ import torch
 from rankadaptor_plugin.core.errors import RankSpaceError
 from rankadaptor_plugin.models.structures import decoder_layers, group_matrices, structure_of
 from rankadaptor_plugin.models.units import is_transposed
-from rankadaptor_plugin.search.record import LayerFeatures
+from rankadaptor_plugin.search.space import LayerFeatures
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

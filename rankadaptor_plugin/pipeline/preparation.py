@@ -37,7 +37,7 @@ from rankadaptor_plugin.recovery.batches import check_sequences
 from rankadaptor_plugin.recovery.teacher import check_teacher
 from rankadaptor_plugin.search.paper_allocations import named_allocation
 from rankadaptor_plugin.search.study import TrialStore
-from rankadaptor_plugin.search.transfer.meta_knowledge import MetaKnowledge
+from rankadaptor_plugin.search.transfer.studies import MetaKnowledge
 
 if TYPE_CHECKING:
     import pluggy
@@ -63,7 +63,7 @@ _FREE = {
         "gradient_checkpointing",
     ),
     # A search may be prolonged.
-    "search": ("max_trials", "max_hours", "max_gpu_hours"),
+    "search": ("n_trials", "max_hours", "max_gpu_hours"),
 }
 """Settings that say where things lie, which are compared by their content, and how much is
 computed at once, which a run may have to change before it can go on."""

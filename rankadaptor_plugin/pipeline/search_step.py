@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rankadaptor_plugin.core.errors import RankSpaceError
-from rankadaptor_plugin.core.trials import TrialState
 from rankadaptor_plugin.models.device import device_count
 from rankadaptor_plugin.pipeline.layer_features import layer_features
-from rankadaptor_plugin.search.contract import SamplerSettings
 from rankadaptor_plugin.search.paper_allocations import named_allocation
-from rankadaptor_plugin.search.record import LayerFeatures
+from rankadaptor_plugin.search.samplers import SamplerSettings
 from rankadaptor_plugin.search.search import SearchResult, StopReason, search
+from rankadaptor_plugin.search.space import LayerFeatures
 from rankadaptor_plugin.search.study import TrialStore
-from rankadaptor_plugin.search.transfer.knowledge import Knowledge, knowledge
+from rankadaptor_plugin.search.transfer.transfer import Knowledge, read_knowledge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,7 +40,7 @@ _UNITS = {"layer": "layers", "group": "module groups", "projection": "projection
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class TimeLimits:
     """Hard limits on time: no trial begins that may not end within them.
 
     Attributes:
@@ -84,7 +83,7 @@ def sampler_for(
     space: RankSpace,
     config: RunConfig,
     registries: Registries,
-    known: Knowledge,
+    knowledge: Knowledge,
     objective: Objective,
 ) -> Callable[[int], BaseSampler]:
     """Returns what makes the sampler of one trial from a seed."""
@@ -97,14 +96,12 @@ def sampler_for(
             SamplerSettings(
                 space=space,
                 seed=seed,
-                search_seed=config.seed,
-                initial_trials=table.initial_trials,
+                n_startup_trials=table.n_startup_trials,
                 candidates=table.candidates,
                 final_candidates=table.final_candidates,
                 performance_model=lambda: make_model(space, model, seed),
                 metric=objective.metric,
-                model_config=model,
-                priors=known.priors,
+                priors=knowledge.priors,
                 pareto=table.pareto,
             )
         )
@@ -124,7 +121,7 @@ class SearchStep:
         tuner: Fine-tunes and scores.
 
     Attributes:
-        known: What was believed before the search; nothing until `run` has asked for it.
+        knowledge: What was believed before the search; nothing until `run` has read it.
     """
 
     def __init__(
@@ -139,7 +136,7 @@ class SearchStep:
         self._pruned, self._context, self._folder = pruned, context, folder
         self._space, self._objective, self._tuner = space, objective, tuner
         self._config, self._hook = context.config, context.hook
-        self.known = Knowledge(space=space, priors=())
+        self.knowledge = Knowledge(space=space, priors=())
 
     def run(self, noise: Noise | None) -> SearchResult:
         """Searches, unless there is nothing to search for.
@@ -166,14 +163,8 @@ class SearchStep:
             )
             if drowned and self._config.noise.if_drowned == "uniform":
                 return _unsearched(store, StopReason.NOISE, self._space.limited_uniform())
-            self.known = knowledge(
-                self._space,
-                features,
-                self._config.search,
-                self._objective.metric,
-                self._folder,
-                self._config.seed,
-                self._tuner.proxies,
+            self.knowledge = read_knowledge(
+                self._space, features, self._config.search, self._objective.metric
             )
             return self._search(store, noise, add_seconds)
 
@@ -186,12 +177,9 @@ class SearchStep:
         table = replace(
             self._config.search,
             method=_RANDOM,
-            max_trials=total,
-            rung=0.0,
-            initial_trials=0,
-            batch=total,  # none depends on how another ends
+            n_trials=total,
+            n_startup_trials=0,
             pareto=False,
-            proxy=0,
             meta="",
         )
         config = replace(self._config, search=table)
@@ -213,10 +201,8 @@ class SearchStep:
                 store,
                 lambda seed: make(seed ^ 1),
                 table,
-                self._objective,
                 config.seed,
                 on_trial,
-                expect=self._expect,
             )
 
     def _given(self) -> RankAllocation:
@@ -256,7 +242,7 @@ class SearchStep:
 
     def _go_on(self, store: TrialStore, noise: Noise | None) -> None:
         """Takes up earlier trials; a search begins with the fine-tunes of the noise floor."""
-        total = self._config.search.max_trials
+        total = self._config.search.n_trials
         earlier = store.trials()
         self._progress("search", len(earlier), total)
         if earlier:
@@ -273,8 +259,8 @@ class SearchStep:
         self, store: TrialStore, noise: Noise | None, add_seconds: Callable[[], None]
     ) -> SearchResult:
         config = self._config
-        before = [self.known.seconds, *own_seconds(noise, store.trials())]
-        limits = Limits(
+        before = own_seconds(noise, store.trials())
+        limits = TimeLimits(
             hours=config.search.max_hours,
             gpu_hours=config.search.max_gpu_hours,
             devices=device_count(self._pruned.model),
@@ -296,28 +282,21 @@ class SearchStep:
 
         def on_trial(trial: Trial) -> None:
             add_seconds()
-            self._progress("search", trial.position + 1, config.search.max_trials)
+            self._progress("search", trial.position + 1, config.search.n_trials)
             self._hook.rankadaptor_after_trial(trial=trial, context=self._context)
 
         return search(
             self._space,
             self._tuner.evaluate,
             store,
-            sampler_for(self._space, config, self._context.registries, self.known, self._objective),
+            sampler_for(
+                self._space, config, self._context.registries, self.knowledge, self._objective
+            ),
             config.search,
-            self._objective,
             config.seed,
             on_trial,
             limits.reached,
-            config.confirm.finalists,
-            self._expect,
         )
-
-    def _expect(self, jobs: Sequence[tuple[RankAllocation, int]]) -> None:
-        """Lets trials be made together, unless time is limited: a limit is looked at in between."""
-        table = self._config.search
-        if not (table.max_hours or table.max_gpu_hours):
-            self._tuner.expect(jobs)
 
     def _report_share(self) -> float:
         """Returns report documents per search document."""
@@ -331,20 +310,6 @@ class SearchStep:
 
 def _unsearched(store: TrialStore, stop: StopReason, *found: RankAllocation) -> SearchResult:
     return SearchResult(trials=tuple(store.trials()), stop=stop, interrupted=0, recommended=found)
-
-
-def front(trials: Sequence[Trial], space: RankSpace) -> list[Trial]:
-    """Returns the complete trials that none beats in both score and parameters, smallest first."""
-    complete = [t for t in trials if t.state is TrialState.COMPLETE and t.objective is not None]
-
-    def size(trial: Trial) -> tuple[int, float]:
-        return space.parameters(trial.allocation), -(trial.objective or 0.0)
-
-    found: list[Trial] = []
-    for trial in sorted(complete, key=size):
-        if not found or (trial.objective or 0.0) > (found[-1].objective or 0.0):
-            found.append(trial)
-    return found
 
 
 def own_seconds(noise: Noise | None, trials: Sequence[Trial]) -> list[dict[str, float]]:

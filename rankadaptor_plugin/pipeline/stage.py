@@ -89,7 +89,7 @@ class _Stage:
             ):
                 confirmed = self._confirm(found, others, store, add_seconds)
             with self.folder.timed("deliver"):
-                extra = [self.step.known.seconds, *own_seconds(noise, found.trials)]
+                extra = own_seconds(noise, found.trials)
                 extra += [trial.seconds for trial in others.trials] if others else []
                 return self._deliver(found, confirmed, noise, extra)
 
@@ -208,7 +208,7 @@ class _Stage:
             self.context.oracle,
             self.objective,
             noise,
-            self.step.known.worth(found.trials),
+            self.step.knowledge.worth(found.trials),
             extra,
             self._trained,
         )

@@ -15,7 +15,6 @@ from rankadaptor_plugin.config.tables import FIXED
 from rankadaptor_plugin.core.ranks import WHOLE_LAYER
 from rankadaptor_plugin.core.trials import TrialState
 from rankadaptor_plugin.oracle.oracle import objective_metric, reported_target
-from rankadaptor_plugin.pipeline.search_step import front
 from rankadaptor_plugin.report.report import (
     EQUAL,
     METHODS,
@@ -24,8 +23,8 @@ from rankadaptor_plugin.report.report import (
     baseline_label,
     verdict_sentence,
 )
-from rankadaptor_plugin.search.parameters import slot_names
-from rankadaptor_plugin.search.search import StopReason
+from rankadaptor_plugin.search.search import StopReason, pareto_front
+from rankadaptor_plugin.search.space import slot_names
 from rankadaptor_plugin.verdict.confirmation import run_name
 from rankadaptor_plugin.verdict.race_result import BEST_RANDOM
 from rankadaptor_plugin.verdict.statistics import score_cells
@@ -139,15 +138,15 @@ def stage_summary(
         },
         "search": {
             "stop_reason": found.stop.value,
-            "initial_trials": found.initial_trials,
+            "n_startup_trials": found.n_startup_trials,
             "complete": len(complete),
             "failed": sum(t.state is TrialState.FAILED for t in found.trials),
-            "stopped": sum(t.state is TrialState.STOPPED for t in found.trials),
             "interrupted": found.interrupted,
             "method": _search_method(config),
-            "forecasts": dict(found.forecasts),
         },
-        "front": [t.to_json() for t in front(found.trials, space)] if config.search.pareto else [],
+        "front": (
+            [t.to_json() for t in pareto_front(found.trials, space)] if config.search.pareto else []
+        ),
         "knowledge": list(knowledge),
         "confirm": confirmed.to_json(),
         "cost": {
@@ -284,13 +283,11 @@ def report_data(
             "search",
             {
                 "stop_reason": "none",
-                "initial_trials": 0,
+                "n_startup_trials": 0,
                 "complete": 0,
                 "failed": 0,
-                "stopped": 0,
                 "interrupted": 0,
                 "method": "none",
-                "forecasts": {},
             },
         ),
         "front": summary.get("front", []),

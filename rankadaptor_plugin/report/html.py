@@ -135,7 +135,7 @@ def _pictures(data: ReportData) -> str:
     legend = _legend({"phase": "initialization phase"})
     first = _figure(
         steps,
-        f"Best so far (line) and every trial (dots; cross: failed, or ended at its rung). {legend}",
+        f"Best so far (line) and every trial (dots; cross: failed). {legend}",
     )
     second = _figure(scatter, "Predicted against measured. Dashed: predicted equals measured.")
     return (
@@ -156,7 +156,7 @@ def _front(data: ReportData) -> str:
 
     unit = metric_label(data["objective"]["metric"])
     picture = svg.front(points(data["trials"]), points(data["front"]), unit, digits)
-    return _figure(picture, "Line: the front.") + _table(search_tables.front(data))
+    return _figure(picture, "Line: the Pareto front.") + _table(search_tables.front(data))
 
 
 def _noise(data: ReportData) -> str:

@@ -158,9 +158,6 @@ class Progress:
 
 
 def _result(trial: Trial) -> str:
-    if trial.state.value == "stopped":
-        share, value = max(trial.rungs.items())
-        return f"ended after {share:.0%} of its steps at {value:.4f}"
     if trial.objective is None:
         return f"failed: {(trial.reason or '').rstrip('.')}"
     predicted = "" if trial.predicted is None else f" (predicted {trial.predicted:.4f})"

@@ -25,8 +25,6 @@ def trials(data: ReportData) -> Table:
         off = None if measured is None or predicted is None else measured - predicted
         seconds = trial.get("seconds")
         state = trial["state"] + (f": {trial['reason']}" if trial.get("reason") else "")
-        for share, value in trial.get("rungs", {}).items():
-            state += f", {scored(value, metric)} after {100 * float(share):g} %"
         rows.append(
             (
                 str(trial["position"] + 1),

@@ -74,19 +74,14 @@ class Objective(TypedDict):
 
 
 class SearchSummary(TypedDict):
-    """How the search went: why it stopped, and numbers of trials by how they ended.
-
-    ``forecasts`` has by model the mean log density of what was measured, in nats per trial.
-    """
+    """How the search went: why it stopped, and numbers of trials by how they ended."""
 
     stop_reason: str
-    initial_trials: int
+    n_startup_trials: int
     complete: int
     failed: int
-    stopped: int
     interrupted: int
     method: str
-    forecasts: dict[str, float]
 
 
 class Confirm(TypedDict):
@@ -172,7 +167,7 @@ class ReportData(TypedDict):
         objective: What the search maximized.
         search: How the search went.
         front: Trials on the front of score against parameters; empty if it was not searched.
-        knowledge: What `rankadaptor_plugin.search.transfer.knowledge.Knowledge.worth` returned.
+        knowledge: What `rankadaptor_plugin.search.transfer.transfer.Knowledge.worth` returned.
         confirm: The final comparison.
         cost: What it took.
         versions: Version by name of the software.

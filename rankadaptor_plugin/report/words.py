@@ -6,7 +6,6 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.core.scores import METRIC_UNITS
-from rankadaptor_plugin.report.numbers import number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -63,15 +62,12 @@ def search_line(data: ReportData) -> str:
     if search["stop_reason"] == METHODS_ALONE:
         return "No search: the run file names other recovery methods alone."
     begun = sum(trial["phase"] == "initialization" for trial in data["trials"])
-    initial = max(search["initial_trials"], begun)
-    told = ", ".join(f"{name} {number(v, 2)}" for name, v in search["forecasts"].items())
+    initial = max(search["n_startup_trials"], begun)
     return (
         f"Method {search['method']}: {search['complete']} trials complete, "
-        f"{search['stopped']} ended at their rung, {search['failed']} failed, "
-        f"{search['interrupted']} interrupted; the first {initial} were planned as "
-        f"initialization phase. Stopped: {search['stop_reason']}. "
+        f"{search['failed']} failed, {search['interrupted']} interrupted; the first {initial} were "
+        f"planned as initialization phase. Stopped: {search['stop_reason']}. "
         f"Objective: {objective_label(data)}, on the search documents."
-        + (f" Log density of what was measured, forecast one step ahead: {told}." if told else "")
     )
 
 

@@ -1,8 +1,7 @@
 """The paper's search step (section 3.3), as a sampler of Optuna.
 
-Our own step is in `rankadaptor_plugin.search.adaptive`; Optuna's samplers are named in
-`rankadaptor_plugin.search.optuna_samplers`. A sampler is made anew for every trial, so that a
-search that was broken off goes on exactly as if it had not been.
+Random allocations are scored by a performance model, and the best one is fine-tuned. Our own step
+is in `rankadaptor_plugin.search.bayes`.
 """
 
 from __future__ import annotations
@@ -11,41 +10,43 @@ import contextlib
 from typing import TYPE_CHECKING
 
 import numpy as np
-from optuna.trial import TrialState
 
 from rankadaptor_plugin.core.errors import RankSpaceError
 from rankadaptor_plugin.core.trials import RECORD
-from rankadaptor_plugin.search.candidate_scan import best_of_random
-from rankadaptor_plugin.search.parameters import Observations
+from rankadaptor_plugin.search.performance.mlp import one_thread
 from rankadaptor_plugin.search.performance.performance_model import MetaLearner
-from rankadaptor_plugin.search.rank_sampler import RankSampler, best_measured, distinct
+from rankadaptor_plugin.search.samplers import (
+    N_STARTUP_TRIALS,
+    RankSampler,
+    best_measured,
+    distinct,
+)
+from rankadaptor_plugin.search.space import Observations
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     import optuna
     from optuna.trial import FrozenTrial
 
     from rankadaptor_plugin.core.ranks import RankSpace
-    from rankadaptor_plugin.search.contract import SamplerSettings
     from rankadaptor_plugin.search.performance.performance_model import (
         PerformanceModel,
         PriorEffects,
     )
+    from rankadaptor_plugin.search.samplers import SamplerSettings
 
 TASK_VALUES = "task_values"
 """User attribute from which `PerformanceModelSampler` learns in a study that is not ours."""
 
-INITIAL_TRIALS = 10
-"""Random allocations of the initialization phase where the run file leaves it to the method."""
-
+_BATCH = 4096  # Candidates that are drawn and scored at once; they stay in the cache.
 _PRIOR_ROWS = 512  # random allocations from which the network learns what a prior expects
 
 
 class PerformanceModelSampler(RankSampler):
     """The paper's search step: random allocations first, then the performance model's favourite.
 
-    The first `initial_trials` proposals are random. Each later one trains a fresh performance
+    The first `n_startup_trials` proposals are random. Each later one trains a fresh performance
     model, offline on the initial trials' values per task and then on the target values of all
     complete trials, and proposes the best predicted of many random allocations not yet tried. A
     proposal depends on the seed and the content of the study alone.
@@ -65,7 +66,7 @@ class PerformanceModelSampler(RankSampler):
         ...     trial.set_user_attr("task_values", {"boolq": ranks[0], "piqa": ranks[1]})
         ...     return ranks[0] + ranks[1]
         >>> model = lambda: mlp(space, PerformanceModelConfig(), seed=0)
-        >>> sampler = PerformanceModelSampler(space, model, seed=0, initial_trials=5)
+        >>> sampler = PerformanceModelSampler(space, model, seed=0, n_startup_trials=5)
         >>> optuna.logging.set_verbosity(optuna.logging.WARNING)
         >>> study = optuna.create_study(direction="maximize", sampler=sampler)
         >>> study.optimize(objective, n_trials=10)
@@ -76,7 +77,7 @@ class PerformanceModelSampler(RankSampler):
         space: The rank space S.
         performance_model: Makes a fresh, untrained performance model.
         seed: Seed of the random allocations, at least 0.
-        initial_trials: Random allocations of the initialization phase.
+        n_startup_trials: Random allocations of the initialization phase.
         candidates: Allocations that the performance model scores per proposal.
         metric: Metric of the tasks to learn from offline, where the study is ours; None takes
             every metric of every task as a task of its own.
@@ -93,7 +94,7 @@ class PerformanceModelSampler(RankSampler):
         performance_model: Callable[[], PerformanceModel],
         *,
         seed: int,
-        initial_trials: int = INITIAL_TRIALS,
+        n_startup_trials: int = N_STARTUP_TRIALS,
         candidates: int = 10_000,
         metric: str | None = None,
         priors: Sequence[PriorEffects] = (),
@@ -101,7 +102,7 @@ class PerformanceModelSampler(RankSampler):
     ) -> None:
         super().__init__(space, seed=seed)
         self._performance_model = performance_model
-        self.initial_trials = initial_trials
+        self.n_startup_trials = n_startup_trials
         self._final_candidates = final_candidates
         self._candidates = candidates
         self._metric = metric
@@ -115,7 +116,7 @@ class PerformanceModelSampler(RankSampler):
         rng: np.random.Generator,
     ) -> Sequence[int]:
         """Proposes a random row, or the favourite of the model; see the class."""
-        if observed.position < self.initial_trials or len(observed.values) < 2:  # noqa: PLR2004
+        if observed.position < self.n_startup_trials or len(observed.values) < 2:  # noqa: PLR2004
             return self.random_row(observed, rng)
         model = self._trained(study, observed)
         spare = self.random_row(observed, rng)
@@ -146,11 +147,8 @@ class PerformanceModelSampler(RankSampler):
     def _trained(self, study: optuna.Study, observed: Observations) -> PerformanceModel:
         """Trains a fresh model on all observations, the initial ones first task by task."""
         others = study.get_trials(deepcopy=False)
-        first = {other.number for other in others[: self.initial_trials]}
-        # The scores of a trial that ended at its rung are those of another length.
-        initial = np.array(
-            [t.number in first and t.state is TrialState.COMPLETE for t in observed.trials]
-        )
+        first = {other.number for other in others[: self.n_startup_trials]}
+        initial = np.array([trial.number in first for trial in observed.trials])
         tasks = [self._task_values(t) for t, i in zip(observed.trials, initial, strict=True) if i]
         names = sorted(set.intersection(*(set(task) for task in tasks))) if tasks else []
         model = self._performance_model()
@@ -183,9 +181,48 @@ def paper(settings: SamplerSettings) -> PerformanceModelSampler:
         settings.space,
         settings.performance_model,
         seed=settings.seed,
-        initial_trials=settings.initial_trials or INITIAL_TRIALS,
+        n_startup_trials=settings.n_startup_trials or N_STARTUP_TRIALS,
         candidates=settings.candidates,
         metric=settings.metric,
         priors=settings.priors,
         final_candidates=settings.final_candidates,
     )
+
+
+def best_of_random(
+    space: RankSpace,
+    model: PerformanceModel,
+    count: int,
+    rng: np.random.Generator,
+    tried: Collection[tuple[int, ...]] = (),
+) -> tuple[list[int], float]:
+    """Returns the untried row with the highest predicted mean among random ones, and that mean.
+
+    Candidates are drawn, scored and forgotten in batches, so that memory does not grow.
+
+    Args:
+        space: The rank space.
+        model: A fitted model.
+        count: Number of random rows, at least 1.
+        rng: Draws the rows.
+        tried: Rows not to return.
+
+    Raises:
+        RankSpaceError: If all rows drawn were tried.
+    """
+    excluded, best, highest = frozenset(tried), list[int](), -np.inf
+    with one_thread():
+        for start in range(0, count, _BATCH):
+            rows = space.sample(min(_BATCH, count - start), rng)
+            means = model.predict(rows).mean.copy()
+            while means[top := int(means.argmax())] > highest:
+                row = rows[top].tolist()
+                if tuple(row) not in excluded:
+                    best, highest = row, float(means[top])
+                means[top] = -np.inf
+    if not best:
+        raise RankSpaceError(
+            f"All {count} random allocations drawn were tried before; {len(excluded)} were tried. "
+            "Stop here or add candidates."
+        )
+    return best, highest

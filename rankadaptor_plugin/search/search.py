@@ -1,7 +1,7 @@
 """The search: initialization, iteration, convergence (paper, section 3.3).
 
 It is handed a function that fine-tunes and scores an allocation and knows nothing else of models.
-Each trial is a function of the seed and of the trials before it, so a search that was broken off
+Each trial is a function of the seed and of the trials before it, so a search that was interrupted
 and called again ends as if it had not been.
 """
 
@@ -11,29 +11,24 @@ import enum
 import logging
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from rankadaptor_plugin.core.errors import (
-    OracleError,
-    RankAdaptorError,
-    RecoveryError,
-)
+from rankadaptor_plugin.core.errors import OracleError, RankAdaptorError, RecoveryError
 from rankadaptor_plugin.core.trials import Outcome, Phase, Trial, TrialState
-from rankadaptor_plugin.search.proposals import Proposals, initial_trials, sampler_seed
-from rankadaptor_plugin.search.rank_sampler import ForecastingSampler, RecommendingSampler
+from rankadaptor_plugin.search.samplers import N_STARTUP_TRIALS, RecommendingSampler
+from rankadaptor_plugin.search.space import untried
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from optuna.samplers import BaseSampler
 
     from rankadaptor_plugin.config.tables import SearchConfig
     from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
-    from rankadaptor_plugin.core.scores import Score
     from rankadaptor_plugin.search.study import TrialStore
 
 logger = logging.getLogger(__name__)
@@ -42,35 +37,18 @@ PAPER = "paper"
 """The method that ends when prediction and measurement agree."""
 
 _LEAST_COMPLETE = 2  # Below this there is nothing to compare.
-_LEAST_LOOKS = 4  # Before so many values at the rung, nothing is ended there.
 
 
 class Evaluate(Protocol):
     """Fine-tunes and scores an allocation."""
 
-    def __call__(
-        self,
-        allocation: RankAllocation,
-        fidelity: float,
-        seed: int,
-        goes_on: Callable[[float], bool] | None = None,
-    ) -> Outcome:
+    def __call__(self, allocation: RankAllocation, seed: int) -> Outcome:
         """Returns the outcome.
 
         Args:
             allocation: The ranks.
-            fidelity: Share of the steps, in (0, 1].
             seed: Seed of the fine-tune.
-            goes_on: Told what the search maximizes at the rung; False ends the fine-tune there.
         """
-        ...
-
-
-class Expect(Protocol):
-    """Is told which fine-tunes come next, so that some may be made together."""
-
-    def __call__(self, jobs: Sequence[tuple[RankAllocation, int]]) -> None:
-        """Takes allocations and seeds in order, those that were made before included."""
         ...
 
 
@@ -78,7 +56,7 @@ class StopReason(enum.StrEnum):
     """Why a search ended."""
 
     CONVERGED = "converged"  # |Q - P| stayed below the tolerance
-    MAX_TRIALS = "max_trials"
+    N_TRIALS = "n_trials"
     MAX_HOURS = "max_hours"
     MAX_GPU_HOURS = "max_gpu_hours"
     EXHAUSTED = "exhausted"  # every allocation of the space was tried
@@ -89,29 +67,26 @@ class StopReason(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
         trials: All finished trials in order of position, no allocation twice.
         stop: Why the search ended.
         interrupted: Trials that a killed process left behind; they are not among `trials`.
         recommended: What the sampler believes in, best first; empty if it has no opinion.
-        initial_trials: Random allocations that the method takes first, those of the noise floor
+        n_startup_trials: Random allocations that the method takes first, those of the noise floor
             included.
-        forecasts: By model of the sampler the mean log density of what was measured, one step
-            ahead, in nats per trial; empty if it keeps no score, or too few were forecast.
     """
 
     trials: tuple[Trial, ...]
     stop: StopReason
     interrupted: int
     recommended: tuple[RankAllocation, ...] = ()
-    initial_trials: int = 0
-    forecasts: Mapping[str, float] = field(default_factory=dict)
+    n_startup_trials: int = 0
 
     @property
     def is_searched(self) -> bool:
-        """Whether allocations were searched at all."""
+        """True if allocations were searched at all."""
         return self.stop not in (StopReason.NOISE, StopReason.FIXED, StopReason.METHODS)
 
     @property
@@ -134,12 +109,9 @@ def search(
     store: TrialStore,
     sampler_for: Callable[[int], BaseSampler],
     config: SearchConfig,
-    objective: Callable[[Score], float],
     seed: int,
-    on_trial: Callable[[Trial], None] | None = None,
+    on_trial: Callable[[Trial], None] = lambda trial: None,
     is_spent: Callable[[Sequence[Trial]], StopReason | None] = lambda trials: None,
-    finalists: int = 1,
-    expect: Expect = lambda jobs: None,
 ) -> SearchResult:
     """Searches the rank space, going on from the trials that the store holds.
 
@@ -150,14 +122,10 @@ def search(
         store: Where the trials live. Nobody else may write to it meanwhile.
         sampler_for: Makes the sampler of a single trial from a seed.
         config: The ``[search]`` table.
-        objective: What to maximize, P of the paper.
         seed: Seed of the search, and of every fine-tune: equal seeds for all allocations keep
             the noise that they share out of the comparison.
         on_trial: Called after each trial that this call finishes.
         is_spent: Says before each trial whether time is up for it.
-        finalists: Allocations that the sampler is asked to recommend.
-        expect: Told the fine-tunes of each group that is proposed at once: the random ones in the
-            beginning, and each batch.
 
     Raises:
         ArtifactError: If the store holds trials of another rank space.
@@ -167,38 +135,38 @@ def search(
     store.claim(space)
     trials = store.trials()
     failures = 0
-    proposals = Proposals(space, store, sampler_for, config, seed)
     while (stop := _stop_reason(trials, config) or is_spent(trials)) is None:
         position = len(trials)
-        if not proposals.ready:
-            proposals.draw(trials)
-            expect([(allocation, seed) for allocation in proposals.group])
-        if not proposals.ready:
+        began = time.perf_counter()
+        tried = {tuple(space.row(trial.allocation)) for trial in trials}
+        spare = untried(space, tried, 1, np.random.default_rng([seed, position]))
+        if not len(spare):
             stop = StopReason.EXHAUSTED
             break
-        proposal, seconds = proposals.ready.popleft()
-        pending = store.begin(proposal)
-        initial = proposals.initial_trials
+        drawn_seed = _sampler_seed(seed, position)
+        sampler = sampler_for(drawn_seed)
+        place = partial(_placed, space, tried, space.allocation(spare[0]), drawn_seed)
+        pending = store.begin(sampler, space, place)
         trial = _run(
             Trial(
                 position=position,
-                phase=Phase.INITIALIZATION if position < initial else Phase.ITERATION,
+                phase=(
+                    Phase.INITIALIZATION
+                    if position < _n_startup_trials(config, sampler)
+                    else Phase.ITERATION
+                ),
                 allocation=pending.allocation,
                 seed=seed,
-                fidelity=1.0,
                 state=TrialState.FAILED,
-                predicted=proposal.predicted,
-                seconds={"search": seconds},
+                predicted=pending.predicted,
+                seconds={"search": time.perf_counter() - began},
                 parameters=space.parameters(pending.allocation),
             ),
             evaluate,
-            objective,
-            partial(_goes_on, trials, config.rung) if config.rung else None,
         )
         store.finish(pending, trial)
         trials.append(trial)
-        if on_trial is not None:
-            on_trial(trial)
+        on_trial(trial)
         failures = failures + 1 if trial.state is TrialState.FAILED else 0
         if failures >= config.max_failures:
             raise RecoveryError(
@@ -207,59 +175,79 @@ def search(
                 "command again; the trials made so far are kept."
             )
     _check_enough(trials, stop)
-    sampler = sampler_for(sampler_seed(seed, len(trials)))
-    study = store.as_seen_by(sampler)
-    rows = sampler.recommend(study, finalists) if isinstance(sampler, RecommendingSampler) else []
+    sampler = sampler_for(_sampler_seed(seed, len(trials)))
+    rows: list[Sequence[int]] = []
+    if isinstance(sampler, RecommendingSampler):
+        rows = sampler.recommend(store.as_seen_by(sampler), len(trials))
     return SearchResult(
         trials=tuple(trials),
         stop=stop,
         interrupted=store.interrupted(),
         recommended=tuple(space.allocation(row) for row in rows),
-        initial_trials=initial_trials(config, sampler),
-        forecasts=sampler.scores(study) if isinstance(sampler, ForecastingSampler) else {},
+        n_startup_trials=_n_startup_trials(config, sampler),
     )
 
 
-def _goes_on(trials: Sequence[Trial], share: float, value: float) -> bool:
-    """Tells whether a trial is not below the median of those before it at the rung."""
-    looks = (trial.rungs[share] for trial in trials if share in trial.rungs)
-    before = [look for look in looks if math.isfinite(look)]
-    return len(before) < _LEAST_LOOKS or value >= float(np.median(before))
+def pareto_front(trials: Sequence[Trial], space: RankSpace) -> list[Trial]:
+    """Returns the complete trials that none beats in both score and parameters, smallest first."""
+    complete = [t for t in trials if t.state is TrialState.COMPLETE and t.objective is not None]
+
+    def size(trial: Trial) -> tuple[int, float]:
+        return space.parameters(trial.allocation), -(trial.objective or 0.0)
+
+    front: list[Trial] = []
+    for trial in sorted(complete, key=size):
+        if not front or (trial.objective or 0.0) > (front[-1].objective or 0.0):
+            front.append(trial)
+    return front
 
 
-def _run(
-    trial: Trial,
-    evaluate: Evaluate,
-    objective: Callable[[Score], float],
-    goes_on: Callable[[float], bool] | None,
-) -> Trial:
-    """Evaluates a trial; returns it complete, stopped at its rung, or failed with its reason."""
+def _n_startup_trials(config: SearchConfig, sampler: BaseSampler) -> int:
+    """Returns the number of random allocations that a search begins with."""
+    return config.n_startup_trials or int(getattr(sampler, "n_startup_trials", N_STARTUP_TRIALS))
+
+
+def _sampler_seed(seed: int, position: int) -> int:
+    """Returns the seed of one trial's sampler, below 2 ** 32."""
+    return int(np.random.SeedSequence([seed, position]).generate_state(1)[0])
+
+
+def _placed(
+    space: RankSpace,
+    tried: Collection[tuple[int, ...]],
+    spare: RankAllocation,
+    seed: int,
+    proposal: RankAllocation,
+) -> RankAllocation:
+    """Returns a proposal within the budget, or `spare` if that was tried already."""
+    allocation = space.within_budget(proposal, seed)
+    # Samplers such as TPE repeat themselves; a fine-tune is too dear for that.
+    return spare if tuple(space.row(allocation)) in tried else allocation
+
+
+def _run(trial: Trial, evaluate: Evaluate) -> Trial:
+    """Evaluates a trial; returns it complete, or failed with its reason."""
     began = time.perf_counter()
     try:
-        extra = () if goes_on is None else (goes_on,)
-        outcome = evaluate(trial.allocation, trial.fidelity, trial.seed, *extra)
-        value = float(objective(outcome.score))
-        if not (outcome.score.is_finite() and math.isfinite(value)):
+        outcome = evaluate(trial.allocation, trial.seed)
+        if not (outcome.score.is_finite() and math.isfinite(outcome.objective)):
             raise OracleError(
-                f"A score is not a finite number (objective {value}). Lower [recovery] "
+                f"A score is not a finite number (objective {outcome.objective}). Lower [recovery] "
                 "learning_rate or check the oracle's tasks."
             )
     except RankAdaptorError as error:
         logger.warning("Trial %d (%s) failed: %s", trial.position + 1, trial.allocation, error)
         took = {"recovery": time.perf_counter() - began}  # limits on time count it
         return replace(trial, reason=str(error), seconds=trial.seconds | took)
-    stopped = outcome.fidelity < trial.fidelity
-    logger.info("Trial %d (%s): %.4f", trial.position + 1, trial.allocation, value)
+    logger.info("Trial %d (%s): %.4f", trial.position + 1, trial.allocation, outcome.objective)
     return replace(
         trial,
-        state=TrialState.STOPPED if stopped else TrialState.COMPLETE,
-        fidelity=outcome.fidelity,
+        state=TrialState.COMPLETE,
         score=outcome.score,
-        objective=None if stopped else value,
+        objective=outcome.objective,
         train_loss=outcome.train_loss,
         validation_loss=outcome.validation_loss,
         seconds=trial.seconds | outcome.seconds,
-        rungs=outcome.rungs,
     )
 
 
@@ -267,7 +255,7 @@ def _stop_reason(trials: Sequence[Trial], config: SearchConfig) -> StopReason | 
     last = trials[-config.patience :] if config.method == PAPER else []
     if len(last) == config.patience and all(_is_close(trial, config.tolerance) for trial in last):
         return StopReason.CONVERGED
-    return StopReason.MAX_TRIALS if len(trials) >= config.max_trials else None
+    return StopReason.N_TRIALS if len(trials) >= config.n_trials else None
 
 
 def _is_close(trial: Trial, tolerance: float) -> bool:
@@ -291,7 +279,7 @@ def _check_enough(trials: Sequence[Trial], stop: StopReason) -> None:
         return
     reasons = [trial.reason for trial in trials if trial.reason]
     limits = (StopReason.MAX_HOURS, StopReason.MAX_GPU_HOURS)
-    key = stop.value if stop in limits else StopReason.MAX_TRIALS.value
+    key = stop.value if stop in limits else StopReason.N_TRIALS.value
     remedy = f"raise [search] {key}"
     if stop is StopReason.EXHAUSTED:
         remedy = "add [rank_space] candidates"

@@ -22,25 +22,20 @@ from sqlalchemy.pool import NullPool
 
 from rankadaptor_plugin.core.errors import ArtifactError, RankSpaceError
 from rankadaptor_plugin.core.trials import RECORD, Trial, TrialState
-from rankadaptor_plugin.search.parameters import (
-    PROPOSED,
-    REPLACED,
-    UNASKED,
+from rankadaptor_plugin.search.samplers import PredictingSampler
+from rankadaptor_plugin.search.space import (
+    LAYERS,
+    SPACE,
     distributions,
     parameters_of,
     proposed,
-)
-from rankadaptor_plugin.search.rank_sampler import PredictingSampler, quiet_study
-from rankadaptor_plugin.search.record import (
-    LAYERS,
-    SPACE,
     space_difference,
     space_from_json,
     space_to_json,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from optuna.samplers import BaseSampler
@@ -56,24 +51,6 @@ REASON = "reason"
 
 INTERRUPTED = "interrupted"
 
-_STEPS = 100  # Optuna counts steps in whole numbers: a rung's share in percent.
-
-
-@dataclass(frozen=True, kw_only=True)
-class Proposal:
-    """What a sampler proposes; nothing of it is stored yet.
-
-    Attributes:
-        allocation: What is to be fine-tuned.
-        predicted: The value that the sampler expects of it, None if it said nothing, or proposed
-            another allocation.
-        trial: It as a running trial of Optuna's.
-    """
-
-    allocation: RankAllocation
-    predicted: float | None
-    trial: FrozenTrial
-
 
 @dataclass(frozen=True, kw_only=True)
 class PendingTrial:
@@ -81,10 +58,13 @@ class PendingTrial:
 
     Attributes:
         allocation: What is to be fine-tuned.
+        predicted: The value that the sampler expects of it, None if it said nothing, or proposed
+            another allocation.
         number: Number of the trial in the Optuna study.
     """
 
     allocation: RankAllocation
+    predicted: float | None
     number: int
 
 
@@ -167,7 +147,7 @@ class TrialStore:
 
         Args:
             space: The rank space S.
-            layers: What `rankadaptor_plugin.search.record.LayerFeatures.to_json` returned.
+            layers: What `rankadaptor_plugin.search.space.LayerFeatures.to_json` returned.
 
         Raises:
             ArtifactError: If the study was made with another space.
@@ -189,8 +169,8 @@ class TrialStore:
 
     def layers(self) -> dict[str, Any] | None:
         """Returns the features of the layers as `claim` noted them, None if it did not."""
-        found: dict[str, Any] | None = self._study.user_attrs.get(LAYERS)
-        return found
+        features: dict[str, Any] | None = self._study.user_attrs.get(LAYERS)
+        return features
 
     def _check_trials(self, space: RankSpace) -> None:
         """Checks the trials of a study that does not say what space it was made with."""
@@ -208,10 +188,6 @@ class TrialStore:
         done = filter(_is_ours, self._study.get_trials(deepcopy=False))
         records = [trial.user_attrs[RECORD] for trial in done]
         return sorted(map(Trial.from_json, records), key=lambda trial: trial.position)
-
-    def unasked(self) -> int:
-        """Returns how many of the finished trials no sampler has proposed."""
-        return sum(UNASKED in trial.system_attrs for trial in self._known())
 
     def interrupted(self) -> int:
         """Returns how many trials a killed process left behind, now or earlier."""
@@ -234,72 +210,46 @@ class TrialStore:
             self._set_attribute(trial.number, REASON, INTERRUPTED)
             self._study.tell(trial.number, state=OptunaState.FAIL)
 
-    def propose(
+    def begin(
         self,
         sampler: BaseSampler,
         space: RankSpace,
         place: Callable[[RankAllocation], RankAllocation] = lambda proposal: proposal,
-        batch: int = 1,
-        spare: RankAllocation | None = None,
-        ahead: Sequence[Proposal] = (),
-    ) -> Proposal:
-        """Asks a sampler for the next allocation.
+    ) -> PendingTrial:
+        """Asks a sampler for the next allocation, and stores that its trial is running.
+
+        The sampler sees a copy of the study in memory, without interrupted trials. Asked in the
+        study itself, it would store each layer's rank in a transaction of its own.
 
         Args:
             sampler: Proposes.
             space: The rank space S.
             place: Turns what was proposed into what is fine-tuned, such as within the budget; the
                 parameters stored are those of the latter, so that samplers learn the right pairs.
-            batch: Trials that are proposed together: the sampler does not see how those that
-                belong to the same batch ended.
-            spare: What `place` puts in place of a repetition.
-            ahead: Proposals that are to be begun before this one.
-
-        The sampler sees a copy of the study in memory, without interrupted trials. Asked in the
-        study itself, it would store each layer's rank in a transaction of its own.
         """
-        known = self._known()
-        asked_for = len(known) - self.unasked()  # trials that nobody proposed belong to no batch
-        together = len(known) - asked_for % batch
-        running = [*map(_running, known[together:]), *(proposal.trial for proposal in ahead)]
-        copy = self._copy(sampler, [*known[:together], *running])
+        copy = self.as_seen_by(sampler)
         asked = copy.ask(distributions(space))
         wanted = proposed(space, asked.params)
         allocation = place(wanted)
-        trial = optuna.trial.create_trial(
-            state=OptunaState.RUNNING,
-            params=parameters_of(space, allocation),
-            distributions=asked.distributions,
-            # Some samplers keep their state here.
-            system_attrs={
-                **copy.get_trials(deepcopy=False)[-1].system_attrs,
-                PROPOSED: space.row(wanted),
-                REPLACED: allocation == spare and allocation != wanted,
-            },
-        )
         predicted = None
         if isinstance(sampler, PredictingSampler) and allocation == wanted:
             predicted = sampler.predicted(asked.number)
-        return Proposal(allocation=allocation, predicted=predicted, trial=trial)
-
-    def begin(self, proposal: Proposal) -> PendingTrial:
-        """Stores that the trial of a proposal is running."""
-        self._study.add_trial(proposal.trial)
-        return PendingTrial(
-            allocation=proposal.allocation,
-            number=self._study.get_trials(deepcopy=False)[-1].number,
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                state=OptunaState.RUNNING,
+                params=parameters_of(space, allocation),
+                distributions=asked.distributions,
+                # Some samplers keep their state here.
+                system_attrs=copy.get_trials(deepcopy=False)[-1].system_attrs,
+            )
         )
+        number = self._study.get_trials(deepcopy=False)[-1].number
+        return PendingTrial(allocation=allocation, predicted=predicted, number=number)
 
     def as_seen_by(self, sampler: BaseSampler) -> optuna.Study:
         """Returns a copy of the study in memory, without interrupted trials."""
-        return self._copy(sampler, self._known())
-
-    def _known(self) -> list[FrozenTrial]:
-        return [t for t in self._study.get_trials(deepcopy=False) if _is_ours(t)]
-
-    def _copy(self, sampler: BaseSampler, trials: list[FrozenTrial]) -> optuna.Study:
-        copy = quiet_study(self._study.study_name, self._study.direction, sampler=sampler)
-        copy.add_trials(trials)
+        copy = quiet_study(self._study.study_name, StudyDirection.MAXIMIZE, sampler=sampler)
+        copy.add_trials(t for t in self._study.get_trials(deepcopy=False) if _is_ours(t))
         return copy
 
     def finish(self, pending: PendingTrial, trial: Trial) -> None:
@@ -328,29 +278,14 @@ class TrialStore:
                 params=None if space is None else parameters_of(space, trial.allocation),
                 distributions=None if space is None else distributions(space),
                 user_attrs={RECORD: trial.to_json()},
-                system_attrs={UNASKED: True},
             )
         )
 
-    def _tell(self, number: int, trial: Trial) -> FrozenTrial:
-        study_id = self._storage.get_study_id_from_name(self._study.study_name)
-        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
-        for share, value in trial.rungs.items():
-            self._storage.set_trial_intermediate_value(trial_id, round(share * _STEPS), value)
+    def _tell(self, number: int, trial: Trial) -> None:
         if trial.state is TrialState.COMPLETE:
-            return self._study.tell(number, trial.objective)
-        stopped = trial.state is TrialState.STOPPED
-        return self._study.tell(number, state=OptunaState.PRUNED if stopped else OptunaState.FAIL)
-
-
-def _running(trial: FrozenTrial) -> FrozenTrial:
-    """Returns a trial as one whose end nobody knows yet."""
-    return optuna.trial.create_trial(
-        state=OptunaState.RUNNING,
-        params=trial.params,
-        distributions=trial.distributions,
-        system_attrs=trial.system_attrs,
-    )
+            self._study.tell(number, trial.objective)
+        else:
+            self._study.tell(number, state=OptunaState.FAIL)
 
 
 def _is_ours(trial: FrozenTrial) -> bool:
@@ -359,3 +294,26 @@ def _is_ours(trial: FrozenTrial) -> bool:
 
 def _without_password(url: str) -> str:
     return re.sub(r"://[^@/]*@", "://***@", url)
+
+
+def quiet_study(
+    name: str,
+    direction: optuna.study.StudyDirection,
+    *,
+    sampler: optuna.samplers.BaseSampler | None = None,
+    storage: optuna.storages.BaseStorage | None = None,
+) -> optuna.Study:
+    """Returns a study without a word on stderr: that of the storage, or a new one in memory."""
+    # Optuna announces every study on stderr; there is no switch but the global one.
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return optuna.create_study(
+            study_name=name,
+            direction=direction,
+            sampler=sampler,
+            storage=storage,
+            load_if_exists=True,
+        )
+    finally:
+        optuna.logging.set_verbosity(verbosity)

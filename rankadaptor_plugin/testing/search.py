@@ -13,7 +13,6 @@ A plugin inherits a suite, says how its object is made, and lets pytest collect 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -25,10 +24,10 @@ from rankadaptor_plugin.config.tables import PerformanceModelConfig
 from rankadaptor_plugin.core.ranks import RankSpace, Setting
 from rankadaptor_plugin.core.scores import Score, TaskScore
 from rankadaptor_plugin.core.trials import Outcome
-from rankadaptor_plugin.search.contract import SamplerSettings
-from rankadaptor_plugin.search.parameters import allocation_from, distributions
 from rankadaptor_plugin.search.performance.mlp import mlp
 from rankadaptor_plugin.search.performance.performance_model import MetaLearner, ProposingModel
+from rankadaptor_plugin.search.samplers import SamplerSettings
+from rankadaptor_plugin.search.space import allocation_from, distributions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +52,7 @@ UNEVEN_SPACE = RankSpace(
 """Candidates that are not evenly spaced: categorical parameters in Optuna."""
 
 _TRIALS = 8
-_INITIAL_TRIALS = 4
+_N_STARTUP_TRIALS = 4
 
 
 def additive_value(ranks: Allocations) -> Values:
@@ -74,7 +73,12 @@ def planted_outcome(ranks: Sequence[int]) -> Outcome:
         )
         for name, v in (("exact", value), ("noisy", value + noise))
     }
-    return Outcome(score=Score(tasks=scores), train_loss=3.0 - value, seconds={"recovery": 0.0})
+    return Outcome(
+        score=Score(tasks=scores),
+        objective=value,
+        train_loss=3.0 - value,
+        seconds={"recovery": 0.0},
+    )
 
 
 def suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
@@ -323,11 +327,9 @@ class SamplerConformance:
         return SamplerSettings(
             space=space,
             seed=seed,
-            search_seed=0,
-            initial_trials=_INITIAL_TRIALS,
+            n_startup_trials=_N_STARTUP_TRIALS,
             candidates=50,
             performance_model=lambda: mlp(space, config, 0),
-            model_config=config,
         )
 
     def _asked(
@@ -337,8 +339,7 @@ class SamplerConformance:
         study = optuna.create_study(direction=direction)
         allocations = []
         for number in range(_TRIALS):
-            settings = replace(self.settings(space, seed + number), search_seed=seed)
-            study.sampler = self.sampler(settings)
+            study.sampler = self.sampler(self.settings(space, seed + number))
             trial = study.ask(distributions(space))
             allocations.append(allocation_from(space, trial.params))
             study.tell(trial, additive_value(np.array([allocations[-1].ranks]))[0])

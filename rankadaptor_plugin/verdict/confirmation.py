@@ -314,7 +314,6 @@ class Confirmation:
             phase=Phase.CONFIRMATION,
             allocation=allocation,
             seed=seed,
-            fidelity=1.0,
             state=TrialState.FAILED,
         )
         if isinstance(result, str):

@@ -17,7 +17,7 @@ import numpy as np
 from rankadaptor_plugin.core.errors import OracleError, RecoveryError
 from rankadaptor_plugin.core.scores import unit_of_difference
 from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
-from rankadaptor_plugin.search.parameters import untried
+from rankadaptor_plugin.search.space import untried
 from rankadaptor_plugin.verdict.confirmation import (
     FRESH,
     ConfirmationRun,
@@ -111,7 +111,6 @@ class Noise:
                 phase=Phase.INITIALIZATION,
                 allocation=allocation,
                 seed=self.seeds[0],
-                fidelity=1.0,
                 state=TrialState.COMPLETE,
                 score=runs[0].search,
                 objective=runs[0].objective,
@@ -218,7 +217,7 @@ def assessed(
         floor = assess(
             accuracy=scores[decisive],
             objective=scores[OBJECTIVE],
-            trials=config.search.max_trials,
+            trials=config.search.n_trials,
             seeds=confirm.seeds,
             confidence=confidence,
             document_sd=documents,
@@ -249,7 +248,7 @@ def assessed(
 
 def fine_tunes_left(config: RunConfig, made: int) -> int:
     """Returns the most fine-tunes that search and race still take after `made` trials."""
-    trials = config.search.max_trials
+    trials = config.search.n_trials
     again = trials if config.confirm.best_random else 0
     return max(0, trials - made) + again + config.race_fine_tunes
 

@@ -70,8 +70,8 @@ REFUSED = [
     ('[rank_space]\nsearch = "x"', "rank_space.search is 'x'. Allowed: pruned, all."),
     ("", "[oracle] tasks is empty. Name at least one lm-eval task"),
     (
-        TASKS + "[search]\ninitial_trials = 9\nmax_trials = 8",
-        "[search] initial_trials 9 is more than max_trials 8. Raise max_trials or lower",
+        TASKS + "[search]\nn_startup_trials = 9\nn_trials = 8",
+        "[search] n_startup_trials 9 is more than n_trials 8. Raise n_trials or lower",
     ),
     (
         TASKS + "[recovery.trainer_arguments]\nlogging_steps = 5",
@@ -156,8 +156,8 @@ def configs(cls):
         fields[field.name] = (
             configs(hints[field.name]) if nested else values(hints[field.name], rule)
         )
-    if "initial_trials" in fields:
-        fields["initial_trials"] = st.just(2)
+    if "n_startup_trials" in fields:
+        fields["n_startup_trials"] = st.just(2)
     if "report_documents" in fields:
         fields["report_documents"] = fields["report_documents"].filter(lambda count: count != 1)
     if "gains" in fields:
@@ -178,7 +178,7 @@ def configs(cls):
     if "least_seeds" in fields:
         fields["least_seeds"] = st.just(2)
     if "method" in fields and "allocation" in fields:
-        fields["method"], fields["allocation"] = st.sampled_from(["auto", "paper"]), st.just("")
+        fields["method"], fields["allocation"] = st.sampled_from(["bayes", "paper"]), st.just("")
         fields["pareto"] = st.just(False)  # needs another budget
     if "candidates" in fields and "default_rank" in fields:
         for key in ("alpha_over_rank", "learning_rate"):

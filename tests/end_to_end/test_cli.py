@@ -35,8 +35,8 @@ SMALLER = {
     "steps": "2",
     "search_documents": "12",
     "report_documents": "20",
-    "initial_trials": "2",
-    "max_trials": "2",
+    "n_startup_trials": "2",
+    "n_trials": "2",
     "finalists": "1",
     "seeds": "2",
     "least_seeds": "2",
@@ -46,7 +46,7 @@ SMALLER = {
 }
 
 
-SAMPLERS = ["auto", "cmaes", "ensemble", "gp", "linear", "paper", "qmc", "random", "tpe"]
+SAMPLERS = ["bayes", "gp", "paper", "random", "tpe"]
 
 
 def test_help_of_every_command_loads_nothing_heavy():
@@ -104,7 +104,7 @@ def test_plugins_lists_what_is_active_for_people_and_for_programs(command):
         "pruners": ["channel", "depth", "width"],
         "model families": sorted(structure.model_type for structure in BUILT_IN),
         "oracles": ["lm-eval", "perplexity"],
-        "performance models": ["ensemble", "linear", "mlp", "mlp-1", "mlp-2", "mlp-3"],
+        "performance models": ["bayes", "mlp", "mlp-1", "mlp-2", "mlp-3"],
         "samplers": SAMPLERS,
     }
     text = command("plugins").stdout

@@ -118,7 +118,7 @@ BAD = {
     "empty output": ({"output": ""}, 2, "output is empty", "Name a folder"),
     "one report document": ({"oracle": {"report_documents": 1}}, 2, "no interval", "at least 2"),
     "no layer left": ({"prune": {"keep_first": 5, "keep_last": 3}}, 2, "none of the 8", "Lower"),
-    "too few trials": ({"search": {"initial_trials": 9}}, 2, "more than max_trials", "Raise"),
+    "too few trials": ({"search": {"n_startup_trials": 9}}, 2, "more than n_trials", "Raise"),
     "no task": ({"oracle": {"tasks": []}}, 2, "tasks is empty", "Name at least one"),
     "unknown method": ({"search": {"method": "papre"}}, 2, "'papre'", "'paper'", "random"),
     "unknown pruner": ({"prune": {"method": "widht"}}, 2, "'widht'", "Did you mean 'width'?"),

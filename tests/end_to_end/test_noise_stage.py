@@ -18,7 +18,7 @@ QUICK = {
     "prune": {"importance": "magnitude"},
     "recovery": {"steps": 2},
     "oracle": {"name": "counting", "tasks": ["tiny_boolq"], "search_documents": 8},
-    "search": {"method": "random", "max_trials": 4},
+    "search": {"method": "random", "n_trials": 4},
     "noise": {"seeds": 2, "allocations": 3},
 }
 FINE_TUNES = 6  # of the noise floor
@@ -428,7 +428,7 @@ def test_a_search_can_be_asked_for_all_the_same(
     result = command("run", write_run_file(tmp_path / "r.toml", **settings), plugin=counter)
     assert result.exit_code == 0, result.stderr
     report = report_of(out)
-    assert report["search"]["stop_reason"] == "max_trials"
+    assert report["search"]["stop_reason"] == "n_trials"
     assert report["trials"][:3] == drowned.report["trials"]
     assert len(report["trials"]) == 4
     assert report["noise"]["floor"]["drowned"]

@@ -19,7 +19,7 @@ QUICK = {
     "corpus": {"limit": 64},
     "prune": {"importance": "magnitude"},
     "recovery": {"steps": 1},
-    "search": {"method": "random", "max_trials": 3},
+    "search": {"method": "random", "n_trials": 3},
 }
 TASKS = ["tiny_boolq", "tiny_piqa"]
 LAST_ROWS = 40  # of the corpus; the runs train on the first ones

@@ -124,9 +124,8 @@ def test_the_report_is_complete_and_agrees_with_itself(finished):
 
     assert [trial["position"] for trial in report["trials"]] == list(range(5))
     assert report["trials"] == [trial.to_json() for trial in finished.trials]
-    search = {"complete": 5, "failed": 0, "interrupted": 0, "initial_trials": 3}
-    search |= {"stopped": 0, "method": "auto", "forecasts": {}}
-    assert report["search"] == {**search, "stop_reason": "max_trials"}
+    search = {"complete": 5, "failed": 0, "interrupted": 0, "n_startup_trials": 3}
+    assert report["search"] == {**search, "method": "bayes", "stop_reason": "n_trials"}
 
 
 def test_search_and_report_documents_are_disjoint(finished):
@@ -149,7 +148,7 @@ def test_plain_optuna_reads_every_trial(finished):
         assert record == ours
         assert trial.value == record["objective"]
         assert record["ranks"] == [trial.params[name] for name in sorted(trial.params)]
-        assert (record["seed"], record["fidelity"], record["state"]) == (0, 1.0, "complete")
+        assert (record["seed"], record["state"]) == (0, "complete")
         assert record["score"].keys() == set(TASKS)
         assert all(task["values"].keys() == set(METRICS) for task in record["score"].values())
         assert (record["predicted"] is not None) == (record["phase"] == "iteration")
@@ -182,7 +181,7 @@ def test_a_second_run_repeats_nothing_and_quiet_prints_the_verdict_alone(
 def test_a_larger_max_trials_goes_on_in_the_same_folder(
     finished, finished_copy, write_run_file, command, observer
 ):
-    write_run_file(finished_copy, search={"max_trials": 6})
+    write_run_file(finished_copy, search={"n_trials": 6})
     result = command("run", finished_copy, plugin=observer)
     assert result.exit_code == 0, result.stderr
     assert [trial.position for trial in observer.trials] == [5]
@@ -214,7 +213,7 @@ def test_a_free_budget_is_compared_with_uniform_lora_of_as_many_parameters(
         tmp_path / "r.toml",
         rank_space={"budget": "free", "candidates": [2, 4]},
         oracle={"objective": "accuracy"},
-        search={"initial_trials": 2, "max_trials": 3, "method": "tpe"},
+        search={"n_startup_trials": 2, "n_trials": 3, "method": "tpe"},
     )
     result = command("run", path)
     assert result.exit_code == 0, result.stderr
@@ -232,7 +231,7 @@ def test_a_single_target_is_searched_and_judged_alone(tmp_path, write_run_file, 
     path = write_run_file(
         tmp_path / "r.toml",
         oracle={"target": "tiny_piqa"},
-        search={"initial_trials": 2, "max_trials": 3},
+        search={"n_startup_trials": 2, "n_trials": 3},
     )
     result = command("run", path)
     assert result.exit_code == 0, result.stderr
@@ -267,7 +266,7 @@ def test_on_a_terminal_there_is_a_live_display(
     monkeypatch.setattr(
         "rich.console.Console", lambda **_: Console(file=screen, force_terminal=True, width=100)
     )
-    write_run_file(finished_copy, search={"max_trials": 6})
+    write_run_file(finished_copy, search={"n_trials": 6})
     result = command("run", finished_copy)
     assert result.exit_code == 0, result.stderr
     shown = screen.getvalue()
@@ -306,7 +305,7 @@ def test_the_loss_on_held_out_rows_is_in_the_report(tmp_path, write_run_file, co
         tmp_path / "run.toml",
         corpus={"validation": 40},
         recovery={"candidates_per_pass": 2, "keep_best": False},
-        search={"max_trials": 2, "initial_trials": 2},
+        search={"n_trials": 2, "n_startup_trials": 2},
     )
     result = command("run", file)
     assert result.exit_code == 0, result.stderr

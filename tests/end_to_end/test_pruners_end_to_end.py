@@ -64,7 +64,7 @@ def test_a_run_prunes_recovers_and_reports(name, tmp_path, write_run_file, comma
         device_map="auto",  # accelerate's hooks, though on a single device
         prune=prune,
         oracle={"tasks": ["tiny_boolq"]},
-        search={"initial_trials": 2, "max_trials": 2},
+        search={"n_startup_trials": 2, "n_trials": 2},
     )
     result = command("run", run_file)
     assert result.exit_code == 0, result.stderr

@@ -11,22 +11,16 @@ import numpy as np
 import optuna
 import pytest
 import torch
-from optuna.trial import TrialState as OptunaState
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from rankadaptor_plugin import hookimpl
-from rankadaptor_plugin.config.tables import RecoveryConfig
 from rankadaptor_plugin.core.errors import OracleError
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.core.scores import Score, TaskScore, document_key
-from rankadaptor_plugin.corpus.corpus import IGNORED, Corpus, TrainingSequence
 from rankadaptor_plugin.models.families import LLAMA
 from rankadaptor_plugin.pipeline.summary import adapter_parameters
-from rankadaptor_plugin.recovery import adapters
-from rankadaptor_plugin.recovery.recover import Rung, recover
-from rankadaptor_plugin.search.transfer.meta_knowledge import META
-from rankadaptor_plugin.search.transfer.source_studies import read_source
+from rankadaptor_plugin.search.transfer.studies import META, read_source
 from rankadaptor_plugin.verdict.confirmation import run_name
 
 LAYERS = 8  # of the embedded model
@@ -39,7 +33,7 @@ QUICK = {
     "prune": {"importance": "magnitude"},
     "recovery": {"steps": 4, "learning_rate": 0.02},
     "oracle": {"name": "fluency", "tasks": []},
-    "search": {"max_trials": 6, "initial_trials": 0},
+    "search": {"n_trials": 6, "n_startup_trials": 0},
     "confirm": {"finalists": 1},
 }
 
@@ -214,20 +208,17 @@ class Study:
 
 @pytest.fixture(scope="module")
 def default(run):
-    """Method auto, with enough trials that both models forecast."""
-    return run(search={"max_trials": 10}, performance_model={"epochs": 5})
+    return run(search={"n_trials": 10}, performance_model={"epochs": 5})
 
 
-def test_auto_reports_who_forecast_better(default):
+def test_bayes_is_the_default(default):
     search = default.report["search"]
     assert (search["method"], search["complete"], search["stop_reason"]) == (
-        "auto",
+        "bayes",
         10,
-        "max_trials",
+        "n_trials",
     )
-    assert set(search["forecasts"]) == {"linear", "ensemble"}
-    assert np.isfinite(list(search["forecasts"].values())).all()
-    assert_rendered(default, "auto", "linear", "ensemble")
+    assert_rendered(default, "bayes")
     predicted = [trial["predicted"] for trial in default.report["trials"]]
     assert predicted[:3] == [None] * 3
     assert None not in predicted[3:]
@@ -249,21 +240,12 @@ def test_slice_plots_work_on_the_study(default):
 
 def test_a_run_that_ended_repeats_nothing(default, tmp_path, start):
     shutil.copytree(default.folder, tmp_path / "out")
-    result, watcher = start(tmp_path, search={"max_trials": 10}, performance_model={"epochs": 5})
+    result, watcher = start(tmp_path, search={"n_trials": 10}, performance_model={"epochs": 5})
     assert result.exit_code == 0, result.stderr
     assert watcher.trials == []
     again = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
     for key in ("trials", "search", "verdict", "knowledge", "front", "confirm"):
         assert again[key] == default.report[key]
-
-
-@pytest.mark.parametrize("method", ["linear", "ensemble"])
-def test_either_model_alone(run, method):
-    found = run(search={"method": method, "max_trials": 5}, performance_model={"epochs": 5})
-    assert found.report["search"]["method"] == method
-    assert found.report["search"]["complete"] == 5
-    ranks = [tuple(trial["ranks"]) for trial in found.report["trials"]]
-    assert len(set(ranks)) == 5
 
 
 # --------------------------------------------------------------------------------- no search at all
@@ -321,7 +303,7 @@ def grouped(run):
             "alpha_over_rank": [1.0, 2.0, 4.0],
             "learning_rate": [0.005, 0.02],
         },
-        search={"method": "linear", "max_trials": 6},
+        search={"n_trials": 6},
     )
 
 
@@ -329,7 +311,7 @@ def grouped(run):
 def projected(run):
     return run(
         rank_space={"per": "projection", "candidates": [0, 2, 12], "budget": "free"},
-        search={"method": "random", "max_trials": 3},
+        search={"method": "random", "n_trials": 3},
         confirm={"finalists": 2},
     )
 
@@ -429,7 +411,7 @@ def test_limits_on_parameters_and_rank_sum_are_kept_by_every_trial(run, default)
         "max_rank_sum": 44,
         "candidates": [2, 4, 12],
     }
-    found = run(rank_space=limits, search={"max_trials": 6}, performance_model={"epochs": 5})
+    found = run(rank_space=limits, search={"n_trials": 6}, performance_model={"epochs": 5})
     assert len(found.report["trials"]) == 6
     for trial in found.report["trials"]:
         assert trial["parameters"] <= most
@@ -445,10 +427,10 @@ def test_a_limit_below_the_smallest_allocation_is_one_line(tmp_path, start, key)
     assert watcher.trials == []
 
 
-@pytest.mark.parametrize(("key", "method"), [("max_hours", "linear"), ("max_gpu_hours", "random")])
+@pytest.mark.parametrize(("key", "method"), [("max_hours", "bayes"), ("max_gpu_hours", "random")])
 def test_time_ends_a_search_and_says_so(run, key, method):
     hours = 0.0014
-    found = run(oracle={"name": "slow"}, search={"method": method, key: hours, "max_trials": 60})
+    found = run(oracle={"name": "slow"}, search={"method": method, key: hours, "n_trials": 60})
     assert found.report["search"]["stop_reason"] == key
     assert 2 <= len(found.report["trials"]) < 60
     seconds = [trial["seconds"]["recovery"] for trial in found.report["trials"]]
@@ -462,22 +444,15 @@ def test_too_little_time_for_two_trials_is_one_line(tmp_path, start):
     assert_error(result, "Only 1 of 1 trials", "raise [search] max_hours", codes=(1,))
 
 
-# ------------------------------------------------------------------- pareto, rungs, proxy, random
+# ------------------------------------------------------------------- pareto, random
 
 
 @pytest.fixture(scope="module")
 def everything(run):
-    """Pareto with rungs, a proxy, batches and random search beside it."""
+    """Pareto with random search beside it."""
     return run(
         rank_space={"budget": "free", "candidates": [0, 4, 12]},
-        search={
-            "method": "linear",
-            "pareto": True,
-            "rung": 0.5,
-            "proxy": 12,
-            "batch": 3,
-            "max_trials": 12,
-        },
+        search={"pareto": True, "n_trials": 12},
         confirm={"finalists": 1, "best_random": True},
     )
 
@@ -500,35 +475,6 @@ def test_pareto_needs_a_free_budget(tmp_path, start):
     assert_error(result, 'Set budget = "free"', codes=(2,))
 
 
-def test_trials_end_at_the_rung(everything):
-    trials = everything.report["trials"]
-    stopped = [trial for trial in trials if trial["state"] == "stopped"]
-    assert stopped
-    assert everything.report["search"]["stopped"] == len(stopped)
-    before = []
-    for trial in trials:
-        value = trial["rungs"]["0.5"]
-        ended = len(before) >= 4 and value < np.median(before)
-        assert (trial["state"] == "stopped") == ended
-        assert trial["fidelity"] == (0.5 if ended else 1.0)
-        before.append(value)
-    with Study(everything) as study:
-        states = [trial.state for trial in study.trials]
-        assert states.count(OptunaState.PRUNED) == len(stopped)
-        assert all(trial.intermediate_values.keys() == {50} for trial in study.trials)
-        optuna.visualization.plot_slice(study)
-
-
-def test_the_proxy_is_kept_and_judged(everything):
-    kept = json.loads((everything.folder / "proxy.json").read_text("utf-8"))
-    assert len(kept["rows"]) == len(kept["values"]) == 12
-    assert len(set(kept["values"])) > 6
-    (entry,) = everything.report["knowledge"]
-    assert entry["name"] == "proxy"
-    assert 0 <= entry["weight"] <= 1
-    assert_rendered(everything, "proxy")
-
-
 def test_the_best_random_allocation_races_too(everything):
     labels = [c["label"] for c in everything.report["confirm"]["competitors"]]
     assert "best random" in " ".join(labels)
@@ -537,7 +483,6 @@ def test_the_best_random_allocation_races_too(everything):
     searched = everything.report["trials"]
     assert len(records) == len(searched)
     assert {record["seed"] for record in records} == {trial["seed"] for trial in searched}
-    assert {record["fidelity"] for record in records} == {1.0}
     ranks = [record["ranks"] for record in records]
     assert ranks != [trial["ranks"] for trial in searched]
     assert len({tuple(r) for r in ranks}) == len(ranks)
@@ -545,7 +490,7 @@ def test_the_best_random_allocation_races_too(everything):
 
 def test_random_search_beside_one_that_knows_something_knows_nothing(run, meta):
     found = run(
-        search={"method": "linear", "max_trials": 2, "meta": str(meta), "proxy": 3, "rung": 0.5},
+        search={"n_trials": 2, "meta": str(meta)},
         confirm={"finalists": 1, "best_random": True},
     )
     assert len(found.report["knowledge"]) == 0  # two trials cannot tell
@@ -555,42 +500,16 @@ def test_random_search_beside_one_that_knows_something_knows_nothing(run, meta):
 
 def test_random_search_beside_a_random_search_is_another_one(run):
     found = run(
-        search={"method": "random", "max_trials": 3}, confirm={"finalists": 1, "best_random": True}
+        search={"method": "random", "n_trials": 3}, confirm={"finalists": 1, "best_random": True}
     )
     with Study(found, "random") as study:
         ranks = [tuple(t.user_attrs["rankadaptor_trial"]["ranks"]) for t in study.trials]
     assert not set(ranks) & {tuple(trial["ranks"]) for trial in found.report["trials"]}
 
 
-def test_a_resumed_run_scores_no_proxy_again(everything, tmp_path, start):
-    shutil.copytree(everything.folder, tmp_path / "out")
-    before = Fluency.scored
-    result, watcher = start(
-        tmp_path,
-        rank_space={"budget": "free", "candidates": [0, 4, 12]},
-        search={
-            "method": "linear",
-            "pareto": True,
-            "rung": 0.5,
-            "proxy": 12,
-            "batch": 3,
-            "max_trials": 13,
-        },
-        confirm={"finalists": 1, "best_random": True},
-    )
-    assert result.exit_code == 0, result.stderr
-    assert len(watcher.trials) == 1
-    # One trial here and one of random search, each perhaps looked at half way; and at most two
-    # new competitors, each with an even allocation of its size, two seeds, on both documents.
-    assert Fluency.scored - before <= 2 * 2 + 2 * 2 * 2 * 2
-    assert (tmp_path / "out" / "proxy.json").read_bytes() == (
-        everything.folder / "proxy.json"
-    ).read_bytes()
-
-
 CUT = {
     "oracle": {"name": "cut"},
-    "search": {"method": "linear", "rung": 0.5, "proxy": 5, "batch": 3, "max_trials": 8},
+    "search": {"n_trials": 8},
 }
 
 
@@ -600,9 +519,9 @@ def uncut(run):
     return run(**CUT)
 
 
-# Of the scores, 2 are of plain models and 5 of the proxy's fine-tune (1 more) and its cuts.
-@pytest.mark.parametrize("scores", [6, 9, 14, 17])
-def test_a_run_that_was_broken_off_ends_as_if_it_had_not_been(uncut, tmp_path, start, scores):
+# Of the scores, 2 are of plain models.
+@pytest.mark.parametrize("scores", [2, 4, 7, 12])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(uncut, tmp_path, start, scores):
     Cut.left = scores
     result, _ = start(tmp_path, **CUT)
     assert result.exit_code == 130, result.stderr
@@ -615,7 +534,6 @@ def test_a_run_that_was_broken_off_ends_as_if_it_had_not_been(uncut, tmp_path, s
     ]
     for key in ("verdict", "knowledge", "scores"):
         assert again[key] == uncut.report[key]
-    assert {trial["state"] for trial in again["trials"]} == {"complete", "stopped"}
 
 
 # ------------------------------------------------------------------------------- earlier studies
@@ -634,7 +552,7 @@ def test_a_run_begins_with_what_an_earlier_one_taught(run, meta):
     found = run(
         seed=1,
         rank_space={"candidates": [4, 8, 12]},
-        search={"method": "linear", "max_trials": 5, "meta": str(meta)},
+        search={"n_trials": 5, "meta": str(meta)},
     )
     (entry,) = found.report["knowledge"]
     assert entry["name"] == "earlier studies"
@@ -647,15 +565,13 @@ def test_a_run_begins_with_what_an_earlier_one_taught(run, meta):
 
 def test_a_path_of_meta_knowledge_is_relative_to_the_run_file(run, meta, tmp_path, start):
     shutil.copy(meta, tmp_path / "known.safetensors")
-    result, _ = start(
-        tmp_path, search={"method": "linear", "max_trials": 2, "meta": "known.safetensors"}
-    )
+    result, _ = start(tmp_path, search={"n_trials": 2, "meta": "known.safetensors"})
     assert result.exit_code == 0, result.stderr
 
 
 def test_the_paper_uses_earlier_studies_too(run, meta):
     found = run(
-        search={"method": "paper", "initial_trials": 2, "max_trials": 3, "meta": str(meta)},
+        search={"method": "paper", "n_startup_trials": 2, "n_trials": 3, "meta": str(meta)},
         performance_model={"meta_epochs": 5, "epochs": 5},
     )
     assert [entry["name"] for entry in found.report["knowledge"]] == ["earlier studies"]
@@ -708,7 +624,7 @@ def test_a_run_folder_of_another_space_is_refused_with_the_difference(
 ):
     shutil.copytree(default.folder, tmp_path / "out")
     result, watcher = start(
-        tmp_path, rank_space=table, search={"max_trials": 12}, performance_model={"epochs": 5}
+        tmp_path, rank_space=table, search={"n_trials": 12}, performance_model={"epochs": 5}
     )
     (key,) = table
     assert_error(result, key, codes=(1, 2))
@@ -719,7 +635,7 @@ def test_a_study_of_another_space_is_refused_with_the_difference(default, tmp_pa
     # As when a study.db is copied into the folder of another run.
     changes = {
         "rank_space": {"candidates": [4, 8, 12]},
-        "search": {"method": "random", "max_trials": 2},
+        "search": {"method": "random", "n_trials": 2},
     }
     result, _ = start(tmp_path, **changes)
     assert result.exit_code == 0, result.stderr
@@ -730,13 +646,13 @@ def test_a_study_of_another_space_is_refused_with_the_difference(default, tmp_pa
 
 
 def test_when_all_trials_fail_the_reason_is_said_in_one_line(tmp_path, start):
-    result, watcher = start(tmp_path, oracle={"name": "broken"}, search={"max_trials": 9})
+    result, watcher = start(tmp_path, oracle={"name": "broken"}, search={"n_trials": 9})
     assert_error(result, "3 trials in a row failed", "The meter broke", codes=(1,))
     assert [trial.state.value for trial in watcher.trials] == ["failed"] * 3
 
 
 def test_a_search_whose_few_trials_all_failed_is_one_line(tmp_path, start):
-    result, _ = start(tmp_path, oracle={"name": "broken"}, search={"max_trials": 2})
+    result, _ = start(tmp_path, oracle={"name": "broken"}, search={"n_trials": 2})
     assert_error(result, "Only 0 of 2 trials are complete", "The meter broke", codes=(1,))
 
 
@@ -744,7 +660,7 @@ def test_a_search_whose_few_trials_all_failed_is_one_line(tmp_path, start):
 def constant(run):
     return run(
         oracle={"name": "constant"},
-        search={"max_trials": 10, "proxy": 5, "rung": 0.5},
+        search={"n_trials": 10},
         performance_model={"epochs": 5},
         noise={"seeds": 2, "allocations": 2, "if_drowned": "search"},
     )
@@ -755,134 +671,9 @@ def test_equal_scores_deliver_uniform_lora(constant):
     assert {trial["objective"] for trial in report["trials"]} == {-1.5}
     assert report["search"]["complete"] == 10
     assert report["verdict"]["delivered"] == "uniform"
-    assert np.isfinite(list(report["search"]["forecasts"].values())).all()
     json.loads((constant.folder / "report.json").read_text("utf-8"), parse_constant=pytest.fail)
 
 
 def test_nothing_can_be_learned_from_equal_scores(constant, tmp_path, command):
     done = command("meta-learn", constant.folder, "--out", tmp_path / "m")
     assert_error(done, "have the same scores")
-
-
-# ---------------------------------------------------------------------- a look at a fine-tune
-
-
-ALLOCATION = RankAllocation((4, 2))
-TRAINING = RecoveryConfig(
-    steps=8, batch_size=4, micro_batch_size=2, learning_rate=0.02, warmup_steps=1, dropout=0.1
-)
-
-
-@pytest.fixture(scope="module")
-def corpus():
-    generator = torch.Generator().manual_seed(0)
-    sequences = []
-    for length in (3, 5, 6, 8, 4, 7, 5, 6, 9, 4):
-        tokens = torch.randint(3, 40, (length,), generator=generator)
-        labels = tokens.clone()
-        labels[: length // 2] = IGNORED
-        sequences.append(TrainingSequence(tokens, labels))
-    return Corpus(sequences=sequences, dropped=0)
-
-
-def weights(recovered):
-    return [p.detach().clone() for p in adapters.trainable_parameters(recovered.model)]
-
-
-def equal(one, other):
-    return len(one) == len(other) and all(a.equal(b) for a, b in zip(one, other, strict=True))
-
-
-def looking(goes_on, notes=None):
-    """Looks at a model as an oracle may: it draws, evaluates, and takes its time."""
-
-    def look(model):
-        assert not model.training
-        torch.rand(7)
-        torch.manual_seed(99)
-        np.random.default_rng(0).random()
-        with torch.no_grad():
-            model(torch.arange(9)[None])
-        if notes is not None:
-            notes.append(weights(SimpleNamespace(model=model)))
-        return goes_on
-
-    return look
-
-
-@pytest.mark.parametrize("share", [0.01, 0.25, 0.5, 0.9])
-def test_a_fine_tune_that_was_looked_at_ends_bit_for_bit_as_without(make_llama, corpus, share):
-    plain = recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3)
-    rung = Rung(fidelity=share, goes_on=looking(goes_on=True))
-    seen = recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3, rung=rung)
-    assert equal(weights(plain), weights(seen))
-    assert seen.train_loss == plain.train_loss
-    assert (seen.fidelity, seen.model.training) == (1.0, False)
-
-
-def test_one_that_ends_at_the_rung_is_a_fine_tune_of_that_fidelity(make_llama, corpus):
-    notes = []
-    rung = Rung(fidelity=0.5, goes_on=looking(False, notes))
-    stopped = recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3, rung=rung)
-    half = recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3, fidelity=0.5)
-    assert equal(weights(stopped), weights(half))
-    assert equal(notes[0], weights(half))
-    assert stopped.train_loss == half.train_loss
-    assert (stopped.fidelity, stopped.model.training) == (0.5, False)
-
-
-def test_what_is_looked_at_before_going_on_is_the_half(make_llama, corpus):
-    notes = []
-    rung = Rung(fidelity=0.5, goes_on=looking(True, notes))
-    recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3, rung=rung)
-    half = recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3, fidelity=0.5)
-    assert len(notes) == 1
-    assert equal(notes[0], weights(half))
-
-
-def test_a_look_leaves_the_callers_random_numbers_alone(make_llama, corpus):
-    before = torch.get_rng_state()
-    rung = Rung(fidelity=0.5, goes_on=looking(goes_on=True))
-    recover(make_llama(), None, ALLOCATION, corpus, TRAINING, seed=3, rung=rung)
-    assert torch.get_rng_state().equal(before)
-
-
-def test_a_look_that_fails_leaves_the_base_as_it_was(make_llama, corpus):
-    base = make_llama()
-    names = [name for name, _ in base.named_parameters()]
-
-    def look(model):
-        raise OracleError("no")
-
-    with pytest.raises(OracleError):
-        recover(
-            base, None, ALLOCATION, corpus, TRAINING, seed=3, rung=Rung(fidelity=0.5, goes_on=look)
-        )
-    assert [name for name, _ in base.named_parameters()] == names
-
-
-@pytest.mark.parametrize("share", [0.99, 0.5])
-def test_a_rung_at_the_last_step_is_no_rung(make_llama, corpus, share):
-    steps = RecoveryConfig(steps=1, batch_size=4, learning_rate=0.02)
-    rung = Rung(fidelity=share, goes_on=lambda model: pytest.fail("looked"))
-    recovered = recover(make_llama(), None, ALLOCATION, corpus, steps, seed=3, rung=rung)
-    assert recovered.fidelity == 1.0
-
-
-@pytest.mark.parametrize("ranks", [(2, 0), (1, 3)])
-def test_a_cut_adapter_computes_what_a_smaller_one_would(make_llama, corpus, ranks):
-    model = recover(make_llama(), None, RankAllocation((4, 4)), corpus, TRAINING, seed=3).model
-    whole = adapters.whole_adapter(model)
-    small = RankAllocation(ranks)
-    adapters.cut(model, whole, small)
-    tokens = torch.arange(3, 12)[None]
-    cut = model(tokens).logits
-    other = adapters.attach(
-        make_llama(), small, seed=0, alpha_over_rank=TRAINING.alpha_over_rank
-    ).eval()
-    for name, parameter in other.named_parameters():
-        if ".lora_" in name:
-            rows = whole[name]
-            shape = parameter.shape
-            parameter.data.copy_(rows[: shape[0], : shape[1]])
-    torch.testing.assert_close(other(tokens).logits, cut)

@@ -109,7 +109,6 @@ def trial():
         phase=Phase.ITERATION,
         allocation=RankAllocation((1, 2)),
         seed=0,
-        fidelity=1.0,
         state=TrialState.FAILED,
         reason="the loss is not a finite number",
     )

@@ -130,7 +130,6 @@ def test_a_trial_keeps_its_method_and_old_records_have_none():
         phase=Phase.CONFIRMATION,
         allocation=ADALORA,
         seed=1,
-        fidelity=1.0,
         state=TrialState.FAILED,
     )
     record = trial.to_json()
@@ -467,7 +466,7 @@ def test_methods_of_a_finished_run_can_be_compared(methods_alone):
 
 
 def test_methods_race_the_searched_ranks_in_one_report(run):
-    found = run("rankadaptor", "rankadaptor+dora", search={"initial_trials": 2, "max_trials": 2})
+    found = run("rankadaptor", "rankadaptor+dora", search={"n_startup_trials": 2, "n_trials": 2})
     labels = [entry["label"] for entry in found.report["confirm"]["competitors"]]
     assert labels == ["finalist", "rankadaptor+dora"]
     ours, theirs = (entry["ranks"] for entry in found.report["confirm"]["competitors"])

@@ -40,7 +40,7 @@ SMALLER = {
     "corpus": {"limit": 64},
     "oracle": {"tasks": ["tiny_boolq"], "search_documents": 4, "report_documents": 6},
     "performance_model": {"meta_epochs": 2, "epochs": 2},
-    "search": {"initial_trials": 2, "max_trials": 3},
+    "search": {"n_startup_trials": 2, "n_trials": 3},
     "recovery": {"steps": 2},
 }
 

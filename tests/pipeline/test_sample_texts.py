@@ -23,7 +23,7 @@ QUICK = {
     "prune": {"importance": "magnitude"},
     "recovery": {"steps": 2},
     "oracle": {"name": "counting", "tasks": ["tiny_boolq"], "search_documents": 8},
-    "search": {"method": "random", "max_trials": 3},
+    "search": {"method": "random", "n_trials": 3},
     "generation": {"max_new_tokens": 5},
 }
 OWN = {"prompts": ["ada lives in the", "is it"], "max_new_tokens": 3}

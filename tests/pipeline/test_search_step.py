@@ -1,4 +1,4 @@
-"""Limits in time, and the front of score against parameters."""
+"""Limits in time, and the Pareto front of score against parameters."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
 from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
-from rankadaptor_plugin.pipeline.search_step import Limits, front
-from rankadaptor_plugin.search.search import StopReason
+from rankadaptor_plugin.pipeline.search_step import TimeLimits
+from rankadaptor_plugin.search.search import StopReason, pareto_front
 
 SPACE = RankSpace(candidates=(2, 4, 8), searchable=(True,) * 2, default_rank=4, costs=(1, 10))
 HOUR = 3600.0
-FREE = Limits(hours=0.0, gpu_hours=0.0, devices=1, spent=0.0, reserve=0, scoring=1.0, twice=False)
+FREE = TimeLimits(
+    hours=0.0, gpu_hours=0.0, devices=1, spent=0.0, reserve=0, scoring=1.0, twice=False
+)
 
 
 def trial(position, recovery=0.0, oracle=0.0, search=0.0, **changes):
@@ -25,7 +27,6 @@ def trial(position, recovery=0.0, oracle=0.0, search=0.0, **changes):
         "phase": Phase.ITERATION,
         "allocation": RankAllocation((2, 2)),
         "seed": 0,
-        "fidelity": 1.0,
         "state": TrialState.COMPLETE,
         "objective": 0.5,
         "seconds": {"recovery": recovery, "oracle": oracle, "search": search},
@@ -147,23 +148,22 @@ def test_the_front_rises_with_parameters():
         scored(3, (2, 2), 0.2),  # 22
         scored(4, (8, 8), 0.5),  # 88, no better than 42
     ]
-    assert [t.position for t in front(trials, SPACE)] == [3, 1, 0]
+    assert [t.position for t in pareto_front(trials, SPACE)] == [3, 1, 0]
 
 
 def test_of_equally_small_trials_the_best_is_in_front_and_of_equal_ones_the_first():
     even = replace(SPACE, costs=(1, 1))
     trials = [scored(0, (2, 4), 0.1), scored(1, (4, 2), 0.3), scored(2, (4, 2), 0.3)]
-    assert [t.position for t in front(trials, even)] == [1]
+    assert [t.position for t in pareto_front(trials, even)] == [1]
 
 
 def test_only_complete_trials_are_in_front():
     trials = [
         scored(0, (2, 2), None, TrialState.FAILED),
-        scored(1, (2, 2), None, TrialState.STOPPED),
         scored(2, (8, 8), -0.5),
     ]
-    assert [t.position for t in front(trials, SPACE)] == [2]
-    assert front([], SPACE) == []
+    assert [t.position for t in pareto_front(trials, SPACE)] == [2]
+    assert pareto_front([], SPACE) == []
 
 
 @given(
@@ -174,7 +174,7 @@ def test_only_complete_trials_are_in_front():
 )
 def test_nothing_in_front_is_beaten_and_all_else_is(drawn):
     trials = [scored(i, (a, b), float(value)) for i, (a, b, value) in enumerate(drawn)]
-    found = front(trials, SPACE)
+    found = pareto_front(trials, SPACE)
     points = [(SPACE.parameters(t.allocation), t.objective) for t in found]
     for (small, low), (large, high) in itertools.pairwise(points):
         assert small < large

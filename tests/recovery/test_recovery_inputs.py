@@ -253,7 +253,7 @@ def test_methods_that_divide_by_the_scaling_are_refused_before_a_run_without_one
         recovery=table,
         corpus={"limit": 32},
         prune={"importance": "magnitude"},
-        search={"max_trials": 3},
+        search={"n_trials": 3},
     )
     assert_error(command("run", file), 2, "divides by LoRA's scaling, which is 0", "above 0")
     assert not (tmp_path / "out").exists()

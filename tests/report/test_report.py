@@ -69,7 +69,6 @@ def report_data(
                     tuple(int(r) for r in rng.choice([2, 4, 6, 8, 10, 12], size=layers))
                 ),
                 seed=0,
-                fidelity=0.5,
                 state=TrialState.COMPLETE if ok else TrialState.FAILED,
                 objective=value if ok else None,
                 predicted=value + 0.04 * float(rng.normal()) if predictions and i >= 10 else None,
@@ -128,13 +127,11 @@ def report_data(
         "objective": {"metric": objective, "target": "mean"},
         "search": {
             "stop_reason": "trial budget used",
-            "initial_trials": 10,
+            "n_startup_trials": 10,
             "complete": trials - len(fail),
             "failed": len(fail),
-            "stopped": 0,
             "interrupted": 1,
             "method": "paper",
-            "forecasts": {},
         },
         "front": [],
         "knowledge": [],
@@ -192,7 +189,7 @@ def report_data(
         "config": {
             "model": "embedded",
             "seed": 0,
-            "search": {"method": "paper", "max_trials": 30},
+            "search": {"method": "paper", "n_trials": 30},
         },
         "device": "cuda:0 (NVIDIA H100)",
     }

@@ -96,7 +96,7 @@ def test_rows_and_positions_of_levels_are_one_to_one(space, seed):
 
 
 @given(space=spaces())
-def test_codes_are_standardised_and_orthogonal(space):
+def test_codes_are_standardized_and_orthogonal(space):
     codes = Codes(space)
     for column, levels in enumerate(space.levels()):
         one = codes.monotone[column, : len(levels)]

@@ -11,10 +11,15 @@ from hypothesis import strategies as st
 
 from rankadaptor_plugin.config.tables import PerformanceModelConfig
 from rankadaptor_plugin.core.ranks import RankSpace, Setting
-from rankadaptor_plugin.search.performance import linear_posterior
 from rankadaptor_plugin.search.performance.landscape import Codes
-from rankadaptor_plugin.search.performance.linear_model import BayesianRegression, linear
-from rankadaptor_plugin.search.performance.linear_prior import Prior, Rows, structures
+from rankadaptor_plugin.search.performance.linear import (
+    WEIGHTS,
+    BayesianRegression,
+    Prior,
+    Rows,
+    bayes,
+    structures,
+)
 from rankadaptor_plugin.search.performance.performance_model import PriorEffects, ProposingModel
 
 RATES = Setting(name="learning_rate", values=(1e-4, 3e-4, 1e-3), default=1e-4)
@@ -79,7 +84,7 @@ def share_of_pairs(model: BayesianRegression) -> float:
 
 
 def test_the_factory_builds_a_proposing_model():
-    model = linear(SPACES["plain"], PerformanceModelConfig(), 0)
+    model = bayes(SPACES["plain"], PerformanceModelConfig(), 0)
     assert isinstance(model, ProposingModel)
 
 
@@ -122,8 +127,8 @@ def test_recovers_a_planted_additive_function():
     unseen = space.sample(300, np.random.default_rng(1))
     prediction, truth = model.predict(unseen), 0.6 + 0.01 * planted(space, unseen)
     assert np.corrcoef(prediction.mean, truth)[0, 1] > 0.95
-    standardised = (prediction.mean - truth) / prediction.stddev
-    assert 0.7 < standardised.std() < 1.4
+    standardized = (prediction.mean - truth) / prediction.stddev
+    assert 0.7 < standardized.std() < 1.4
     assert 0.0015 < prediction.noise < 0.006
     best = np.array([model.best(np.random.default_rng(0))])
     weights = np.random.default_rng(0).normal(size=20)
@@ -170,7 +175,7 @@ def test_a_perfect_prior_leads_before_the_first_measurement():
     assert planted(space, np.array(proposed)).mean() > random.mean() + 1.0
     best = planted(space, np.array([model.best(np.random.default_rng(0))]))
     assert best[0] > random.max()
-    assert model.prior_weights["useful"] == pytest.approx(np.mean(linear_posterior.WEIGHTS))
+    assert model.prior_weights["useful"] == pytest.approx(np.mean(WEIGHTS))
 
 
 def test_one_measurement_with_a_prior_keeps_to_the_prior():
@@ -237,7 +242,7 @@ def test_predictions_do_not_depend_on_the_batch(monkeypatch):
     model = fitted(space, lambda rows: planted(space, rows), 10)
     rows = space.sample(25, np.random.default_rng(1))
     whole = model.predict(rows)
-    monkeypatch.setattr("rankadaptor_plugin.search.performance.linear_model._BATCH", 7)
+    monkeypatch.setattr("rankadaptor_plugin.search.performance.linear._BATCH", 7)
     np.testing.assert_allclose(model.predict(rows).mean, whole.mean)
     assert len(model.predict(rows[:0]).mean) == 0
 
@@ -280,7 +285,7 @@ def test_draws_average_to_the_mean_and_spread_as_predicted():
     assert np.std(exploited) < np.std(drawn)
 
 
-def test_a_drawn_sample_is_what_a_proposal_maximises():
+def test_a_drawn_sample_is_what_a_proposal_maximizes():
     space = RankSpace(candidates=(2, 4, 8), searchable=(True,) * 4, default_rank=4, costs=(1,) * 4)
     rows = space.every()
     model = BayesianRegression(space)

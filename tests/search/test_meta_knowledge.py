@@ -15,9 +15,8 @@ from safetensors.numpy import load_file, save_file
 from rankadaptor_plugin import __version__
 from rankadaptor_plugin.core.errors import ArtifactError
 from rankadaptor_plugin.core.ranks import RankSpace, Setting
-from rankadaptor_plugin.search.record import LayerFeatures
-from rankadaptor_plugin.search.transfer.meta_knowledge import META, MetaKnowledge
-from rankadaptor_plugin.search.transfer.source_studies import SourceStudy
+from rankadaptor_plugin.search.space import LayerFeatures
+from rankadaptor_plugin.search.transfer.studies import META, MetaKnowledge, SourceStudy
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 

@@ -9,8 +9,8 @@ import pytest
 from rankadaptor_plugin.core.ranks import RankSpace
 from rankadaptor_plugin.core.scores import Score, TaskScore
 from rankadaptor_plugin.core.trials import RECORD, Phase, Trial, TrialState
-from rankadaptor_plugin.search.record import LAYERS, SPACE, LayerFeatures, space_to_json
-from rankadaptor_plugin.search.transfer.meta_knowledge import MetaKnowledge
+from rankadaptor_plugin.search.space import LAYERS, SPACE, LayerFeatures, space_to_json
+from rankadaptor_plugin.search.transfer.studies import MetaKnowledge
 
 
 @pytest.fixture
@@ -42,7 +42,6 @@ def make_study(tmp_path):
                 phase=Phase.INITIALIZATION,
                 allocation=space.allocation(row),
                 seed=0,
-                fidelity=1.0,
                 state=TrialState.COMPLETE,
                 score=Score(tasks=scores),
                 objective=float(row.sum()),

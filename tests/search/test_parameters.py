@@ -17,7 +17,7 @@ from optuna.trial import TrialState as OptunaState
 from rankadaptor_plugin.core.errors import RankSpaceError
 from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace, Setting
 from rankadaptor_plugin.core.trials import RECORD
-from rankadaptor_plugin.search.parameters import (
+from rankadaptor_plugin.search.space import (
     Observations,
     allocation_from,
     distributions,
@@ -27,7 +27,7 @@ from rankadaptor_plugin.search.parameters import (
     slot_names,
     untried,
 )
-from rankadaptor_plugin.search.rank_sampler import quiet_study
+from rankadaptor_plugin.search.study import quiet_study
 from rankadaptor_plugin.testing.search import SPACE, UNEVEN_SPACE
 
 RATE = Setting("learning_rate", (1e-4, 3e-4, 1e-3), 3e-4)
@@ -67,14 +67,6 @@ def trial_of(ranks, value=None, *, space=TWO, state=OptunaState.COMPLETE, record
         distributions=distributions(space),
         **more,
     )
-
-
-def pruned(ranks, rung, **more):
-    return trial_of(ranks, state=OptunaState.PRUNED, intermediate_values={50: rung}, **more)
-
-
-def looked_at(ranks, rung, value):
-    return trial_of(ranks, value, intermediate_values={50: rung})
 
 
 # -------------------------------------------------------------------------------------- names
@@ -173,10 +165,9 @@ def test_the_trial_that_is_asked_for_is_left_out():
 
 
 def test_minimized_values_change_their_sign():
-    pairs = [looked_at((2, 0), 1.0, 0.5), looked_at((2, 2), 2.0, 1.5), looked_at((2, 4), 3.0, 2.5)]
-    study = study_of(*pairs, pruned((4, 4), 4.0), direction="minimize")
+    study = study_of(trial_of((2, 0), 0.5), trial_of((2, 2), 1.5), direction="minimize")
     seen = Observations.of(study, TWO)
-    np.testing.assert_allclose(seen.values, [-0.5, -1.5, -2.5, -3.5])
+    np.testing.assert_allclose(seen.values, [-0.5, -1.5])
     assert seen.sign == -1
 
 
@@ -242,47 +233,11 @@ def test_rank_0_in_all_searched_layers_is_observed_where_others_have_an_adapter(
     np.testing.assert_array_equal(Observations.of(study, KEPT).rows, [[4, 0, 0]])
 
 
-# ----------------------------------------------------------------------------- stopped at a rung
-
-
-def test_a_stopped_trial_counts_as_what_its_rung_lets_expect():
-    pairs = [looked_at((2, 0), 1.0, 1.1), looked_at((2, 2), 2.0, 2.2), looked_at((2, 4), 3.0, 3.3)]
-    study = study_of(pruned((4, 4), 0.5), *pairs)
-    seen = Observations.of(study, TWO)
-    assert [trial.number for trial in seen.trials] == [1, 2, 3, 0]  # stopped ones come last
-    np.testing.assert_allclose(seen.values, [1.1, 2.2, 3.3, 0.55])
-    np.testing.assert_array_equal(seen.rows[-1], [4, 4])
-
-
-def test_before_three_pairs_a_stopped_trial_is_tried_alone():
-    pairs = [looked_at((2, 0), 1.0, 1.1), looked_at((2, 2), 2.0, 2.2), trial_of((2, 4), 3.3)]
-    seen = Observations.of(study_of(*pairs, pruned((4, 4), 0.5)), TWO)
-    assert len(seen.trials) == 3
-    assert (4, 4) in seen.tried
-
-
-@pytest.mark.parametrize("rungs", [(3.0, 2.0, 1.0), (2.0, 2.0, 2.0)])
-def test_a_rung_that_says_nothing_lets_expect_the_mean(rungs):
-    ends = (1.0, 2.0, 3.0)
-    pairs = [looked_at((2, 2 * i), r, e) for i, (r, e) in enumerate(zip(rungs, ends, strict=True))]
-    seen = Observations.of(study_of(*pairs, pruned((4, 4), -9.0)), TWO)
-    assert seen.values[-1] == pytest.approx(2.0)
-
-
-def test_a_pruned_trial_without_a_rung_is_tried_alone():
-    study = study_of(trial_of((4, 4), state=OptunaState.PRUNED), trial_of((2, 4), 0.3))
-    seen = Observations.of(study, TWO)
+def test_a_pruned_trial_is_tried_and_not_measured():
+    pruned = trial_of((4, 4), state=OptunaState.PRUNED, intermediate_values={50: 0.5})
+    seen = Observations.of(study_of(pruned, trial_of((2, 4), 0.3)), TWO)
     assert len(seen.trials) == 1
     assert (4, 4) in seen.tried
-
-
-def test_rungs_that_are_no_numbers_are_not_learned_from():
-    pairs = [looked_at((2, 2 * i), float(i), float(i)) for i in range(3)]
-    bad = looked_at((0, 4), math.nan, 1.0)
-    seen = Observations.of(study_of(*pairs, bad, pruned((4, 4), 0.5)), TWO)
-    np.testing.assert_allclose(seen.values, [0.0, 1.0, 2.0, 1.0, 0.5])
-    seen = Observations.of(study_of(*pairs, pruned((4, 4), math.nan)), TWO)
-    assert np.isfinite(seen.values).all()
 
 
 # ------------------------------------------------------------------------------------ untried

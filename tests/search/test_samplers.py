@@ -12,11 +12,11 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from rankadaptor_plugin.core.errors import RankSpaceError
 from rankadaptor_plugin.core.ranks import RankSpace
-from rankadaptor_plugin.search import adaptive as adaptive_sampler
-from rankadaptor_plugin.search import optuna_samplers
 from rankadaptor_plugin.search import paper as samplers
-from rankadaptor_plugin.search.parameters import allocation_from, distributions, untried
+from rankadaptor_plugin.search import samplers as optuna_samplers
+from rankadaptor_plugin.search.bayes import bayes
 from rankadaptor_plugin.search.performance.performance_model import Prediction
+from rankadaptor_plugin.search.space import allocation_from, distributions, untried
 from rankadaptor_plugin.testing.search import (
     SPACE,
     UNEVEN_SPACE,
@@ -53,35 +53,9 @@ class TestGP(SamplerConformance):
         return optuna_samplers.gp(settings)
 
 
-class Even(SamplerConformance):
-    """For samplers that take evenly spaced candidates only."""
-
-    spaces = (SPACE,)
-
-
-class TestCMAES(Even):
+class TestBayes(SamplerConformance):
     def sampler(self, settings):
-        return optuna_samplers.cmaes(settings)
-
-
-class TestQMC(Even):
-    def sampler(self, settings):
-        return optuna_samplers.qmc(settings)
-
-
-class TestLinear(SamplerConformance):
-    def sampler(self, settings):
-        return adaptive_sampler.linear(settings)
-
-
-class TestEnsemble(SamplerConformance):
-    def sampler(self, settings):
-        return adaptive_sampler.ensemble(settings)
-
-
-class TestAuto(SamplerConformance):
-    def sampler(self, settings):
-        return adaptive_sampler.auto(settings)
+        return bayes(settings)
 
 
 class Recorder:
@@ -104,7 +78,7 @@ class Recorder:
 
 def run(space, model, trials, *, direction="maximize", initial=3, tasks=("b", "a"), fail=()):
     sampler = samplers.PerformanceModelSampler(
-        space, lambda: model, seed=0, initial_trials=initial, candidates=5000
+        space, lambda: model, seed=0, n_startup_trials=initial, candidates=5000
     )
 
     def objective(trial):

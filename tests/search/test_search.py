@@ -11,34 +11,30 @@ from optuna.storages import InMemoryStorage
 
 from rankadaptor_plugin.config.tables import PerformanceModelConfig, SearchConfig
 from rankadaptor_plugin.core.errors import ArtifactError, OracleError, RecoveryError
-from rankadaptor_plugin.core.ranks import RankSpace
-from rankadaptor_plugin.core.trials import Phase, TrialState
-from rankadaptor_plugin.search import adaptive as adaptive_sampler
-from rankadaptor_plugin.search import optuna_samplers
+from rankadaptor_plugin.core.ranks import RankSpace, Setting
+from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
 from rankadaptor_plugin.search import paper as samplers
-from rankadaptor_plugin.search.contract import SamplerSettings
+from rankadaptor_plugin.search import samplers as optuna_samplers
+from rankadaptor_plugin.search.bayes import bayes
 from rankadaptor_plugin.search.performance.mlp import mlp
 from rankadaptor_plugin.search.performance.performance_model import Prediction
+from rankadaptor_plugin.search.samplers import SamplerSettings
 from rankadaptor_plugin.search.search import StopReason, search
 from rankadaptor_plugin.search.study import TrialStore
 from rankadaptor_plugin.testing.search import SPACE, additive_value, planted_outcome
 
 BUDGET_SPACE = replace(SPACE, budget=100)
 TINY = RankSpace(candidates=(2, 4), searchable=(True, True), default_rank=4, costs=(1, 1))
-CONFIG = SearchConfig(method="paper", initial_trials=3, max_trials=7, candidates=50)
+CONFIG = SearchConfig(method="paper", n_startup_trials=3, n_trials=7, candidates=50)
 
 
 METHODS = {
     "paper": samplers.paper,
-    "linear": adaptive_sampler.linear,
-    "ensemble": adaptive_sampler.ensemble,
-    "auto": adaptive_sampler.auto,
+    "bayes": bayes,
     "random": optuna_samplers.random,
     "tpe": optuna_samplers.tpe,
-    "cmaes": optuna_samplers.cmaes,
-    "qmc": optuna_samplers.qmc,
 }
-PREDICTING = {"paper", "linear", "ensemble", "auto"}
+PREDICTING = {"paper", "bayes"}
 
 
 class Nearest:
@@ -76,11 +72,9 @@ def factory(space, name="paper", config=CONFIG, model=Nearest):
             SamplerSettings(
                 space=space,
                 seed=seed,
-                search_seed=5,
-                initial_trials=config.initial_trials,
+                n_startup_trials=config.n_startup_trials,
                 candidates=config.candidates,
                 performance_model=model,
-                model_config=PerformanceModelConfig(meta_epochs=5, epochs=5),
             )
         )
 
@@ -99,11 +93,10 @@ def run(space=SPACE, *, evaluate=None, store=None, name="paper", config=CONFIG, 
     model = more.pop("model", Nearest)
     return search(
         space,
-        evaluate or (lambda allocation, fidelity, seed: planted_outcome(allocation.ranks)),
+        evaluate or (lambda allocation, seed: planted_outcome(allocation.ranks)),
         store or new_store(),
         factory(space, name, config, model),
         config,
-        objective,
         seed,
         **more,
     )
@@ -118,19 +111,19 @@ def records(result):
 def test_trials_are_numbered_distinct_and_in_the_space(space, name):
     calls, seen = [], []
 
-    def evaluate(allocation, fidelity, seed):
-        calls.append((space.check(allocation), fidelity, seed))
+    def evaluate(allocation, seed):
+        calls.append((space.check(allocation), seed))
         return planted_outcome(allocation.ranks)
 
     result = run(space, evaluate=evaluate, name=name, seed=3, on_trial=seen.append)
-    assert result.stop is StopReason.MAX_TRIALS
+    assert result.stop is StopReason.N_TRIALS
     assert tuple(seen) == result.trials
     assert [trial.position for trial in result.trials] == list(range(7))
     phases = [trial.phase for trial in result.trials]
     assert phases == [Phase.INITIALIZATION] * 3 + [Phase.ITERATION] * 4
     assert len({trial.allocation for trial in result.trials}) == 7
     # Every allocation is fine-tuned with the same seed: common random numbers.
-    assert calls == [(trial.allocation, 1.0, 3) for trial in result.trials]
+    assert calls == [(trial.allocation, 3) for trial in result.trials]
     for trial in result.trials:
         assert trial.state is TrialState.COMPLETE
         assert trial.objective == objective(trial.score)
@@ -181,7 +174,7 @@ def test_a_finished_search_is_not_run_again():
 
 def test_a_larger_budget_continues_the_search():
     store = new_store()
-    run(store=store, config=replace(CONFIG, max_trials=5))
+    run(store=store, config=replace(CONFIG, n_trials=5))
     assert records(run(store=store)) == records(run())
 
 
@@ -189,11 +182,11 @@ def test_a_larger_budget_continues_the_search():
 @pytest.mark.parametrize("space", [SPACE, BUDGET_SPACE])
 def test_resumed_equals_uninterrupted_at_every_break_point(space, name):
     whole = records(run(space, name=name))
-    for break_at in range(CONFIG.max_trials):
+    for break_at in range(CONFIG.n_trials):
         store = new_store()
         calls = []
 
-        def evaluate(allocation, fidelity, seed, calls=calls, break_at=break_at):
+        def evaluate(allocation, seed, calls=calls, break_at=break_at):
             calls.append(allocation)
             if len(calls) in (break_at + 1, break_at + 2):  # killed twice in the same trial
                 raise Killed
@@ -210,7 +203,7 @@ def test_resumed_equals_uninterrupted_at_every_break_point(space, name):
 def failing(positions, error=None):
     calls = []
 
-    def evaluate(allocation, fidelity, seed):
+    def evaluate(allocation, seed):
         calls.append(allocation)
         if len(calls) - 1 in positions:
             if error is not None:
@@ -245,7 +238,7 @@ def test_failed_trials_are_survived(error, reason):
 
 
 def test_a_failed_trial_interrupts_convergence():
-    config = replace(CONFIG, tolerance=0.01, max_trials=9)
+    config = replace(CONFIG, tolerance=0.01, n_trials=9)
     result = run(evaluate=failing({4}, OracleError("x")), config=config, model=Truth)
     assert result.stop is StopReason.CONVERGED
     assert len(result.trials) == 7  # 3 initial, close, failed, close, close
@@ -264,7 +257,7 @@ def test_three_failures_in_a_row_end_the_search_and_it_can_go_on():
 
 
 def test_too_few_complete_trials():
-    config = replace(CONFIG, max_trials=3, max_failures=9)
+    config = replace(CONFIG, n_trials=3, max_failures=9)
     with pytest.raises(RecoveryError, match=r"Only 1 of 3 trials.*The last failure: No task\."):
         run(evaluate=failing({0, 2}, OracleError("No task.")), config=config)
 
@@ -293,7 +286,7 @@ def test_the_papers_search_beats_random_search_on_a_planted_function():
         costs=(1,) * 12,
         budget=96,
     )
-    config = SearchConfig(method="paper", initial_trials=6, max_trials=20, candidates=2000)
+    config = SearchConfig(method="paper", n_startup_trials=6, n_trials=20, candidates=2000)
 
     def network():
         return mlp(space, PerformanceModelConfig(meta_epochs=100, epochs=100), 0)
@@ -310,64 +303,72 @@ def test_the_papers_search_beats_random_search_on_a_planted_function():
 
 def test_one_candidate_per_step_does_not_end_the_papers_search():
     space = replace(TINY, candidates=(2, 4, 6), searchable=(True,) * 3, costs=(1,) * 3)
-    config = replace(CONFIG, candidates=1, max_trials=27)
+    config = replace(CONFIG, candidates=1, n_trials=27)
     result = run(space, config=config)
     assert len({trial.allocation for trial in result.trials}) == 27
 
 
-@pytest.mark.parametrize("name", ["ensemble", "linear", "auto"])
-def test_a_front_is_searched_until_the_space_is_exhausted(name):
+def test_a_front_is_searched_until_the_space_is_exhausted():
     space = replace(TINY, candidates=(2, 4, 8), searchable=(True,) * 3, costs=(1, 2, 3))
 
     def sampler_for(seed):
         settings = SamplerSettings(
             space=space,
             seed=seed,
-            search_seed=0,
-            initial_trials=2,
+            n_startup_trials=2,
             candidates=1,
             performance_model=Nearest,
-            model_config=PerformanceModelConfig(epochs=5),
             pareto=True,
         )
-        return METHODS[name](settings)
+        return bayes(settings)
 
-    def evaluate(allocation, fidelity, seed):
+    def evaluate(allocation, seed):
         return planted_outcome(allocation.ranks)
 
-    config = replace(CONFIG, method=name, max_trials=30)
-    result = search(space, evaluate, new_store(), sampler_for, config, objective, 0)
+    config = replace(CONFIG, method="bayes", n_trials=30)
+    result = search(space, evaluate, new_store(), sampler_for, config, 0)
     assert (result.stop, len(result.trials)) == (StopReason.EXHAUSTED, 27)
 
 
-@pytest.mark.parametrize("name", ["paper", "linear", "ensemble"])
+@pytest.mark.parametrize("name", ["paper", "bayes"])
 def test_what_failed_is_no_finalist(name):
     """The highest ranks diverge, which a model can only guess to be good."""
 
-    def evaluate(allocation, fidelity, seed):
+    def evaluate(allocation, seed):
         if sum(allocation.ranks) > 36:
             raise RecoveryError("The loss is nan.")
         return planted_outcome(allocation.ranks)
 
-    config = replace(CONFIG, max_trials=14, max_failures=99)
-    result = run(evaluate=evaluate, name=name, config=config, finalists=3)
+    config = replace(CONFIG, n_trials=14, max_failures=99)
+    result = run(evaluate=evaluate, name=name, config=config)
     failed = {t.allocation for t in result.trials if t.state is TrialState.FAILED}
     assert failed
     assert failed.isdisjoint(result.finalists(3))
 
 
-def test_offline_learning_leaves_out_what_ended_at_its_rung():
-    taught = []
+RATED = RankSpace(
+    candidates=(2, 4, 8),
+    searchable=(True,) * 3,
+    default_rank=8,
+    costs=(1, 1, 1),
+    settings=(Setting("learning_rate", (1e-4, 1e-3), 1e-3),),
+)
 
-    class Pupil(Nearest):
-        def pretrain(self, ranks, task_values):
-            taught.append(len(ranks))
 
-    ends = iter([1.0, 1.0, 0.5, *[1.0] * 9])
-
-    def evaluate(allocation, fidelity, seed, goes_on):
-        outcome = planted_outcome(allocation.ranks)
-        return replace(outcome, fidelity=next(ends), rungs={0.5: objective(outcome.score)})
-
-    run(evaluate=evaluate, config=replace(CONFIG, rung=0.5, initial_trials=4), model=Pupil)
-    assert set(taught) == {3}
+def test_uniform_lora_of_the_noise_floor_is_no_other_finalist_than_the_same_of_the_search():
+    """The floor's allocations have no settings, those of the search always do."""
+    store, uniform = new_store(), RATED.uniform()
+    outcome = planted_outcome(uniform.ranks)
+    first = Trial(
+        position=0,
+        phase=Phase.INITIALIZATION,
+        allocation=uniform,
+        seed=2,
+        state=TrialState.COMPLETE,
+        score=outcome.score,
+        objective=outcome.objective + 1,
+    )
+    store.add(first, RATED)
+    result = run(RATED, name="bayes", store=store)
+    rows = [tuple(RATED.row(allocation)) for allocation in result.finalists(9)]
+    assert len(set(rows)) == len(rows)

@@ -13,8 +13,8 @@ from rankadaptor_plugin.core.errors import ArtifactError, ConfigError
 from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace, Setting
 from rankadaptor_plugin.core.scores import Score, TaskScore
 from rankadaptor_plugin.core.trials import RECORD, Phase, Trial, TrialState
-from rankadaptor_plugin.search.record import LAYERS, SPACE, LayerFeatures, space_to_json
-from rankadaptor_plugin.search.transfer.source_studies import read_source
+from rankadaptor_plugin.search.space import LAYERS, SPACE, LayerFeatures, space_to_json
+from rankadaptor_plugin.search.transfer.studies import read_source
 
 STUDY = RankSpace(
     candidates=(2, 4, 8),
@@ -44,7 +44,6 @@ def trial(position, ranks=(4, 2, 8), **changes):
             "phase": Phase.INITIALIZATION,
             "allocation": RankAllocation(ranks, (("learning_rate", 3e-4),)),
             "seed": 0,
-            "fidelity": 1.0,
             "state": state,
             "score": score if complete else None,
             "objective": value if complete else None,
@@ -96,23 +95,15 @@ def test_a_study_is_read_by_folder_file_or_url(run, form, caplog):
     ]
 
 
-def test_only_complete_trials_of_full_length_are_taken(tmp_path):
-    write(
-        tmp_path / "study.db",
-        [
-            trial(0),
-            trial(1, state=TrialState.FAILED),
-            trial(2, fidelity=0.5),
-            trial(3, state=TrialState.STOPPED, fidelity=0.5),
-            trial(4, value=float("inf")),
-            trial(5, (4, 12, 1)),
-        ],
-    )
+def test_only_complete_trials_are_taken(tmp_path):
+    failed = trial(1, state=TrialState.FAILED)
+    infinite = [trial(0), failed, trial(4, value=float("inf")), trial(5, (4, 12, 1))]
+    write(tmp_path / "study.db", infinite)
     with pytest.raises(ArtifactError, match="same scores"):
         read_source(str(tmp_path))  # one of them is infinite in every task that differs
-    write(tmp_path / "b.db", [trial(0), trial(1, fidelity=0.5), trial(5, (4, 12, 1))])
-    (found,) = read_source(str(tmp_path / "b.db"))
-    assert found.rows[:, :3].tolist() == [[4, 2, 8], [4, 12, 1]]
+    write(tmp_path / "b.db", [trial(0), failed, trial(5, (4, 12, 1))])
+    (source,) = read_source(str(tmp_path / "b.db"))
+    assert source.rows[:, :3].tolist() == [[4, 2, 8], [4, 12, 1]]
 
 
 def test_without_a_study_named_search_all_that_say_their_space_are_read(tmp_path):
@@ -168,8 +159,8 @@ def test_what_is_not_there_is_named_and_not_made(run, spec, message, monkeypatch
 @pytest.mark.parametrize(
     ("trials", "message"),
     [
-        ([], "has 0 complete trials of full length; it takes 2"),
-        ([trial(0)], "has 1 complete trials of full length; it takes 2"),
+        ([], "has 0 complete trials; it takes 2"),
+        ([trial(0)], "has 1 complete trials; it takes 2"),
         ([trial(i, state=TrialState.FAILED) for i in range(3)], "all 3 trials failed"),
         ([trial(i, value=0.5) for i in range(3)], "all 3 trials have the same scores"),
         ([trial(0), trial(1, (4, 4))], "a trial does not have the 3 ranks of its rank space"),

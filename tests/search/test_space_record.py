@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from rankadaptor_plugin.core.errors import ArtifactError
 from rankadaptor_plugin.core.ranks import RankSpace, Setting
-from rankadaptor_plugin.search.record import (
+from rankadaptor_plugin.search.space import (
     LayerFeatures,
     space_difference,
     space_from_json,

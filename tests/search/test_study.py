@@ -20,7 +20,7 @@ from rankadaptor_plugin.core.errors import ArtifactError
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.core.scores import Score, TaskScore
 from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
-from rankadaptor_plugin.search.parameters import allocation_from
+from rankadaptor_plugin.search.space import allocation_from
 from rankadaptor_plugin.search.study import TrialStore
 from rankadaptor_plugin.testing.search import SPACE
 
@@ -41,7 +41,6 @@ trials = st.builds(
         lambda ranks: RankAllocation(tuple(ranks))
     ),
     seed=st.integers(0, 2**32),
-    fidelity=st.floats(0.01, 1),
     state=st.sampled_from(TrialState),
     score=st.none() | st.builds(Score, tasks=st.dictionaries(names, tasks, max_size=3)),
     objective=numbers,
@@ -49,7 +48,6 @@ trials = st.builds(
     train_loss=st.none() | numbers,
     seconds=st.dictionaries(names, numbers, max_size=3),
     reason=st.none() | st.text(),
-    rungs=st.dictionaries(st.sampled_from([0.25, 0.5]), numbers, max_size=2),
     parameters=st.none() | st.integers(1, 10**12),
 )
 
@@ -58,7 +56,6 @@ COMPLETE = Trial(
     phase=Phase.INITIALIZATION,
     allocation=RankAllocation((8, 2, 2, 2, 2, 2)),
     seed=1,
-    fidelity=1.0,
     state=TrialState.COMPLETE,
     objective=0.25,
 )
@@ -76,7 +73,7 @@ def sampler() -> optuna.samplers.BaseSampler:
 @given(trial=trials)
 def test_any_record_comes_back_equal(trial):
     store = TrialStore(InMemoryStorage(), "study")
-    store.finish(store.begin(store.propose(sampler(), SPACE)), trial)
+    store.finish(store.begin(sampler(), SPACE), trial)
     assert store.trials() == [trial]
 
 
@@ -84,7 +81,7 @@ def test_records_survive_in_a_file_in_order_of_position(tmp_path):
     failed = Trial(**{**vars(COMPLETE), "position": 1, "state": TrialState.FAILED, "reason": "x"})
     with TrialStore.open(url(tmp_path), "study") as store:
         for trial in (failed, COMPLETE):
-            store.finish(store.begin(store.propose(sampler(), SPACE)), trial)
+            store.finish(store.begin(sampler(), SPACE), trial)
     with TrialStore.open(url(tmp_path), "study") as store:
         assert store.trials() == [COMPLETE, failed]
         store.settle()
@@ -93,10 +90,9 @@ def test_records_survive_in_a_file_in_order_of_position(tmp_path):
 
 def test_optuna_users_can_read_the_study(tmp_path):
     with TrialStore.open(url(tmp_path), "study") as store:
-        pending = store.begin(store.propose(sampler(), SPACE))
+        pending = store.begin(sampler(), SPACE)
         store.finish(pending, COMPLETE)
-        other = optuna.load_study(study_name="study", storage=store._storage)
-        (trial,) = other.trials
+        (trial,) = optuna.load_study(study_name="study", storage=url(tmp_path)).trials
         assert trial.state == OptunaState.COMPLETE
         assert trial.value == COMPLETE.objective
         assert allocation_from(SPACE, trial.params) == pending.allocation
@@ -105,7 +101,7 @@ def test_optuna_users_can_read_the_study(tmp_path):
 
 def test_interrupted_trials_are_marked_and_do_not_count(tmp_path):
     with TrialStore.open(url(tmp_path), "study") as store:
-        store.begin(store.propose(sampler(), SPACE))
+        store.begin(sampler(), SPACE)
     with TrialStore.open(url(tmp_path), "study") as store:
         assert store.interrupted() == 1  # a reader sees it and changes nothing
         assert store._study.trials[0].state == OptunaState.RUNNING
@@ -114,7 +110,7 @@ def test_interrupted_trials_are_marked_and_do_not_count(tmp_path):
         assert store._study.trials[0].user_attrs == {"reason": "interrupted"}
         assert store.interrupted() == 1
         assert store.trials() == []
-        pending = store.begin(store.propose(sampler(), SPACE))
+        pending = store.begin(sampler(), SPACE)
         assert pending.number == 1
         store.finish(pending, COMPLETE)
         assert store.trials() == [COMPLETE]
@@ -126,7 +122,7 @@ def test_a_trial_killed_after_its_record_was_written_is_finished(monkeypatch, st
     store = TrialStore(InMemoryStorage(), "study")
     with monkeypatch.context() as patch:
         patch.setattr(store, "_tell", lambda *_: None)
-        store.finish(store.begin(store.propose(sampler(), SPACE)), trial)
+        store.finish(store.begin(sampler(), SPACE), trial)
     assert store.trials() == []
     store.settle()
     assert store.trials() == [trial]
@@ -142,10 +138,10 @@ def test_samplers_see_no_interrupted_trials():
             return super().sample_independent(study, trial, name, distribution)
 
     store = TrialStore(InMemoryStorage(), "study")
-    store.begin(store.propose(sampler(), SPACE))
+    store.begin(sampler(), SPACE)
     store.settle()
-    store.finish(store.begin(store.propose(Spy(), SPACE)), COMPLETE)
-    store.begin(store.propose(Spy(), SPACE))
+    store.finish(store.begin(Spy(), SPACE), COMPLETE)
+    store.begin(Spy(), SPACE)
     assert seen[0] == [0]
     assert seen[-1] == [0, 1]
 
@@ -189,10 +185,10 @@ def test_a_database_that_fails_meanwhile_is_one_line_with_a_remedy(tmp_path):
 def test_what_is_stored_as_parameters_is_what_was_fine_tuned(tmp_path):
     ends = RankAllocation(tuple(SPACE.candidates[-1] for _ in range(SPACE.layers)))
     with TrialStore.open(url(tmp_path), "study") as store:
-        proposal = store.propose(sampler(), SPACE, place=lambda proposal: ends)
-        store.finish(store.begin(proposal), COMPLETE)
-    assert proposal.allocation == ends
-    assert proposal.predicted is None
+        pending = store.begin(sampler(), SPACE, place=lambda proposal: ends)
+        store.finish(pending, COMPLETE)
+    assert pending.allocation == ends
+    assert pending.predicted is None
     (trial,) = optuna.load_study(study_name="study", storage=url(tmp_path)).trials
     assert set(trial.params.values()) == {SPACE.candidates[-1]}
 
@@ -207,7 +203,7 @@ def talkative():
 
 def test_is_quiet_and_leaves_the_verbosity_alone(tmp_path, capfd, talkative):
     with TrialStore.open(url(tmp_path), "study") as store:
-        store.finish(store.begin(store.propose(sampler(), SPACE)), COMPLETE)
+        store.finish(store.begin(sampler(), SPACE), COMPLETE)
     assert optuna.logging.get_verbosity() == talkative
     assert capfd.readouterr() == ("", "")
 
@@ -215,7 +211,7 @@ def test_is_quiet_and_leaves_the_verbosity_alone(tmp_path, capfd, talkative):
 SEARCH = """
 import pathlib, sys, time
 from rankadaptor_plugin.config.tables import PerformanceModelConfig, SearchConfig
-from rankadaptor_plugin.search.contract import SamplerSettings
+from rankadaptor_plugin.search.samplers import SamplerSettings
 from rankadaptor_plugin.search.performance.mlp import mlp
 from rankadaptor_plugin.search import paper as samplers
 from rankadaptor_plugin.search.search import search
@@ -224,7 +220,7 @@ from rankadaptor_plugin.testing.search import SPACE, planted_outcome
 
 def run(folder, hang_at=None):
     calls = []
-    def evaluate(allocation, fidelity, seed):
+    def evaluate(allocation, seed):
         calls.append(allocation)
         if len(calls) == hang_at:
             pathlib.Path(folder, "hangs").touch()
@@ -233,14 +229,14 @@ def run(folder, hang_at=None):
     config = PerformanceModelConfig(meta_epochs=20, epochs=20)
     def sampler_for(seed):
         return samplers.paper(SamplerSettings(
-            space=SPACE, seed=seed, search_seed=5, initial_trials=3, candidates=100,
-            performance_model=lambda: mlp(SPACE, config, 0), model_config=config,
+            space=SPACE, seed=seed, n_startup_trials=3, candidates=100,
+            performance_model=lambda: mlp(SPACE, config, 0),
         ))
     with TrialStore.open(f"sqlite:///{folder}/trials.db", "study") as store:
         return search(
             SPACE, evaluate, store, sampler_for,
-            SearchConfig(method="paper", initial_trials=3, max_trials=7),
-            lambda score: score.mean("clp"), 5,
+            SearchConfig(method="paper", n_startup_trials=3, n_trials=7),
+            5,
         )
 """
 

@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankadaptor_plugin.core.ranks import RankSpace, Setting
-from rankadaptor_plugin.search.record import LayerFeatures
-from rankadaptor_plugin.search.transfer.meta_knowledge import MetaKnowledge
-from rankadaptor_plugin.search.transfer.source_studies import SourceStudy
-from rankadaptor_plugin.search.transfer.transfer import prior_effects, proxy_effects, task_mean
+from rankadaptor_plugin.search.space import LayerFeatures
+from rankadaptor_plugin.search.transfer.studies import MetaKnowledge, SourceStudy
+from rankadaptor_plugin.search.transfer.transfer import prior_effects, task_mean
 
 RANKS = (2, 4, 6, 8, 10, 12)
 GROUPS = ("attention", "mlp")
@@ -170,29 +169,6 @@ def test_a_searched_setting_is_carried_over_by_its_value():
     rate, alpha = prior.effects[-2:]
     assert rate[1] - rate[0] > 0.4
     np.testing.assert_allclose(alpha, 0, atol=1e-9)
-
-
-def test_the_proxy_gives_back_additive_scores():
-    rng = np.random.default_rng(0)
-    where = space(8)
-    weights = rng.normal(size=8)
-    one = study(where, weights, rng, trials=200, noise=0.2)
-    prior = proxy_effects(where, one.rows, one.values[:, 0])
-    assert prior.name == "proxy"
-    found, size = agreement(prior, where, weights, rng)
-    assert found > 0.98
-    assert size == pytest.approx(1, abs=0.15)
-    guess = prior_effects(MetaKnowledge((one,)), where, features(8))
-    assert agreement(guess, where, weights, rng)[1] < size  # another study, not this very space
-
-
-@pytest.mark.parametrize("values", [[], [1.0], [0.5, 0.5, 0.5]])
-def test_a_proxy_that_tells_nothing_apart_has_no_effects(values):
-    where = space(3)
-    rows = where.sample(len(values), np.random.default_rng(0))
-    prior = proxy_effects(where, rows, np.array(values))
-    assert [len(effect) for effect in prior.effects] == [6, 6, 6]
-    assert not np.concatenate(prior.effects).any()
 
 
 def test_tasks_count_the_same_whatever_their_units():

@@ -43,7 +43,7 @@ def config():
         {
             "oracle": {"tasks": ["toy"]},
             "noise": {"seeds": 3, "allocations": 5, "gains": [0.1]},
-            "search": {"initial_trials": 4, "max_trials": 10},
+            "search": {"n_startup_trials": 4, "n_trials": 10},
             "confirm": {"finalists": 2, "seeds": 4},
         }
     )

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rankadaptor_plugin.search.performance.landscape import take
-from rankadaptor_plugin.search.performance.landscape_limits import Limits
+from rankadaptor_plugin.search.performance.landscape import Limits, take
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -30,7 +29,7 @@ class Ascent:
     """Climbs one landscape.
 
     Args:
-        landscape: What to maximise.
+        landscape: What to maximize.
         rng: Order of the columns, and random starts.
         most_parameters: Most trainable parameters of a row; None for the limits of the space.
 
@@ -186,7 +185,7 @@ class _Pairs:
     """All changes of two columns of n rows, with what they gain and spend.
 
     Args:
-        landscape: What to maximise.
+        landscape: What to maximize.
         limits: What rows may spend.
         index: Positions of levels, shape (n, c).
         floor: The least that each row must go on spending of each limit, shape (k, n).

@@ -1,7 +1,7 @@
 """The paper's performance model: a small fully connected network (paper, section 3.2).
 
 It is trained twice: on all tasks before the target is looked at (offline meta-learning), and then
-on the target itself (online incremental learning). Ranks and scores are standardised unless the
+on the target itself (online incremental learning). Ranks and scores are standardized unless the
 literal reading is asked for; on raw numbers the network predicts worse than their mean.
 """
 
@@ -17,12 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from rankadaptor_plugin.search.performance.performance_model import Prediction
+from rankadaptor_plugin.search.performance.performance_model import Prediction, spread
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from numpy.typing import NDArray
+    from collections.abc import Iterable, Iterator
 
     from rankadaptor_plugin.config.tables import PerformanceModelConfig
     from rankadaptor_plugin.core.ranks import Allocations, RankSpace
@@ -42,9 +40,9 @@ class MLPPerformanceModel:
     paper gives neither optimizer nor learning rate nor epochs. What it leaves open else is set by
     the ``[performance_model]`` table:
 
-    * ``meta``: ``joint`` standardises the scores per task and learns all tasks together; ``raw``,
+    * ``meta``: ``joint`` standardizes the scores per task and learns all tasks together; ``raw``,
       the literal reading, takes ranks and scores as they are, in the fit as well; ``reptile``
-      moves the weights towards those of one standardised task after another (Nichol et al.,
+      moves the weights towards those of one standardized task after another (Nichol et al.,
       arXiv 1803.02999); ``none`` starts from random weights.
     * ``replay``: every fit learns all target data. Without it, the points are learned one after
       the other in the order of the rows, each until it is matched or for `epochs` steps, so that
@@ -54,7 +52,7 @@ class MLPPerformanceModel:
     and as noise the standard deviation of its residuals, which is too low where it overfits.
 
     Args:
-        space: The rank space; the levels of its columns standardise the inputs.
+        space: The rank space; the levels of its columns standardize the inputs.
         config: The ``[performance_model]`` table.
         seed: Seed of the initial weights; nothing else is random.
     """
@@ -62,7 +60,9 @@ class MLPPerformanceModel:
     def __init__(self, space: RankSpace, config: PerformanceModelConfig, seed: int) -> None:
         self._config = config
         self._raw = config.meta == "raw"
-        self._center, self._scale = input_scales(space)
+        levels = [np.asarray(values, dtype=np.float64) for values in space.levels()]
+        # A column that is never searched is a constant: with scale 1 it enters the network as 0.
+        self._center, self._scale = np.array([v.mean() for v in levels]), _spreads(levels)
         if self._raw:
             self._center, self._scale = np.zeros(space.columns), np.ones(space.columns)
         self._target = (0.0, 1.0)  # center and scale of the values of the last fit
@@ -79,7 +79,9 @@ class MLPPerformanceModel:
         """Learns all tasks, in the way that ``meta`` names; see `MetaLearner`."""
         if not task_values.size or self._config.meta == "none":
             return
-        values = task_values if self._raw else standardised(task_values)
+        values = task_values
+        if not self._raw:
+            values = (values - values.mean(axis=0)) / _spreads(values.T)
         inputs = self._inputs(ranks)
         with one_thread():
             if self._config.meta == "reptile":
@@ -115,19 +117,6 @@ class MLPPerformanceModel:
     def predict(self, ranks: Allocations) -> Prediction:
         """Predicts the target's values; in standard deviations as long as nothing was fitted."""
         return Prediction(mean=self._mean(ranks), stddev=np.zeros(len(ranks)), noise=self._noise)
-
-    def matrices(self) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        """Returns the layers as weights (inputs, outputs) and biases (outputs,).
-
-        They take rows as they are and give standardised values: ReLU(row @ weight + bias) and so
-        on, the last one without ReLU.
-        """
-        linear = [layer for layer in self._network if isinstance(layer, nn.Linear)]
-        layers = [(m.weight.detach().numpy().T, m.bias.detach().numpy()) for m in linear]
-        weight, bias = (array.astype(np.float64) for array in layers[0])
-        weight /= self._scale[:, None]
-        layers[0] = (weight.astype(np.float32), (bias - self._center @ weight).astype(np.float32))
-        return layers
 
     def _inputs(self, ranks: Allocations) -> torch.Tensor:
         return torch.as_tensor((ranks - self._center) / self._scale, dtype=torch.float32)  # (n, c)
@@ -191,25 +180,8 @@ def mlp_3(space: RankSpace, config: PerformanceModelConfig, seed: int) -> Perfor
     return mlp(space, dataclasses.replace(config, hidden=(32, 16, 32)), seed)
 
 
-def input_scales(space: RankSpace) -> tuple[Values, Values]:
-    """Returns mean and standard deviation of the levels of each column, shape (c,) each.
-
-    A column that is never searched is a constant: with scale 1 it enters a network as 0.
-    """
-    levels = [np.asarray(values, dtype=np.float64) for values in space.levels()]
-    return np.array([v.mean() for v in levels]), np.array([spread(v) for v in levels])
-
-
-def standardised(task_values: Values) -> Values:
-    """Returns values per task (n, T) with mean 0 and standard deviation 1 in each task."""
-    scales = np.array([spread(values) for values in task_values.T])
-    return np.asarray((task_values - task_values.mean(axis=0)) / scales)
-
-
-def spread(values: Values) -> float:
-    """Returns the standard deviation, or 1 where it is 0 up to rounding."""
-    stddev = float(np.std(values))
-    return stddev if stddev > 1e-12 * float(np.abs(values).max()) else 1.0
+def _spreads(arrays: Iterable[Values]) -> Values:
+    return np.array([spread(values) for values in arrays])
 
 
 @contextmanager

@@ -1,8 +1,7 @@
 """What every performance model Q offers (paper, section 3.2), and what its predictions are.
 
-The models themselves: the paper's network (`rankadaptor_plugin.search.performance.mlp`), an
-ensemble of it (`rankadaptor_plugin.search.performance.ensemble`), and Bayesian linear regression
-(`rankadaptor_plugin.search.performance.linear_model`).
+The models themselves: the paper's network (`rankadaptor_plugin.search.performance.mlp`) and
+Bayesian linear regression (`rankadaptor_plugin.search.performance.linear`).
 """
 
 from __future__ import annotations
@@ -34,13 +33,6 @@ class Prediction:
     mean: Values
     stddev: Values
     noise: float = 0.0
-
-    def log_density(self, values: Values) -> Values:
-        """Returns the log density of one measurement of each allocation, shape (n,), in nats."""
-        variance = self.stddev**2 + self.noise**2
-        # A model that is certain would gain infinitely, or lose as much, by a single hit or miss.
-        variance = np.maximum(variance, np.finfo(np.float64).tiny)
-        return -0.5 * (np.log(2 * np.pi * variance) + (values - self.mean) ** 2 / variance)
 
 
 @dataclass(frozen=True)
@@ -126,3 +118,11 @@ class ProposingModel(PerformanceModel, Protocol):
     ) -> Sequence[int]:
         """Returns the row with the highest expected value that a thorough search finds."""
         ...
+
+
+def spread(values: Values) -> float:
+    """Returns the standard deviation, or 1 where it is unknown, or 0 up to rounding."""
+    if len(values) < 2:  # noqa: PLR2004
+        return 1.0
+    stddev = float(np.std(values))
+    return stddev if stddev > 1e-12 * float(np.abs(values).max()) else 1.0

@@ -74,7 +74,7 @@ class Points:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Observations:
+class StudyValues:
     """The trials of one study.
 
     Attributes:
@@ -104,20 +104,16 @@ class _Setting(NamedTuple):
         return _Setting(values[0], values[1], tuple(values[2:]))
 
 
-def shared_effects(
-    points: Points, studies: Sequence[Observations], *, everything: bool = False
-) -> tuple[Array, Array]:
+def shared_effects(points: Points, studies: Sequence[StudyValues]) -> tuple[Array, Array]:
     """Returns the expected weights of both codes at each point, two arrays of shape (P,).
 
     Args:
         points: All points, those of the studies and those that are asked for.
         studies: At least one.
-        everything: Take the effects as shared, all of them; for a single study that is about the
-            very thing that is asked for.
     """
     depth, further = 1 + len(_LENGTHS), points.features.shape[1]
     weights = (_WEIGHTS[1],) * depth + (_WEIGHTS[0],) * further
-    setting = _Setting(1.0 if everything else 0.5, _CURVATURE[0], weights)
+    setting = _Setting(0.5, _CURVATURE[0], weights)
     some = studies[:: -(-len(studies) // _CHOOSING)]
     choices = [_SHARED if len(some) > 1 else (), _CURVATURE, *(_WEIGHTS for _ in weights)]
     model = _Model(points, some, setting)
@@ -145,7 +141,7 @@ class _Model:
     ``sqrt(signal_s) psi_s (b + b_s) + noise``, with b ~ N(0, shared), b_s ~ N(0, 1 - shared).
     """
 
-    def __init__(self, points: Points, studies: Sequence[Observations], setting: _Setting) -> None:
+    def __init__(self, points: Points, studies: Sequence[StudyValues], setting: _Setting) -> None:
         self._factor = _factor(points, setting.weights)
         rows = [_projected(study, self._factor, setting.curvature) for study in studies]
         moment = np.stack([p.T @ s.values for p, s in zip(rows, studies, strict=True)])
@@ -206,7 +202,7 @@ class _Model:
         return setting.shared * half @ half.T + np.eye(len(half)), np.sqrt(setting.shared) * moment
 
 
-def _projected(study: Observations, factor: Array, curvature: float) -> Array:
+def _projected(study: StudyValues, factor: Array, curvature: float) -> Array:
     own = factor[study.points]
     return np.hstack([study.linear @ own, np.sqrt(curvature) * (study.curved @ own)])
 

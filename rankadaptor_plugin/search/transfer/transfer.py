@@ -1,4 +1,6 @@
-"""What earlier studies let expect of the ranks in another space: of other depth, other candidates.
+"""Expectations of the ranks before the search, from studies of other tasks and models.
+
+Another space may have other depth and other candidates.
 
 `rankadaptor_plugin.search.transfer.shared_effects` does the statistics; here rows and features
 become its codes and points. A rank r is coded by log(1 + r), on one scale for all spaces, and by
@@ -10,33 +12,106 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from scipy.stats import spearmanr
 
+from rankadaptor_plugin.core.trials import TrialState
+from rankadaptor_plugin.search.performance.linear import BayesianRegression
 from rankadaptor_plugin.search.performance.performance_model import PriorEffects
-from rankadaptor_plugin.search.record import OBJECTIVE, LayerFeatures
+from rankadaptor_plugin.search.space import OBJECTIVE, LayerFeatures
 from rankadaptor_plugin.search.transfer.shared_effects import (
     Array,
-    Observations,
     Points,
+    StudyValues,
     shared_effects,
 )
+from rankadaptor_plugin.search.transfer.studies import MetaKnowledge
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from rankadaptor_plugin.config.tables import SearchConfig
     from rankadaptor_plugin.core.ranks import Allocations, RankSpace
-    from rankadaptor_plugin.search.transfer.meta_knowledge import MetaKnowledge
-    from rankadaptor_plugin.search.transfer.source_studies import SourceStudy
+    from rankadaptor_plugin.core.trials import Trial
+    from rankadaptor_plugin.search.transfer.studies import SourceStudy
 
 _DEPTH = "relative_depth"
 _RANK = ""  # the quantity that slots vary; searched settings go by their names
 _GROUPS = 0.5  # how alike the module groups of one place are
 _SETTING = 0.5  # what a searched setting counts, where a slot counts 1 / sqrt(l)
+_LEAST_TRIALS = 3  # trials below which a rank correlation says nothing
 _CLIPPED = 3.0  # standard deviations: a single fine-tune that went astray shall not decide
 
 Code = Callable[[Array], tuple[Array, Array]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knowledge:
+    """Beliefs before the search, and what they turned out to be worth.
+
+    Attributes:
+        space: The rank space.
+        priors: The beliefs.
+    """
+
+    space: RankSpace
+    priors: tuple[PriorEffects, ...]
+
+    def worth(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+        """Returns how much each belief helped to predict the trials.
+
+        Returns:
+            One entry per prior: ``name``; ``weight``, the share of it that the measurements bear
+            out; ``correlation`` (Spearman) of what it alone expects with what was measured, None
+            if that cannot be told; ``gain``, in nats per trial, of the log evidence of the linear
+            model with this prior over that without.
+        """
+        measured = [t for t in trials if t.state is TrialState.COMPLETE]
+        if not self.priors or len(measured) < _LEAST_TRIALS:
+            return []
+        rows = np.array([self.space.row(t.allocation) for t in measured], dtype=np.int64)
+        values = np.array([t.objective for t in measured], dtype=np.float64)
+        entries = []
+        for prior in self.priors:
+            model = BayesianRegression(self.space, (prior,))
+            model.fit(rows, values)
+            expected = prior(self.space, rows)
+            varies = np.ptp(expected) > 0 and np.ptp(values) > 0
+            entries.append(
+                {
+                    "name": prior.name,
+                    "weight": model.prior_weights[prior.name],
+                    "correlation": (
+                        float(spearmanr(expected, values).statistic) if varies else None
+                    ),
+                    "gain": (model.evidence - model.evidence_without_priors) / len(measured),
+                }
+            )
+        return entries
+
+
+def read_knowledge(
+    space: RankSpace, features: LayerFeatures, config: SearchConfig, metric: str
+) -> Knowledge:
+    """Reads the file of meta-knowledge that the run file names, if any.
+
+    Args:
+        space: The rank space.
+        features: Features of its slots.
+        config: The ``[search]`` table.
+        metric: What the search maximizes; earlier studies are asked for the same.
+
+    Raises:
+        ArtifactError: If the file cannot be used.
+    """
+    if not config.meta:
+        return Knowledge(space=space, priors=())
+    studies = MetaKnowledge.load(Path(config.meta))
+    return Knowledge(space=space, priors=(prior_effects(studies, space, features, metric=metric),))
 
 
 def prior_effects(
@@ -47,7 +122,7 @@ def prior_effects(
     metric: str | None = None,
     name: str = "earlier studies",
 ) -> PriorEffects:
-    """Returns what earlier studies let expect of a space.
+    """Returns the effects of the ranks of a space that earlier studies suggest.
 
     Args:
         knowledge: The earlier studies.
@@ -66,26 +141,8 @@ def prior_effects(
     return _effects(name, spaces, data, space, features)
 
 
-def proxy_effects(
-    space: RankSpace, rows: Allocations, values: Array, name: str = "proxy"
-) -> PriorEffects:
-    """Returns the additive part of scores that allocations of this very space have elsewhere.
-
-    Args:
-        space: The rank space.
-        rows: Allocations, shape (n, c).
-        values: Their scores, shape (n,); all the same, or fewer than two, have no effects.
-        name: Name of what is returned.
-    """
-    if len(values) < 2 or np.ptp(values) == 0:  # noqa: PLR2004  (a comparison takes two)
-        return PriorEffects(name, tuple(np.zeros(len(levels)) for levels in space.levels()))
-    features = LayerFeatures((), np.zeros((space.slots, 0)))
-    data = [(rows, _standardised(np.asarray(values, dtype=np.float64)))]
-    return _effects(name, [(space, features)], data, space, features, everything=True)
-
-
 def task_mean(source: SourceStudy, metric: str | None = None) -> Array:
-    """Returns one score per trial: the mean of the standardised scores of the tasks, (n,)."""
+    """Returns one score per trial: the mean of the standardized scores of the tasks, (n,)."""
     wanted = [
         column
         for column, name in enumerate(source.columns)
@@ -93,8 +150,8 @@ def task_mean(source: SourceStudy, metric: str | None = None) -> Array:
     ]
     if not wanted:
         wanted = [source.columns.index(OBJECTIVE)] if OBJECTIVE in source.columns else [0]
-    scores = [_standardised(source.values[:, column]) for column in wanted]
-    return _standardised(np.mean(scores, axis=0))
+    scores = [_robust_standardized(source.values[:, column]) for column in wanted]
+    return _robust_standardized(np.mean(scores, axis=0))
 
 
 def _effects(
@@ -103,8 +160,6 @@ def _effects(
     data: Sequence[tuple[Allocations, Array]],
     space: RankSpace,
     features: LayerFeatures,
-    *,
-    everything: bool = False,
 ) -> PriorEffects:
     together = [*spaces, (space, features)]
     codes = _codes([own for own, _ in together])
@@ -113,7 +168,7 @@ def _effects(
         _observations(own, codes, place, rows, values)
         for (own, _), place, (rows, values) in zip(spaces, places[:-1], data, strict=True)
     ]
-    linear, curved = shared_effects(points, studies, everything=everything)
+    linear, curved = shared_effects(points, studies)
     effects = []
     quantities = _quantities(space)
     for column, point in enumerate(places[-1]):
@@ -201,7 +256,7 @@ def _similarity(one: tuple[object, ...], other: tuple[object, ...]) -> float:
 
 
 def _table(space: RankSpace, features: LayerFeatures, names: Sequence[str]) -> Array:
-    """Returns depth and features of the slots, (slots, 1 + F); the latter standardised.
+    """Returns depth and features of the slots, (slots, 1 + F); the latter standardized.
 
     Features are compared within a model: how much larger a norm is than in its other layers.
     """
@@ -227,7 +282,7 @@ def _observations(
     place: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
     rows: Allocations,
     values: Array,
-) -> Observations:
+) -> StudyValues:
     linear, curved = [], []
     for column, (quantity, levels, amplitude) in enumerate(_quantities(space)):
         own = rows[:, column]
@@ -236,7 +291,7 @@ def _observations(
         first, second = codes[quantity](value)
         linear.append(amplitude * (first - first.mean()))
         curved.append(amplitude * (second - second.mean()))
-    return Observations(
+    return StudyValues(
         linear=np.column_stack(linear),
         curved=np.column_stack(curved),
         points=place,
@@ -244,7 +299,7 @@ def _observations(
     )
 
 
-def _standardised(values: Array) -> Array:
+def _robust_standardized(values: Array) -> Array:
     """Returns values about 0 with standard deviation 1; all zero if they are all the same."""
     away = values - np.median(values)
     usual = 1.4826 * np.median(np.abs(away))  # the standard deviation, if the values are normal

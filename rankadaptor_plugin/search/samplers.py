@@ -1,16 +1,26 @@
-"""What samplers may say beyond their proposals, and what our own have in common."""
+"""Samplers of rank allocations: what they are built from, what ours have in common, Optuna's own.
+
+Our own step is in `rankadaptor_plugin.search.bayes`, the paper's in
+`rankadaptor_plugin.search.paper`. A sampler is made anew for every trial, so that an interrupted
+search goes on exactly as if it had not been. Optuna's samplers know nothing of budgets; what they
+propose is moved within them by `RankSpace.within_budget`.
+"""
 
 from __future__ import annotations
 
 import logging
+import warnings
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import optuna
+from optuna.exceptions import ExperimentalWarning
 
 from rankadaptor_plugin.core.trials import RECORD
-from rankadaptor_plugin.search.parameters import (
+from rankadaptor_plugin.search.space import (
     Observations,
     distributions,
     parameters_of,
@@ -24,10 +34,51 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
+    from rankadaptor_plugin.config.tables import PerformanceModelConfig
     from rankadaptor_plugin.core.ranks import RankSpace
-
+    from rankadaptor_plugin.search.performance.performance_model import (
+        PerformanceModel,
+        PriorEffects,
+    )
 
 logger = logging.getLogger(__name__)
+
+N_STARTUP_TRIALS = 10
+"""Random allocations in the beginning where neither run file nor method says how many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSettings:
+    """What a sampler is built from, anew for every trial.
+
+    Attributes:
+        space: The rank space.
+        seed: A seed of this trial alone.
+        n_startup_trials: Random allocations before the method's own; 0 leaves it to the method.
+        candidates: Allocations that the performance model scores per proposal.
+        final_candidates: Allocations of which the last performance model names a finalist.
+        performance_model: Makes a fresh, untrained performance model.
+        metric: Metric of the tasks that meta-learning takes; None takes all of them.
+        priors: What earlier studies expect of the ranks.
+        pareto: Whether the Pareto front of score against parameters is searched, not its top alone.
+    """
+
+    space: RankSpace
+    seed: int
+    n_startup_trials: int
+    candidates: int
+    final_candidates: int = 0
+    performance_model: Callable[[], PerformanceModel]
+    metric: str | None = None
+    priors: tuple[PriorEffects, ...] = ()
+    pareto: bool = False
+
+
+PerformanceModelFactory = Callable[["RankSpace", "PerformanceModelConfig", int], "PerformanceModel"]
+"""Builds a performance model for a space from its table and a seed."""
+
+SamplerFactory = Callable[[SamplerSettings], optuna.samplers.BaseSampler]
+"""Builds the sampler of one trial."""
 
 
 @runtime_checkable
@@ -45,15 +96,6 @@ class RecommendingSampler(Protocol):
 
     def recommend(self, study: optuna.Study, count: int) -> list[Sequence[int]]:
         """Returns up to `count` rows of the rank space, best first."""
-        ...
-
-
-@runtime_checkable
-class ForecastingSampler(Protocol):
-    """A sampler that keeps score of how well its models forecast."""
-
-    def scores(self, study: optuna.Study) -> dict[str, float]:
-        """Returns by model the mean log density of its forecasts, in nats per trial."""
         ...
 
 
@@ -139,7 +181,7 @@ class RankSampler(optuna.samplers.BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """Draws a parameter that is no rank at random, as Optuna's `RandomSampler` does."""
+        """Draws a parameter other than a rank at random, as Optuna's `RandomSampler` does."""
         seed = zlib.crc32(f"{self.seed} {trial.number} {param_name}".encode())
         return optuna.samplers.RandomSampler(seed).sample_independent(
             study, trial, param_name, param_distribution
@@ -158,24 +200,22 @@ def distinct(rows: Sequence[Sequence[int]]) -> list[Sequence[int]]:
     return list({tuple(row): row for row in reversed(rows)}.values())[::-1]
 
 
-def quiet_study(
-    name: str,
-    direction: optuna.study.StudyDirection,
-    *,
-    sampler: optuna.samplers.BaseSampler | None = None,
-    storage: optuna.storages.BaseStorage | None = None,
-) -> optuna.Study:
-    """Returns a study without a word on stderr: that of the storage, or a new one in memory."""
-    # Optuna announces every study on stderr; there is no switch but the global one.
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        return optuna.create_study(
-            study_name=name,
-            direction=direction,
-            sampler=sampler,
-            storage=storage,
-            load_if_exists=True,
+def random(settings: SamplerSettings) -> optuna.samplers.BaseSampler:
+    """Random search: every layer draws its rank from the candidates, all equally likely."""
+    return optuna.samplers.RandomSampler(seed=settings.seed)
+
+
+def tpe(settings: SamplerSettings) -> optuna.samplers.BaseSampler:
+    """Optuna's tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011)."""
+    return optuna.samplers.TPESampler(
+        seed=settings.seed, n_startup_trials=settings.n_startup_trials or N_STARTUP_TRIALS
+    )
+
+
+def gp(settings: SamplerSettings) -> optuna.samplers.BaseSampler:
+    """Optuna's Gaussian process with expected improvement."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return optuna.samplers.GPSampler(
+            seed=settings.seed, n_startup_trials=settings.n_startup_trials or N_STARTUP_TRIALS
         )
-    finally:
-        optuna.logging.set_verbosity(verbosity)
