@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "lm-eval", "numpy")
-METRICS = ("accuracy", "clp")
+METRICS = ("accuracy", "choice_logprob")
 LIVE = 0  # kept tokens of a live teacher, as the run file writes it
 
 
@@ -184,12 +184,14 @@ def show(result: dict[str, Any]) -> None:
 
     for name, score in result["before"].items():
         print(f"{name}: " + ", ".join(f"{m} {score[m]['mean']:.4f}" for m in METRICS))
-    print("\n| fine-tune | accuracy | above none | clp | above none | s per fine-tune |")
+    print("\n| fine-tune | accuracy | above none | choice_logprob | above none | s per fine-tune |")
     print("| --- | --: | --: | --: | --: | --: |")
     for arm in result["arms"]:
         means = (f"{arm['mean'][m]['mean']:.4f} | {cell(arm['above_none'][m])}" for m in METRICS)
         print(f"| {arm['name']} | {' | '.join(means)} | {arm['seconds']:.2f} |")
-    print("\n| kept tokens, above a live teacher | accuracy | clp |\n| --- | --: | --: |")
+    print(
+        "\n| kept tokens, above a live teacher | accuracy | choice_logprob |\n| --- | --: | --: |"
+    )
     for name, row in result["top_k_above_live"].items():
         print(f"| {name} | {' | '.join(cell(row[m]) for m in METRICS)} |")
 

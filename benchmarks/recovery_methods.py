@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "lm-eval", "numpy")
-METRICS = ("accuracy", "clp")
+METRICS = ("accuracy", "choice_logprob")
 LORA = "lora"
 METHODS = (
     *(LORA, "adalora", "eva", "lora-fa", "dora", "rslora", "pissa", "pattern:4-6-10-12"),
@@ -177,21 +177,21 @@ def show(title: str, result: dict[str, Any]) -> None:
     before = result["before"]
     print(
         f"{title}, {result['seeds']} seeds, {result['steps']} steps; before: accuracy "
-        f"{before['accuracy']['mean']:.1%}, clp {before['clp']['mean']:.3f}\n"
+        f"{before['accuracy']['mean']:.1%}, choice_logprob {before['choice_logprob']['mean']:.3f}\n"
     )
     print(
-        "| method | accuracy % | above lora, points | clp | above lora | trained parameters | "
-        "sum of ranks | CPU time | logits after loading |\n"
+        "| method | accuracy % | above lora, points | choice_logprob | above lora | "
+        "trained parameters | sum of ranks | CPU time | logits after loading |\n"
         "| --- | --: | --: | --: | --: | --: | --: | --: | --: |"
     )
     for name, row in result["methods"].items():
-        accuracy, clp = (row["mean"][m]["mean"] for m in METRICS)
+        accuracy, choice_logprob = (row["mean"][m]["mean"] for m in METRICS)
         points, nats = "", ""
         if name != LORA:
             points = cell(row["above_lora"]["accuracy"], 100, "+.1f")
-            nats = cell(row["above_lora"]["clp"], 1, "+.3f")
+            nats = cell(row["above_lora"]["choice_logprob"], 1, "+.3f")
         print(
-            f"| {name} | {100 * accuracy:.1f} | {points} | {clp:.3f} | {nats} | "
+            f"| {name} | {100 * accuracy:.1f} | {points} | {choice_logprob:.3f} | {nats} | "
             f"{statistics.median(row['parameters']):,.0f} | "
             f"{statistics.median(row['rank_sum']):,.0f} | {row['cpu_ratio']:.2f} | "
             f"{row['reload_difference']:.1e} of {row['adapter_effect']:.2g} |"

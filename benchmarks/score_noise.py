@@ -15,10 +15,10 @@ report documents. The texts have one line per document, its prompt with the righ
 None of them is in the recovery corpus. Printed and written to ``results/score_noise-DATE.json``:
 the reliability of each score (`rankadaptor_plugin.verdict.reliability`), and how well it ranks
 allocations from one seed: Spearman's correlation with the mean report score of the other seeds, the
-mean over the choices of this one seed. Their intervals, and those of the differences from `clp`,
-are percentiles of a bootstrap over the allocations, the same resamples for every score. Another
-``--seed`` repeats all of it with other allocations, fine-tunes and documents; it becomes part of
-the name.
+mean over the choices of this one seed. Their intervals, and those of the differences from
+`choice_logprob`, are percentiles of a bootstrap over the allocations, the same resamples for every
+score. Another ``--seed`` repeats all of it with other allocations, fine-tunes and documents; it
+becomes part of the name.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "lm-eval", "numpy", "scipy")
 PER_TASK = 100  # lines of the text "other", where the world has so many
-PREFERRED, SCALED = "clp", "clp, spread"
-TARGETS = {"accuracy": "report accuracy", "clp": "report clp"}
+PREFERRED, SCALED = "choice_logprob", "choice_logprob, spread"
+TARGETS = {"accuracy": "report accuracy", "choice_logprob": "report choice_logprob"}
 
 
 def held_out_texts(prepared: Prepared) -> dict[str, list[str]]:
@@ -237,7 +237,9 @@ def show(result: Mapping[str, Any]) -> None:
         low, high = found[interval]
         return f"{found[name]:.2f} ({low:.2f} to {high:.2f})"
 
-    print("| score | ICC | above clp | independent seeds | between sd | seed sd | ratio |")
+    print(
+        "| score | ICC | above choice_logprob | independent seeds | between sd | seed sd | ratio |"
+    )
     print("| --- | --: | --: | --: | --: | --: | --: |")
     for name, found in result["reliability"].items():
         ratio = found["seed_sd"] / found["between_sd"] if found["between_sd"] else float("inf")
@@ -247,7 +249,10 @@ def show(result: Mapping[str, Any]) -> None:
             f"| {found['icc_independent']:.2f} | {found['between_sd']:.4f} "
             f"| {found['seed_sd']:.4f} | {ratio:.2f} |"
         )
-    print("\n| score | report accuracy | above clp | report clp | above clp |")
+    print(
+        "\n| score | report accuracy | above the default "
+        "| report choice_logprob | above the default |"
+    )
     print("| --- | --: | --: | --: | --: |")
     for name in result["reliability"]:
         cells = []

@@ -155,20 +155,20 @@ class Peers:
         return seconds
 
     def _differences(self, trial: Trial, theirs: dict[str, Any]) -> dict[str, Any]:
-        accuracy, clp = [], []
+        accuracy, choice_logprob = [], []
         for name, score in trial.score.tasks.items() if trial.score else ():
             accuracy.append(
                 score.values["accuracy"] - theirs["metrics"][name][score.accuracy_metric]
             )
             answers = zip(self._requests[name].questions, theirs["answers"][name], strict=True)
             values = [
-                choice_scores(np.array(a[: len(q.sizes)]), q.gold, q.sizes)["clp"]
+                choice_scores(np.array(a[: len(q.sizes)]), q.gold, q.sizes)["choice_logprob"]
                 for q, a in answers
             ]
-            clp.append(score.values["clp"] - float(np.mean(values)))
+            choice_logprob.append(score.values["choice_logprob"] - float(np.mean(values)))
         return {
             "accuracy_difference": float(np.abs(accuracy).max()),
-            "clp_difference": float(np.abs(clp).max()),
+            "clp_difference": float(np.abs(choice_logprob).max()),
         }
 
 

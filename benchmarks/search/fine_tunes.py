@@ -11,8 +11,8 @@ report documents at its end. Also: one adapter per seed is trained at the greate
 and cut to each allocation, and scored on the search documents (``proxy``).
 
 The table goes to ``results/search/fine_tunes-NAME.parquet``: one row per allocation and seed, with
-the mean of every metric, and ``clp`` and ``accuracy`` per task. A run that was broken off goes on
-with the same command.
+the mean of every metric, and ``choice_logprob`` and ``accuracy`` per task. The same command resumes
+an interrupted run.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def columns(score: Score, prefix: str, weights: dict[str, float]) -> dict[str, f
     """Returns means over the tasks, and two metrics per task."""
     found = {f"{prefix}_{metric}": score.mean(metric, weights) for metric in METRICS}
     for task, of_task in score.tasks.items():
-        for metric in ("clp", "accuracy"):
+        for metric in ("choice_logprob", "accuracy"):
             found[f"{prefix}_{metric}_{task}"] = of_task.values[metric]
     return found
 

@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "search"
 EVALUATIONS = 80
-METRIC = "clp"
+METRIC = "choice_logprob"
 SPACE = RankSpace(
     candidates=simulators.RANKS,
     searchable=(True,) * simulators.LAYERS,

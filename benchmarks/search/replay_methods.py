@@ -130,7 +130,7 @@ class Replay:
     Args:
         kind: The allocations.
         method: How to search.
-        metric: The score seen, such as ``clp``.
+        metric: The score seen, such as ``choice_logprob``.
         seed: Whose scores are seen, a column of the table.
         repetition: Makes the random choices; methods share them.
         priors: What is known beforehand.

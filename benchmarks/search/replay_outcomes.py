@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     Result = dict[int, Reached]
     Found = dict[tuple[str, str, str], list[Result]]
 
-MAIN = "clp"
+MAIN = "choice_logprob"
 """The score with which all methods are replayed."""
 
-OTHERS = ("gold_ll", "margin")
+OTHERS = ("gold_logprob", "margin")
 """Scores with which some methods are replayed, too."""
 
 BY_OTHERS = ("random", "random, linear's choice", "linear", "auto")

@@ -313,8 +313,9 @@ class OracleConfig:
     )
     objective: str = _f(
         "",
-        "metric that the search maximizes: clp, margin, gold_ll or accuracy (paper); "
-        "empty: clp, or what the oracle has",
+        "metric that the search maximizes: choice_logprob (log-probability of the right choice "
+        "among the choices), margin, gold_logprob or accuracy (paper); empty: choice_logprob, or "
+        "the first that the oracle has",
     )
     target: str = _f("", "search for this one task; empty for the weighted mean of all")
     weights: dict[str, float] = field(

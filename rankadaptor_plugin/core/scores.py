@@ -1,14 +1,14 @@
 """What an oracle says of a model: values per task and metric, and per document where needed.
 
 Metrics, all "higher is better"; ``ll[c]`` is the log-likelihood of choice c in nats. Several right
-choices count together in `clp`, and by the likeliest of them in the other two:
-    accuracy: Share of documents answered rightly, in [0, 1]; `acc` or `acc_norm` of lm-eval,
+choices count together in `choice_logprob`, and by the likeliest of them in the other two:
+    accuracy: Share of documents answered correctly, in [0, 1]; `acc` or `acc_norm` of lm-eval,
         fixed per task.
-    clp: Mean log-probability of the right choice among the choices, in nats, at most 0:
+    choice_logprob: Mean log-probability of the right choice among the choices, in nats, at most 0:
         ``ll[gold] - logsumexp(ll)``.
     margin: Mean of ``ll[gold] - max(ll[wrong])``, in nats.
-    gold_ll: Mean of ``ll[gold] / bytes(gold)``: log-likelihood of the right choice per byte of its
-        text in UTF-8, in nats per byte, at most 0.
+    gold_logprob: Mean of ``ll[gold] / bytes(gold)``: log-likelihood of the right choice per byte of
+        its text in UTF-8, in nats per byte, at most 0.
     log_likelihood: Mean log-likelihood of a token of running text, in nats per token, at most 0;
         perplexity is ``exp(-log_likelihood)``.
 """
@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rankadaptor_plugin.core.errors import OracleError
+from rankadaptor_plugin.core.registry import suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-METRICS = ("accuracy", "clp", "margin", "gold_ll")
+METRICS = ("accuracy", "choice_logprob", "margin", "gold_logprob")
 """Metrics of multiple-choice tasks."""
 
 LOG_LIKELIHOOD = "log_likelihood"
@@ -143,11 +144,37 @@ class Score:
 
 METRIC_UNITS = {
     "accuracy": "%",
-    "clp": "nats",
+    "choice_logprob": "nats",
     "margin": "nats",
-    "gold_ll": "nats per byte",
+    "gold_logprob": "nats per byte",
     "log_likelihood": "nats per token",
 }
+
+
+METRIC_MEANINGS = {
+    "accuracy": "share of documents answered correctly",
+    "choice_logprob": "log-probability of the right choice among the choices",
+    "margin": "log-likelihood of the right choice minus that of the best wrong one",
+    "gold_logprob": "log-likelihood of the right choice per byte",
+    "log_likelihood": "log-likelihood of a token of running text; perplexity is its exp(-x)",
+}
+
+_FORMER_METRICS = {"clp": "choice_logprob", "gold_ll": "gold_logprob"}
+
+
+def metric_meanings(names: Iterable[str]) -> str:
+    """Explains metrics in plain words, for below a table; names of plugins' metrics are left out.
+
+    Returns:
+        One sentence per metric, such as ``accuracy: share of documents answered correctly.``
+    """
+    return " ".join(f"{n}: {METRIC_MEANINGS[n]}." for n in names if n in METRIC_MEANINGS)
+
+
+def metric_suggestion(name: str, metrics: Sequence[str]) -> str:
+    """Returns `` Did you mean 'x'?`` for a former name or the nearest metric, or nothing."""
+    former = _FORMER_METRICS.get(name, "")
+    return suggestion(former if former in metrics else name, list(metrics))
 
 
 def unit_of_difference(metric: str) -> str:

@@ -1,8 +1,8 @@
 """P of the paper: lm-eval measures a model on documents kept apart for search and for report.
 
-Tasks are built and tokenised once. From the same multiple-choice requests come the accuracy that
-lm-eval reports and three scores that do not jump where an answer flips: `clp`, `margin` and
-`gold_ll` (`rankadaptor_plugin.core.scores`).
+Tasks are built and tokenized once. From the same multiple-choice requests come the accuracy that
+lm-eval reports and three scores that do not jump where an answer flips: `choice_logprob`, `margin`
+and `gold_logprob` (`rankadaptor_plugin.core.scores`).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.core.registry import suggestion
+from rankadaptor_plugin.core.scores import metric_suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.core.scores import Score
     from rankadaptor_plugin.oracle.contract import Oracle
 
-PREFERRED = "clp"
+PREFERRED = "choice_logprob"
 """Objective of an oracle that has it and whose run file names none."""
 
 
@@ -65,7 +66,7 @@ def objective_metric(config: OracleConfig, oracle: Oracle) -> str:
     if not config.objective:
         return PREFERRED if PREFERRED in metrics else metrics[0]
     if config.objective not in metrics:
-        hint = suggestion(config.objective, list(metrics))
+        hint = metric_suggestion(config.objective, metrics)
         raise ConfigError(
             f"oracle.objective is {config.objective!r}.{hint} Allowed for the oracle "
             f"{config.search_name or config.name}: {', '.join(metrics)}."

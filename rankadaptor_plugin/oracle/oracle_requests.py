@@ -16,7 +16,7 @@ import numpy as np
 from lm_eval.models.huggingface import HFLM
 
 from rankadaptor_plugin.core.errors import OracleError
-from rankadaptor_plugin.core.scores import Score, TaskScore
+from rankadaptor_plugin.core.scores import METRICS, Score, TaskScore
 from rankadaptor_plugin.oracle.loglikelihood import Plan, loglikelihoods, plan
 from rankadaptor_plugin.oracle.tasks import gold_choices, quiet
 
@@ -102,7 +102,7 @@ class TaskRequests:
             request.resps = [(float(likelihood), bool(is_greedy))]
             request.filtered_resps = {}
         self._task.apply_filters()
-        values: dict[str, list[float]] = {"accuracy": [], "clp": [], "margin": [], "gold_ll": []}
+        values: dict[str, list[float]] = {metric: [] for metric in METRICS}
         for question in self.questions:
             # A task with several filters has several answers; the first counts.
             answers = [next(iter(r.filtered_resps.values())) for r in question.requests]
@@ -210,7 +210,7 @@ def encoded(lm: Any, context: str, continuation: str) -> tuple[list[int], list[i
 def choice_scores(
     likelihoods: NDArray[np.float64], gold: tuple[int, ...], sizes: NDArray[np.float64]
 ) -> dict[str, float]:
-    """Returns `clp`, `margin` and `gold_ll` of one document.
+    """Returns `choice_logprob`, `margin` and `gold_logprob` of one document.
 
     Args:
         likelihoods: Log-likelihood of each choice, shape (choices,), in nats.
@@ -220,11 +220,11 @@ def choice_scores(
     right = likelihoods[list(gold)]
     wrong = np.delete(likelihoods, list(gold))
     with np.errstate(invalid="ignore"):  # a broken model's NaN is for the oracle to report
-        clp = np.logaddexp.reduce(right) - np.logaddexp.reduce(likelihoods)
+        choice_logprob = np.logaddexp.reduce(right) - np.logaddexp.reduce(likelihoods)
     return {
-        "clp": float(clp),
+        "choice_logprob": float(choice_logprob),
         "margin": float(right.max() - wrong.max()) if len(wrong) else 0.0,
-        "gold_ll": float((right / sizes[list(gold)]).max()),
+        "gold_logprob": float((right / sizes[list(gold)]).max()),
     }
 
 

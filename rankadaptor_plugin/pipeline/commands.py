@@ -164,7 +164,7 @@ def init(run_file: Path, model: str | None, force: bool) -> None:
 @click.option(
     "--metric",
     metavar="NAME",
-    help="What to compare, such as clp; what the first run's verdict is about if left out.",
+    help="Metric, such as choice_logprob; that of the first run's verdict if left out.",
 )
 @click.option("--task", metavar="NAME", help="One task, instead of the weighted mean.")
 @click.option(

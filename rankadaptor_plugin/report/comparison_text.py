@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from rankadaptor_plugin.core.scores import unit_of_difference
+from rankadaptor_plugin.core.scores import metric_meanings, unit_of_difference
 from rankadaptor_plugin.report.console import printed
 from rankadaptor_plugin.report.numbers import number
 
@@ -25,7 +25,8 @@ def text(found: RunComparison, width: int) -> str:
     """
     tasks = ", ".join(found.weights)
     place = f"task {tasks}" if len(found.weights) == 1 else f"weighted mean of {tasks}"
-    sentences = (*_seeds_and_documents(found), _how(found), *found.notes)
+    meaning = metric_meanings([found.metric])
+    sentences = (*filter(None, [meaning]), *_seeds_and_documents(found), _how(found), *found.notes)
     title = f"Difference A - B in {found.metric}, {place}:"
     return printed([title, "", _pairs(found), "", _models(found), "", *sentences], width)
 

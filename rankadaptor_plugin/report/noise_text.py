@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rankadaptor_plugin.core.scores import metric_meanings
 from rankadaptor_plugin.report import report_noise_tables as tables
 from rankadaptor_plugin.report.console import printed, rich_table
 
@@ -22,4 +23,5 @@ def noise_text(noise: dict[str, Any], width: int) -> str:
     for table in (tables.scores(noise), tables.needed(noise)):
         if table.rows:
             parts += [table.caption, rich_table(table), ""]
-    return printed([*parts, tables.forecast(noise)], width)
+    parts += [metric_meanings(noise["scores"]), "", tables.forecast(noise)]
+    return printed(parts, width)

@@ -1,8 +1,8 @@
 """What a report says: the schema of report.json.
 
-Plain values only. Accuracy and shares are fractions in [0, 1], clp and margin in nats, times in
-seconds, memory in bytes, layers counted from 0 = bottom. None stands for "not known", such as the
-half width of an interval from a single document.
+Plain values only. Accuracy and shares are fractions in [0, 1], choice_logprob and margin in nats,
+times in seconds, memory in bytes, layers counted from 0 = bottom. None stands
+for "not known", such as the half width of an interval from a single document.
 """
 
 from __future__ import annotations

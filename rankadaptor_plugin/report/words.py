@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from rankadaptor_plugin.core.scores import METRIC_UNITS
+from rankadaptor_plugin.core.scores import METRIC_MEANINGS, METRIC_UNITS, metric_meanings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -41,11 +41,8 @@ READING = (
     ),
     (
         "Metrics",
-        "accuracy: share of documents answered rightly. clp: log-probability of the right choice "
-        "among the choices. margin: log-likelihood of the right choice minus that of the best "
-        "wrong one. gold_ll: log-likelihood of the right choice per byte. log_likelihood: of a "
-        "token of running text; perplexity is exp(-log_likelihood). Higher is better for all. The "
-        "noise floor says how noisy each of them is.",
+        f"{metric_meanings(METRIC_MEANINGS)} Higher is better for all. The noise floor says how "
+        "noisy each of them is.",
     ),
     (
         "Ranks",
@@ -72,7 +69,7 @@ def search_line(data: ReportData) -> str:
 
 
 def objective_label(data: ReportData) -> str:
-    """Names what the search maximized, such as ``clp, mean of the tasks (nats)``."""
+    """Names what the search maximized, such as ``choice_logprob, mean of the tasks (nats)``."""
     metric, target = data["objective"]["metric"], data["objective"]["target"]
     place = "mean of the tasks" if target in ("", "mean") else f"task {target}"
     scaled = ", in units of each task's spread" if data["objective"].get("normalized") else ""

@@ -67,8 +67,8 @@ def planted_outcome(ranks: Sequence[int]) -> Outcome:
     noise = float(np.random.default_rng(list(ranks)).normal(scale=0.05))
     scores = {
         name: TaskScore(
-            values={"accuracy": v / 4, "clp": v, "margin": 2 * v, "gold_ll": v / 8},
-            stderr={"accuracy": 0.1, "clp": 0.1, "margin": 0.1},
+            values={"accuracy": v / 4, "choice_logprob": v, "margin": 2 * v, "gold_logprob": v / 8},
+            stderr={"accuracy": 0.1, "choice_logprob": 0.1, "margin": 0.1},
             documents=10,
         )
         for name, v in (("exact", value), ("noisy", value + noise))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rankadaptor_plugin.core.document_results import read_documents
 from rankadaptor_plugin.core.errors import ConfigError, OracleError
 from rankadaptor_plugin.core.registry import suggestion
+from rankadaptor_plugin.core.scores import metric_suggestion
 from rankadaptor_plugin.verdict.bootstrap import compare_pairs
 from rankadaptor_plugin.verdict.choice import choose
 from rankadaptor_plugin.verdict.run_notes import (
@@ -158,7 +159,7 @@ def _tasks(choice: Choice, result: Results, metric: str) -> list[str]:
     if metric not in present:
         raise ConfigError(
             f"{choice.label} has no results for the metric {metric!r}."
-            f"{suggestion(metric, list(present))} It has: {', '.join(present) or 'none'}."
+            f"{metric_suggestion(metric, list(present))} It has: {', '.join(present) or 'none'}."
         )
     return [
         task

@@ -28,9 +28,9 @@ def task(per_document: dict[str, list[float]], keys: list[str] | None = None) ->
 
 SCORE = Score(
     tasks={
-        "tiny_piqa": task({"accuracy": [1.0, 0.0], "clp": [-0.1, -2.5]}, ["b", "a"]),
+        "tiny_piqa": task({"accuracy": [1.0, 0.0], "choice_logprob": [-0.1, -2.5]}, ["b", "a"]),
         "text": task({"log_likelihood": [-3.0, -2.0, -1.0]}),
-        "arc": task({"accuracy": [0.0], "clp": [-7.0]}, ["b"]),
+        "arc": task({"accuracy": [0.0], "choice_logprob": [-7.0]}, ["b"]),
     }
 )
 
@@ -88,9 +88,9 @@ def test_a_task_has_only_its_own_metrics(tmp_path):
     write_documents(tmp_path / "s.parquet", SCORE)
     read = read_documents(tmp_path / "s.parquet")
     assert {name: list(found.values) for name, found in read.items()} == {
-        "tiny_piqa": ["accuracy", "clp"],
+        "tiny_piqa": ["accuracy", "choice_logprob"],
         "text": ["log_likelihood"],
-        "arc": ["accuracy", "clp"],
+        "arc": ["accuracy", "choice_logprob"],
     }
     assert all(v.dtype == np.float64 for found in read.values() for v in found.values.values())
 
@@ -103,7 +103,13 @@ def test_documents_without_names_are_named_by_their_position(tmp_path):
 def test_the_file_is_a_plain_table_for_other_tools(tmp_path):
     write_documents(tmp_path / "s.parquet", SCORE)
     table = pq.read_table(tmp_path / "s.parquet")
-    assert table.column_names == ["task", "document", "accuracy", "clp", "log_likelihood"]
+    assert table.column_names == [
+        "task",
+        "document",
+        "accuracy",
+        "choice_logprob",
+        "log_likelihood",
+    ]
     assert table["task"].to_pylist() == ["tiny_piqa"] * 2 + ["text"] * 3 + ["arc"]
     assert table["accuracy"].to_pylist() == [1.0, 0.0, None, None, None, 0.0]
     about = pq.ParquetFile(tmp_path / "s.parquet").metadata.row_group(0).column(2)
@@ -121,7 +127,7 @@ def test_an_accuracy_takes_less_than_a_byte(tmp_path):
 def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path):
     path = tmp_path / "evaluations" / "s.parquet"
     write_documents(path, SCORE)
-    write_documents(path, Score(tasks={"t": task({"clp": [-1.0]})}))
+    write_documents(path, Score(tasks={"t": task({"choice_logprob": [-1.0]})}))
     assert list(read_documents(path)) == ["t"]
     assert os.listdir(path.parent) == ["s.parquet"]
 
@@ -137,8 +143,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     "broken",
     [
         TaskScore(values={}, stderr={}, documents=2),
-        TaskScore(values={}, stderr={}, documents=2, per_document={"clp": [-1.0]}),
-        TaskScore(values={}, stderr={}, documents=1, per_document={"clp": [-1.0]}, keys=["a", "b"]),
+        TaskScore(values={}, stderr={}, documents=2, per_document={"choice_logprob": [-1.0]}),
+        TaskScore(
+            values={},
+            stderr={},
+            documents=1,
+            per_document={"choice_logprob": [-1.0]},
+            keys=["a", "b"],
+        ),
     ],
 )
 def test_a_score_without_a_value_for_each_document_is_refused(broken, tmp_path):
@@ -177,11 +189,11 @@ def test_a_flipped_bit_in_the_values_is_found(tmp_path):
 @pytest.mark.parametrize(
     "table",
     [
-        {"task": ["t"], "clp": [-1.0]},
-        {"document": ["0"], "clp": [-1.0]},
-        {"task": ["t"], "document": ["0"], "clp": ["bad"]},
-        {"task": ["t", "t"], "document": ["0", "1"], "clp": [-1.0, None]},
-        {"task": ["t", "t"], "document": ["0", None], "clp": [-1.0, -2.0]},
+        {"task": ["t"], "choice_logprob": [-1.0]},
+        {"document": ["0"], "choice_logprob": [-1.0]},
+        {"task": ["t"], "document": ["0"], "choice_logprob": ["bad"]},
+        {"task": ["t", "t"], "document": ["0", "1"], "choice_logprob": [-1.0, None]},
+        {"task": ["t", "t"], "document": ["0", None], "choice_logprob": [-1.0, -2.0]},
     ],
 )
 def test_another_table_is_refused(table, tmp_path):

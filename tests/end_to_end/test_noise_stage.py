@@ -121,7 +121,15 @@ def test_the_command_tells_what_the_fine_tunes_say(measured):
     text = measured.result.stdout
     noise = json.loads((measured.folder / "noise.json").read_text("utf-8"))
     assert text.startswith(noise["sentence"][:40])
-    for word in ("ICC", "objective", "accuracy", "clp", "gain", "fine-tunes", "are left"):
+    for word in (
+        "ICC",
+        "objective",
+        "accuracy",
+        "choice_logprob",
+        "gain",
+        "fine-tunes",
+        "are left",
+    ):
         assert word in " ".join(text.split())
     assert noise["fine_tunes_left"] == (4 - 3) + CONFIRMED
     assert measured.counter.fine_tunes == FINE_TUNES

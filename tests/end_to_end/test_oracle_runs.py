@@ -101,7 +101,7 @@ def test_a_search_by_perplexity_is_judged_by_accuracy(two_oracles):
         values = trial["score"]["text"]["values"]
         assert trial["objective"] == values["log_likelihood"] < 0
     assert report["tasks"] == TASKS
-    assert report["metrics"] == ["accuracy", "clp", "margin", "gold_ll"]
+    assert report["metrics"] == ["accuracy", "choice_logprob", "margin", "gold_logprob"]
     assert report["verdict"]["comparisons"].keys() == set(report["metrics"])
     assert "points" in report["verdict"]["sentence"]
     assert report["documents"] == {"search": {"text": 12}, "report": dict.fromkeys(TASKS, 20)}
@@ -185,7 +185,7 @@ def test_a_spread_gives_tasks_of_unlike_scale_the_same_say(run):
 
 
 def test_another_objective_is_searched_for(run):
-    metric = "gold_ll"
+    metric = "gold_logprob"
     report = run(oracle={"tasks": ["tiny_piqa"], "objective": metric}).report
     assert report["objective"]["metric"] == metric
     for trial in report["trials"]:
@@ -266,7 +266,7 @@ def test_search_tasks_that_are_report_tasks_are_cut(run, tmp_path):
         "report": {"rankadaptor_arc_easy": 10, "rankadaptor_boolq": 16 - 10},
     }
     for trial in report["trials"]:
-        arc, boolq = (trial["score"][task]["values"]["clp"] for task in COMMONSENSE)
+        arc, boolq = (trial["score"][task]["values"]["choice_logprob"] for task in COMMONSENSE)
         assert trial["objective"] == pytest.approx((2 * arc + boolq) / 3)
 
 
@@ -316,13 +316,13 @@ GENERATES = {"output_type": "generate_until", "doc_to_choice": None, "metric_lis
 BAD = {
     "objective of no oracle": (
         lambda folder, text: {"oracle": {"objective": "margn"}},
-        *(2, "'margn'", "Did you mean 'margin'?", "clp"),
+        *(2, "'margn'", "Did you mean 'margin'?", "choice_logprob"),
     ),
     "objective of the other oracle": (
         lambda folder, text: {
-            "oracle": {"search_name": "perplexity", "text": text, "objective": "clp"}
+            "oracle": {"search_name": "perplexity", "text": text, "objective": "choice_logprob"}
         },
-        *(2, "'clp'", "for the oracle perplexity: log_likelihood"),
+        *(2, "'choice_logprob'", "for the oracle perplexity: log_likelihood"),
     ),
     "unknown oracle of the search": (
         lambda folder, text: {"oracle": {"search_name": "perplexty"}},

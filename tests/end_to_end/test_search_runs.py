@@ -57,10 +57,12 @@ class Fluency:
         model.eval()
         values = self.value(model, DOCUMENTS[documents])
         model.train(was_training)
-        return Score(tasks={"toy": TaskScore.of({"clp": values}, keys=self._keys(documents))})
+        return Score(
+            tasks={"toy": TaskScore.of({"choice_logprob": values}, keys=self._keys(documents))}
+        )
 
     def metrics(self, documents):
-        return ("clp",)
+        return ("choice_logprob",)
 
     def weights(self, documents):
         return {"toy": 1.0}

@@ -160,19 +160,19 @@ def test_the_accuracy_of_every_document_is_equal(ours, stock, oracles):
                 assert score.tasks[task].per_document["accuracy"] == [logged[i] for i in ids[task]]
 
 
-def test_clp_and_margin_follow_from_the_logged_log_likelihoods(ours, stock, oracles):
+def test_choice_logprob_and_margin_follow_from_the_logged_log_likelihoods(ours, stock, oracles):
     ids = oracles[0].describe()["documents"]["report"]
     for task in TASKS:
         logged = {sample["doc_id"]: sample for sample in stock[0]["samples"][task]}
-        clp, margin = [], []
+        choice_logprob, margin = [], []
         for number in ids[task]:
             likelihoods = np.array([r[0][0] for r in logged[number]["resps"]])
             gold = int(logged[number]["target"])
-            clp.append(likelihoods[gold] - np.logaddexp.reduce(likelihoods))
+            choice_logprob.append(likelihoods[gold] - np.logaddexp.reduce(likelihoods))
             margin.append(likelihoods[gold] - np.delete(likelihoods, gold).max())
         for score in ours:
             per_document = score.tasks[task].per_document
-            np.testing.assert_allclose(per_document["clp"], clp, atol=2e-4)
+            np.testing.assert_allclose(per_document["choice_logprob"], choice_logprob, atol=2e-4)
             np.testing.assert_allclose(per_document["margin"], margin, atol=2e-4)
 
 

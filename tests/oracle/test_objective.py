@@ -17,7 +17,9 @@ numbers = st.floats(-100, 100)
 
 
 def score(**values):
-    return Score(tasks={name: TaskScore.of({"clp": list(v)}) for name, v in values.items()})
+    return Score(
+        tasks={name: TaskScore.of({"choice_logprob": list(v)}) for name, v in values.items()}
+    )
 
 
 def oracle(*metrics, tasks=("a", "b")):
@@ -29,46 +31,49 @@ def oracle(*metrics, tasks=("a", "b")):
 @given(numbers, numbers, st.floats(0.1, 5))
 def test_the_mean_follows_the_weights(first, second, weight):
     weights = {"a": 1.0, "b": weight}
-    found = Objective(metric="clp", weights=weights)(score(a=[first], b=[second]))
+    found = Objective(metric="choice_logprob", weights=weights)(score(a=[first], b=[second]))
     assert found == pytest.approx((first + weight * second) / (1 + weight))
-    assert found == pytest.approx(score(a=[first], b=[second]).mean("clp", weights))
+    assert found == pytest.approx(score(a=[first], b=[second]).mean("choice_logprob", weights))
 
 
 def test_a_target_counts_alone():
-    objective = Objective(metric="clp", target="b", weights={"a": 1.0, "b": 0.0})
+    objective = Objective(metric="choice_logprob", target="b", weights={"a": 1.0, "b": 0.0})
     assert objective(score(a=[1.0], b=[2.0])) == 2.0
 
 
 def test_scales_bring_tasks_to_one_spread():
     before = score(a=[0.0, 2.0], b=[0.0, 20.0], c=[1.0, 1.0])
-    scales = spreads(before, "clp")
+    scales = spreads(before, "choice_logprob")
     assert scales["b"] == pytest.approx(10 * scales["a"])
     assert scales["c"] == 1.0  # nothing to scale by
-    objective = Objective(metric="clp", weights={"a": 1.0, "b": 1.0}, scales=scales)
+    objective = Objective(metric="choice_logprob", weights={"a": 1.0, "b": 1.0}, scales=scales)
     gained = [score(a=[1.0, 3.0], b=[0.0, 20.0]), score(a=[0.0, 2.0], b=[10.0, 30.0])]
     assert objective(gained[0]) == pytest.approx(objective(gained[1]))
 
 
-def test_the_metric_is_clp_or_what_the_oracle_has():
+def test_the_metric_is_choice_logprob_or_what_the_oracle_has():
     config = OracleConfig(tasks=("a",))
-    assert objective_metric(config, oracle("accuracy", "clp")) == "clp"
+    assert objective_metric(config, oracle("accuracy", "choice_logprob")) == "choice_logprob"
     assert objective_metric(config, oracle("log_likelihood")) == "log_likelihood"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": "marign"}, "'marign'. Did you mean 'margin'.* Allowed .* clp, margin"),
+        (
+            {"objective": "marign"},
+            "'marign'. Did you mean 'margin'.* Allowed .* choice_logprob, margin",
+        ),
         ({"target": "c"}, "'c', which has no search documents.* a, b"),
     ],
 )
 def test_an_objective_that_the_oracle_lacks_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        objective_metric(OracleConfig(tasks=("a",), **changes), oracle("clp", "margin"))
+        objective_metric(OracleConfig(tasks=("a",), **changes), oracle("choice_logprob", "margin"))
 
 
 def test_a_score_needs_one_value_per_document_and_metric():
     with pytest.raises(OracleError, match="one per document"):
-        TaskScore.of({"clp": [1.0], "margin": [1.0, 2.0]})
+        TaskScore.of({"choice_logprob": [1.0], "margin": [1.0, 2.0]})
     with pytest.raises(OracleError, match="at least one document"):
-        TaskScore.of({"clp": []})
+        TaskScore.of({"choice_logprob": []})

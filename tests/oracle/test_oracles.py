@@ -114,7 +114,7 @@ def test_scores_are_as_computed_by_hand(tasks, oracle, make_llama, make_tokenize
     rows, model, tokenizer = documents(12), make_llama(), make_tokenizer()
     ours = oracle(tasks(rows=rows))
     task = ours.score(model, "search").tasks["toy"]
-    expected = {"accuracy": [], "clp": [], "margin": [], "gold_ll": []}
+    expected = {"accuracy": [], "choice_logprob": [], "margin": [], "gold_logprob": []}
     for row in (rows[i] for i in ours.describe()["documents"]["search"]["toy"]):
         head = tokenizer(row["question"])["input_ids"]
         logs = []
@@ -125,9 +125,9 @@ def test_scores_are_as_computed_by_hand(tasks, oracle, make_llama, make_tokenize
         gold = row["gold"]
         wrong = max(logs[:gold] + logs[gold + 1 :])
         expected["accuracy"].append(float(np.argmax(logs) == gold))
-        expected["clp"].append(logs[gold] - float(np.log(np.sum(np.exp(logs)))))
+        expected["choice_logprob"].append(logs[gold] - float(np.log(np.sum(np.exp(logs)))))
         expected["margin"].append(logs[gold] - wrong)
-        expected["gold_ll"].append(logs[gold] / len(row["choices"][gold].encode()))
+        expected["gold_logprob"].append(logs[gold] / len(row["choices"][gold].encode()))
     for metric, values in expected.items():
         assert task.per_document[metric] == pytest.approx(values, abs=1e-4)
         assert task.values[metric] == pytest.approx(np.mean(values), abs=1e-4)
@@ -137,10 +137,14 @@ def test_scores_are_as_computed_by_hand(tasks, oracle, make_llama, make_tokenize
 def test_several_right_choices_share_their_probability():
     logs, sizes = np.log([0.1, 0.2, 0.3]), np.array([1.0, 2.0, 4.0])
     assert choice_scores(logs, (0, 2), sizes) == pytest.approx(
-        {"clp": np.log(0.4 / 0.6), "margin": np.log(0.3 / 0.2), "gold_ll": np.log(0.3) / 4}
+        {
+            "choice_logprob": np.log(0.4 / 0.6),
+            "margin": np.log(0.3 / 0.2),
+            "gold_logprob": np.log(0.3) / 4,
+        }
     )
     every = choice_scores(logs, (0, 1, 2), sizes)
-    assert (every["clp"], every["margin"]) == pytest.approx((0.0, 0.0))
+    assert (every["choice_logprob"], every["margin"]) == pytest.approx((0.0, 0.0))
 
 
 def test_the_batch_size_changes_no_score(tasks, oracle, make_llama):
@@ -299,8 +303,10 @@ def test_keys_name_documents_by_what_they_ask(tasks, oracle, make_llama):
     other = oracle(tasks(rows=rows[::-1]), search_documents=2, report_documents=0)
     one, two = (o.score(model, "report").tasks["toy"] for o in (first, other))
     assert len(set(one.keys)) == 10
-    by_key = dict(zip(two.keys, two.per_document["clp"], strict=True))
-    assert [by_key[key] for key in one.keys] == pytest.approx(one.per_document["clp"], abs=1e-5)
+    by_key = dict(zip(two.keys, two.per_document["choice_logprob"], strict=True))
+    assert [by_key[key] for key in one.keys] == pytest.approx(
+        one.per_document["choice_logprob"], abs=1e-5
+    )
 
 
 def test_an_answer_that_is_no_choice_is_an_oracle_error(tasks, oracle):
@@ -414,7 +420,9 @@ def test_an_adapter_counts_only_while_it_is_on(tasks, oracle, make_llama):
         parameter.data.fill_(0.1)
     after = ours.score(model, "search")
     assert not model.training
-    assert after.tasks["toy"].values["clp"] != before.tasks["toy"].values["clp"]
+    assert (
+        after.tasks["toy"].values["choice_logprob"] != before.tasks["toy"].values["choice_logprob"]
+    )
     with model.disable_adapter():
         assert ours.score(model, "search") == before
     assert ours.score(model, "search") == after

@@ -60,7 +60,7 @@ SPACE = RankSpace(
 
 def score(value: float, seed: int) -> Score:
     values = value + 0.01 * np.random.default_rng(seed).normal(size=30)
-    return Score(tasks={"toy": TaskScore.of({"clp": values.tolist()})})
+    return Score(tasks={"toy": TaskScore.of({"choice_logprob": values.tolist()})})
 
 
 class Runs:
@@ -96,7 +96,7 @@ def race(tmp_path):
             seeds=SEEDS,
             least_seeds=2,
             confidence=0.95,
-            metric="clp",
+            metric="choice_logprob",
             weights=None,
             on_run=lambda *_: None,
         )

@@ -38,7 +38,7 @@ def report_data(
     delivered: str = "searched",
     predictions: bool = True,
     fail: tuple[int, ...] = (7, 19),
-    objective: str = "clp",
+    objective: str = "choice_logprob",
 ) -> dict:
     rng = np.random.default_rng(layers)
     uniform = [8] * layers
@@ -52,7 +52,7 @@ def report_data(
                     "mean": level + 0.05 * float(rng.normal()),
                     "half_width": 0.02 + 0.01 * float(rng.random()),
                 },
-                "clp": {"mean": float(level - 1.4), "half_width": 0.021},
+                "choice_logprob": {"mean": float(level - 1.4), "half_width": 0.021},
             }
             for task in (*tasks, "mean")
         }
@@ -85,11 +85,11 @@ def report_data(
             "baseline": baseline_label(uniform),
             "comparisons": {
                 "accuracy": found.to_json(),
-                "clp": comparison(0.0314, 0.0123).to_json(),
+                "choice_logprob": comparison(0.0314, 0.0123).to_json(),
             },
         },
         "tasks": list(tasks),
-        "metrics": ["accuracy", "clp", "margin"],
+        "metrics": ["accuracy", "choice_logprob", "margin"],
         "results": {},
         "noise": None,
         "generation": [],
@@ -240,7 +240,7 @@ def check(data: dict) -> tuple[str, str]:
     assert "role" in names
     assert html.count("<svg") == html.count('role="img" aria-label="')
     seen = " ".join("".join(reader.text).split()).replace(" ± ", " +- ")
-    for metric in ("accuracy", "clp"):
+    for metric in ("accuracy", "choice_logprob"):
         table = tables.scores(data, metric)
         if table is not None:
             for row in table.rows:

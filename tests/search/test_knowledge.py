@@ -55,7 +55,7 @@ FALSE = effects_of(lambda column, rank: (-1) ** (column + rank // 2) * 1.0, "fal
 
 
 def known(**table):
-    return read_knowledge(SPACE, FEATURES, SearchConfig(**table), "clp")
+    return read_knowledge(SPACE, FEATURES, SearchConfig(**table), "choice_logprob")
 
 
 def test_nothing_is_known_unless_asked_for():

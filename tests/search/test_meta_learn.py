@@ -34,7 +34,7 @@ def make_study(tmp_path):
         rng = np.random.default_rng(0)
         for position, row in enumerate(space.sample(trials, rng)):
             scores = {
-                task: TaskScore(values={"clp": rng.normal()}, stderr={}, documents=9)
+                task: TaskScore(values={"choice_logprob": rng.normal()}, stderr={}, documents=9)
                 for task in tasks
             }
             record = Trial(

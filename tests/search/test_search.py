@@ -86,7 +86,7 @@ def new_store():
 
 
 def objective(score):
-    return score.tasks["exact"].values["clp"]
+    return score.tasks["exact"].values["choice_logprob"]
 
 
 def run(space=SPACE, *, evaluate=None, store=None, name="paper", config=CONFIG, seed=0, **more):
@@ -209,7 +209,7 @@ def failing(positions, error=None):
             if error is not None:
                 raise error
             outcome = planted_outcome(allocation.ranks)
-            outcome.score.tasks["noisy"].values["clp"] = math.nan
+            outcome.score.tasks["noisy"].values["choice_logprob"] = math.nan
             return outcome
         return planted_outcome(allocation.ranks)
 

@@ -31,7 +31,7 @@ def trial(position, ranks=(4, 2, 8), **changes):
     score = Score(
         tasks={
             "boolq": TaskScore(
-                values={"accuracy": value, "clp": value - 1}, stderr={}, documents=10
+                values={"accuracy": value, "choice_logprob": value - 1}, stderr={}, documents=10
             ),
             "piqa": TaskScore(values={"accuracy": 0.5}, stderr={}, documents=10),
         }
@@ -86,7 +86,7 @@ def test_a_study_is_read_by_folder_file_or_url(run, form, caplog):
     assert found.features.names == FEATURES.names
     np.testing.assert_array_equal(found.features.values, FEATURES.values)
     assert found.rows.tolist() == [[4, 2, 8, 1], [4, 8, 2, 1], [4, 4, 4, 1]]
-    assert found.columns == ("objective", "boolq/accuracy", "boolq/clp")
+    assert found.columns == ("objective", "boolq/accuracy", "boolq/choice_logprob")
     assert found.tasks == ("boolq",)
     np.testing.assert_allclose(found.values[:, 0], [0.5, 0.51, 0.52])
     np.testing.assert_allclose(found.values[:, 2], [-0.5, -0.49, -0.48])

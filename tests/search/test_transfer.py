@@ -176,9 +176,9 @@ def test_tasks_count_the_same_whatever_their_units():
     one = study(space(4), np.ones(4), rng)
     values = np.column_stack([rng.normal(size=50), one.values, 100 * one.values, one.values**0])
     values[:, 3] = rng.normal(size=50)
-    columns = ("objective", "a/clp", "b/clp", "a/accuracy")
+    columns = ("objective", "a/choice_logprob", "b/choice_logprob", "a/accuracy")
     several = SourceStudy(**{**vars(one), "values": values, "columns": columns})
-    np.testing.assert_allclose(task_mean(several, "clp"), task_mean(one), atol=1e-9)
+    np.testing.assert_allclose(task_mean(several, "choice_logprob"), task_mean(one), atol=1e-9)
     np.testing.assert_allclose(task_mean(several, "margin")[0] > 0, values[0, 0] > 0)
     assert abs(np.corrcoef(task_mean(several), task_mean(one))[0, 1]) > 0.8
 

@@ -281,7 +281,10 @@ def scores(values: dict[str, np.ndarray]) -> list[Score]:
         Score(
             tasks={
                 t: TaskScore(
-                    values={}, stderr={}, documents=v.shape[1], per_document={"clp": v[s].tolist()}
+                    values={},
+                    stderr={},
+                    documents=v.shape[1],
+                    per_document={"choice_logprob": v[s].tolist()},
                 )
                 for t, v in values.items()
             }
@@ -301,7 +304,7 @@ def test_intervals_agree_with_the_t_test(by_seed, seeds, widest):
         theirs = {t: rng.normal(size=(seeds, 60)) for t in ("t", "u")}
         weights = {"t": 1.0, "u": 2.0}
         found = difference(model(ours), model(theirs), weights, resamples=2000)
-        expected = compare(scores(ours), scores(theirs), "clp", weights)
+        expected = compare(scores(ours), scores(theirs), "choice_logprob", weights)
         assert found.estimate == pytest.approx(expected.estimate)
         ratios.append((found.high - found.low) / 2 / expected.half_width)
     assert 0.9 < float(np.median(ratios)) < widest

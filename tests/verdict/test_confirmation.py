@@ -32,7 +32,7 @@ LEAST = 2
 
 def score(value: float, noise: float = 0.0, seed: int = 0) -> Score:
     values = value + noise * np.random.default_rng(seed).normal(size=40)
-    other = {"clp": values.tolist(), "accuracy": (values / 3).tolist()}
+    other = {"choice_logprob": values.tolist(), "accuracy": (values / 3).tolist()}
     return Score(tasks={"toy": TaskScore.of(other)})
 
 
@@ -81,7 +81,7 @@ def race(
         "seeds": SEEDS,
         "least_seeds": LEAST,
         "confidence": 0.95,
-        "metric": "clp",
+        "metric": "choice_logprob",
         "weights": None,
         "on_run": lambda *_: None,
     }
@@ -143,7 +143,7 @@ def test_if_all_are_out_uniform_lora_has_won(folder, store):
     assert [c.exit.reason for c in result.competitors] == [Reason.UNIFORM] * 2
     assert (result.searched, result.delivered) == (A, UNIFORM)
     assert result.chosen.comparison.is_loss
-    assert result.comparisons(["clp"])["clp"] == result.chosen.comparison
+    assert result.comparisons(["choice_logprob"])["choice_logprob"] == result.chosen.comparison
 
 
 def test_nobody_is_eliminated_before_the_least_seeds(folder, store):
@@ -220,7 +220,11 @@ def test_where_no_finalist_differs_uniform_lora_runs_with_the_least_seeds(folder
     result = race(folder, store, run, finalists=(UNIFORM,), on_run=lambda *args: told.append(args))
     assert run.calls == rounds((SEEDS[:LEAST], (UNIFORM,)))
     assert told == [(1, 2), (2, 2)]
-    assert (result.chosen, result.searched, result.comparisons(["clp"])) == (None, None, {})
+    assert (result.chosen, result.searched, result.comparisons(["choice_logprob"])) == (
+        None,
+        None,
+        {},
+    )
     assert result.delivered == result.baseline == UNIFORM
 
 
@@ -376,7 +380,7 @@ def test_the_plain_values_say_all_of_the_race(folder, store):
     assert {key: plain[key] for key in plain if key != "competitors"} == {
         "error_rate": 0.05,
         "confidence": 0.95,
-        "metric": "clp",
+        "metric": "choice_logprob",
         "seeds": list(SEEDS),
         "most_seeds": 4,
         "least_seeds": 2,
@@ -393,10 +397,10 @@ def test_the_plain_values_say_all_of_the_race(folder, store):
 
 def test_other_metrics_are_compared_with_the_confidence_of_the_verdict(folder, store):
     result = race(folder, store, ToyRuns(ONE_GAINS, noise=0.01))
-    found = result.comparisons(["clp", "accuracy"])
-    assert found["clp"] == result.chosen.comparison
-    assert found["accuracy"].confidence == found["clp"].confidence
-    assert found["accuracy"].estimate == pytest.approx(found["clp"].estimate / 3)
+    found = result.comparisons(["choice_logprob", "accuracy"])
+    assert found["choice_logprob"] == result.chosen.comparison
+    assert found["accuracy"].confidence == found["choice_logprob"].confidence
+    assert found["accuracy"].estimate == pytest.approx(found["choice_logprob"].estimate / 3)
 
 
 def test_searched_settings_stand_in_the_plain_values(folder, store):

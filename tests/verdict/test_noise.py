@@ -20,14 +20,17 @@ from rankadaptor_plugin.verdict.document_noise import document_sd, seed_scale
 from rankadaptor_plugin.verdict.noise import measure, noise_allocations, noise_seeds
 from rankadaptor_plugin.verdict.reliability import reliability
 
-METRICS = ("accuracy", "clp")
+METRICS = ("accuracy", "choice_logprob")
 
 
 def planted(allocation, seed, *, between=1.0, noise=0.1):
     """Four documents whose mean follows the rank of layer 5, and the seed."""
     rng = np.random.default_rng([seed, *allocation.ranks])
     value = between * allocation.ranks[5] / 8 + noise * rng.normal()
-    per_document = {"clp": [value - 1, value + 1, value, value], "accuracy": [0.0, 1.0, 1.0, 0.0]}
+    per_document = {
+        "choice_logprob": [value - 1, value + 1, value, value],
+        "accuracy": [0.0, 1.0, 1.0, 0.0],
+    }
     return ConfirmationRun(
         search=Score(tasks={"toy": TaskScore.of(per_document, keys=list("abcd"))}),
         report=None,
@@ -49,7 +52,7 @@ def config():
     )
 
 
-def measured(path, config, run=planted, decisive="clp", on_run=lambda done, total: None):
+def measured(path, config, run=planted, decisive="choice_logprob", on_run=lambda done, total: None):
     return measure(
         SPACE, run, RunFolder(path), config, METRICS, decisive, {"toy": 1.0}, {"toy": 40}, on_run
     )
@@ -59,7 +62,7 @@ def test_a_strong_effect_is_told_from_noise(tmp_path, config):
     found = measured(tmp_path, config)
     assert len(found.runs) == 5
     assert found.scores["objective"].icc > 0.8
-    assert found.scores["objective"].icc == pytest.approx(found.scores["clp"].icc)
+    assert found.scores["objective"].icc == pytest.approx(found.scores["choice_logprob"].icc)
     assert not found.floor.drowned
     assert found.seconds == 3.0
     assert found.left == (10 - 5) + 4 * (2 + 1)
@@ -106,7 +109,7 @@ def test_uniform_ranks_outside_the_space_are_measured_but_are_no_trial(tmp_path,
         RunFolder(tmp_path),
         config,
         METRICS,
-        "clp",
+        "choice_logprob",
         {"toy": 1.0},
         {"toy": 40},
         lambda *_: None,
@@ -149,10 +152,15 @@ def test_allocations_are_distinct_and_seeds_fresh(config):
 def test_the_documents_share_of_the_noise_shrinks_with_their_number(config):
     rng = np.random.default_rng(0)
     several = [
-        [Score(tasks={"toy": TaskScore.of({"clp": list(rng.normal(size=50))})}) for _ in range(2)]
+        [
+            Score(tasks={"toy": TaskScore.of({"choice_logprob": list(rng.normal(size=50))})})
+            for _ in range(2)
+        ]
         for _ in range(3)
     ]
-    few, many = (document_sd(several, "clp", {"toy": 1.0}, {"toy": n}) for n in (50, 200))
+    few, many = (
+        document_sd(several, "choice_logprob", {"toy": 1.0}, {"toy": n}) for n in (50, 200)
+    )
     assert few == pytest.approx(2 * many)
     assert few == pytest.approx((2 / 2 / 50) ** 0.5, rel=0.3)  # var of a difference of two means
 
@@ -161,7 +169,13 @@ def test_it_is_plain_data_and_reads_well(tmp_path, config):
     plain = json.loads(json.dumps(measured(tmp_path, config, decisive="accuracy").to_json()))
     text = noise_text(plain, 80)
     assert text.startswith("A search of 10 trials is expected to gain")
-    for line in ("objective", "accuracy", "clp", "10.00 points", "A fine-tune with its evaluation"):
+    for line in (
+        "objective",
+        "accuracy",
+        "choice_logprob",
+        "10.00 points",
+        "A fine-tune with its evaluation",
+    ):
         assert line in text
     assert plain["fine_tunes_left"] == 17
 
@@ -169,7 +183,7 @@ def test_it_is_plain_data_and_reads_well(tmp_path, config):
 def scored(values):
     """Scores of one task from values of shape (allocations, seeds, documents)."""
     return [
-        [Score(tasks={"toy": TaskScore.of({"clp": row.tolist()})}) for row in several]
+        [Score(tasks={"toy": TaskScore.of({"choice_logprob": row.tolist()})}) for row in several]
         for several in values
     ]
 
@@ -178,18 +192,18 @@ def test_what_a_seed_does_to_single_answers_shrinks_with_more_documents():
     rng = np.random.default_rng(0)
     single = rng.normal(size=(8, 5, 100))  # nothing but the chance of single answers
     sd = reliability(single.mean(2)).seed_sd
-    scale = seed_scale(scored(single), "clp", {"toy": 1.0}, {"toy": 10_000}, sd)
+    scale = seed_scale(scored(single), "choice_logprob", {"toy": 1.0}, {"toy": 10_000}, sd)
     assert scale == pytest.approx(0.1, abs=0.15)
-    assert seed_scale(scored(single), "clp", {"toy": 1.0}, {"toy": 100}, sd) == pytest.approx(
-        1.0, rel=0.2
-    )
+    assert seed_scale(
+        scored(single), "choice_logprob", {"toy": 1.0}, {"toy": 100}, sd
+    ) == pytest.approx(1.0, rel=0.2)
 
 
 def test_what_a_seed_does_to_all_answers_does_not():
     rng = np.random.default_rng(0)
     whole = rng.normal(size=(8, 5, 1)) + 0.01 * rng.normal(size=(8, 5, 100))
     sd = reliability(whole.mean(2)).seed_sd
-    scale = seed_scale(scored(whole), "clp", {"toy": 1.0}, {"toy": 10_000}, sd)
+    scale = seed_scale(scored(whole), "choice_logprob", {"toy": 1.0}, {"toy": 10_000}, sd)
     assert scale == pytest.approx(1.0, abs=0.01)
 
 
@@ -200,7 +214,7 @@ def test_of_other_tasks_than_the_verdicts_no_floor_is_known(tmp_path, config):
         RunFolder(tmp_path),
         config,
         METRICS,
-        "clp",
+        "choice_logprob",
         {"toy": 1.0},
         {"other": 40},
         lambda *_: None,

@@ -22,7 +22,9 @@ def scores(*tables: np.ndarray) -> list[Score]:
     """One score per seed from values (S, J) per task."""
     tasks = [{f"t{i}": v[s].tolist() for i, v in enumerate(tables)} for s in range(len(tables[0]))]
     return [
-        Score(tasks={name: TaskScore.of({"clp": values}) for name, values in task.items()})
+        Score(
+            tasks={name: TaskScore.of({"choice_logprob": values}) for name, values in task.items()}
+        )
         for task in tasks
     ]
 
@@ -79,9 +81,9 @@ def test_the_chance_of_a_pair_is_counted_once() -> None:
     ]
     # Documents are no better than 0, so a little is left above the true 1 / 600.
     assert 1 / 600 < np.mean(np.square(stderrs)) < 1.5 / 600
-    assert compare(scores(rng.normal(size=(6, 100))), scores(np.zeros((6, 100))), "clp").stderr > (
-        np.mean(stderrs)
-    )
+    assert compare(
+        scores(rng.normal(size=(6, 100))), scores(np.zeros((6, 100))), "choice_logprob"
+    ).stderr > (np.mean(stderrs))
 
 
 @settings(max_examples=60)
@@ -143,12 +145,12 @@ def test_an_advantage_is_the_paired_difference_in_the_tasks_that_weigh() -> None
     ours, theirs = ((rng.normal(size=(3, 5)), rng.normal(size=(3, 7))) for _ in range(2))
     first, second = scores(*ours), scores(*theirs)
     weights = {"t0": 0.0, "t1": 2.0}
-    found = Advantage.of(first, second, "clp", weights)
+    found = Advantage.of(first, second, "choice_logprob", weights)
     assert found.shares == (1.0,)
     np.testing.assert_allclose(found.values[0], ours[1] - theirs[1])
-    both = Advantage.of(first, second, "clp")
+    both = Advantage.of(first, second, "choice_logprob")
     assert both.shares == (0.5, 0.5)
-    expected = compare(first, second, "clp")
+    expected = compare(first, second, "choice_logprob")
     assert both.interval(0.95).estimate == pytest.approx(expected.estimate)
     assert both.interval(0.95).documents == expected.documents == 12
 
@@ -156,9 +158,9 @@ def test_an_advantage_is_the_paired_difference_in_the_tasks_that_weigh() -> None
 def test_scores_that_do_not_pair_up_are_refused() -> None:
     one, two = scores(np.zeros((2, 3))), scores(np.zeros((2, 4)))
     with pytest.raises(OracleError, match="3 documents for one model and 4"):
-        Advantage.of(one, two, "clp")
+        Advantage.of(one, two, "choice_logprob")
     with pytest.raises(ConfigError, match="at least 2 seeds"):
-        Advantage.of(one[:1], one[:1], "clp")
+        Advantage.of(one[:1], one[:1], "choice_logprob")
 
 
 # ------------------------------------------------------------------------------ elimination

@@ -37,7 +37,7 @@ def score(rng, level: float, tasks, documents: int, *, named: bool, offset: int)
             values={},
             stderr={},
             documents=documents,
-            per_document={"accuracy": right, "clp": nats},
+            per_document={"accuracy": right, "choice_logprob": nats},
             keys=keys if named else [],
         )
     return Score(tasks=found)
@@ -183,7 +183,7 @@ def test_runs_of_the_same_name_are_told_apart(write_run):
 
 def test_the_difference_is_that_of_the_means(write_run):
     run = write_run()
-    found = compare_runs([f"{run}:base", f"{run}:pruned"], metric="clp", **FEW)
+    found = compare_runs([f"{run}:base", f"{run}:pruned"], metric="choice_logprob", **FEW)
     difference = found.pairs[0, 1]
     assert difference.estimate == pytest.approx(0.4, abs=0.05)
     assert difference.is_gain
@@ -273,7 +273,7 @@ def test_the_table_is_for_people(write_run):
 
 def test_several_pairs_say_how_they_were_corrected(write_run):
     run = write_run()
-    done = call(f"{run}:base", f"{run}:uniform", f"{run}:searched", "--metric", "clp")
+    done = call(f"{run}:base", f"{run}:uniform", f"{run}:searched", "--metric", "choice_logprob")
     assert "difference (nats)" in done.stdout
     assert "Holm, 3 pairs" in done.stdout
     assert "base and uniform; base and searched: seeds not paired (none and 3);" in done.stdout
@@ -407,7 +407,7 @@ def test_a_model_with_itself(write_run):
 
 
 def test_a_metric_that_is_absent(write_run):
-    fails(ConfigError, "It has: accuracy, clp", write_run(), metric="margin")
+    fails(ConfigError, "It has: accuracy, choice_logprob", write_run(), metric="margin")
 
 
 def test_a_task_that_is_absent(write_run):

@@ -216,7 +216,7 @@ def test_what_cannot_be_compared() -> None:
     with pytest.raises(OracleError, match="same documents"):
         compare(two, scores({"a": np.zeros((2, 4))}), "accuracy")
     with pytest.raises(OracleError, match="per-document"):
-        compare(two, two, "clp")
+        compare(two, two, "choice_logprob")
     with pytest.raises(OracleError, match="per-document"):
         compare(two, two, "accuracy", {"absent": 1.0})
     with pytest.raises(OracleError, match="weights"):
