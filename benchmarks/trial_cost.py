@@ -1,14 +1,11 @@
 """What a trial costs: where its time goes, and beside a process per fine-tune and per evaluation.
 
     OMP_NUM_THREADS=1 python benchmarks/trial_cost.py
-    OMP_NUM_THREADS=1 python benchmarks/trial_cost.py --proposals 4
     OMP_NUM_THREADS=1 python benchmarks/trial_cost.py --together 1
     OMP_NUM_THREADS=1 python benchmarks/trial_cost.py examples/stories260k.toml --peer-trials 6
 
 Ours is the search of the run file, the embedded default if left out, without noise floor and race:
-one process, one model that stays in memory. Fine-tunes that are known beforehand, the random
-beginning and the trials of a batch (``--proposals``), are trained together, as many in one pass as
-a calibration finds fastest (``--together 0``). The time is split into
+one process, one model that stays in memory. The time is split into
 
 * swap: the adapter is put in place of the one before,
 * train, of which trials that are trained together have equal shares,
@@ -224,7 +221,6 @@ def main() -> None:
     parser.add_argument(
         "--together", type=int, default=0, help="[recovery] candidates_per_pass; 0: calibrated"
     )
-    parser.add_argument("--proposals", type=int, default=1, help="[search] batch")
     parser.add_argument("--block", type=int, default=1, help="trials between two turns")
     parser.add_argument("--batch-size", type=int, default=64, help="lm-eval's")
     options = parser.parse_args()
@@ -237,9 +233,7 @@ def main() -> None:
             output=str(Path(scratch) / "run"),
             device="cpu",
             recovery=dataclasses.replace(config.recovery, candidates_per_pass=options.together),
-            search=dataclasses.replace(
-                config.search, n_trials=options.trials, batch=options.proposals
-            ),
+            search=dataclasses.replace(config.search, n_trials=options.trials),
         )
         measured = measure(
             config, options.block, options.peer_trials or options.trials, options.batch_size
@@ -259,9 +253,8 @@ def main() -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     model = EMBEDDED if config.model == EMBEDDED else Path(config.model).name
-    for key in ("together", "proposals"):
-        if getattr(options, key) != parser.get_default(key):
-            model += f"-{key}{getattr(options, key)}"
+    if options.together != parser.get_default("together"):
+        model += f"-together{options.together}"
     path = RESULTS / f"trial_cost-{model}-{date.today().isoformat()}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 

@@ -5,12 +5,11 @@
 
 First the limit: what one core multiplies of large float32 matrices, in allocations per second at
 the 5,824 operations that the paper's network of 26 layers takes for one. Beside it the scan for the
-best of many random allocations, generation included, with 1 and 2 threads and several batch sizes,
-and other ways to do the same. All are measured in turn, several times, so that other work on the
-machine disturbs all of them alike; rates are given by CPU time of the process, summed over its
-threads, and by wall time, of which the first holds whatever else runs. Then 10^8 allocations for
-good, with ``--billion`` 10^9. Last the time per proposal, fit included, at 80 observations of 32
-layers.
+best of many random allocations, generation included, in a space without and one with a budget, and
+predictions one at a time. All are measured in turn, several times, so that other work on the
+machine disturbs all of them alike; rates are given by CPU time of the process and by wall time, of
+which the first holds whatever else runs. Then 10^8 allocations for good, with ``--billion`` 10^9.
+Last the time per proposal, fit included, at 80 observations of 32 layers.
 """
 
 from __future__ import annotations
@@ -31,13 +30,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import optuna
 import torch
-from scoring_ways import LAYERS, OPERATIONS, Rate, alternatives, limits
 
 from rankadaptor_plugin.config.tables import PerformanceModelConfig
 from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
-from rankadaptor_plugin.search.bayes import auto
+from rankadaptor_plugin.search.bayes import bayes
 from rankadaptor_plugin.search.paper import best_of_random
-from rankadaptor_plugin.search.performance.ensemble import MLPEnsemble
 from rankadaptor_plugin.search.performance.linear import BayesianRegression
 from rankadaptor_plugin.search.performance.mlp import MLPPerformanceModel, mlp
 from rankadaptor_plugin.search.samplers import SamplerSettings
@@ -53,6 +50,10 @@ RESULTS = Path(__file__).resolve().parent.parent / "results" / "search"
 CONFIG = PerformanceModelConfig()
 OBSERVATIONS = 80
 RANDOM_STATE = 0
+MATRIX = 2048
+LAYERS = 26
+OPERATIONS = 2 * sum(i * o for i, o in itertools.pairwise((LAYERS, 32, 32, 32, 1)))
+"""Of one allocation in the paper's network."""
 
 
 def space(layers: int, *, budget: bool = False) -> RankSpace:
@@ -67,20 +68,51 @@ def space(layers: int, *, budget: bool = False) -> RankSpace:
     )
 
 
-def scans(free: RankSpace, model: MLPPerformanceModel, count: int) -> list[Rate]:
-    """Ours, at 1 and 2 threads and several batch sizes."""
+class Rate:
+    """Allocations per second of a way to score them, measured again and again."""
 
-    def scan(threads: int, batch: int) -> None:
-        rng = np.random.default_rng(RANDOM_STATE)
-        best_of_random(free, model, count, rng, threads=threads, batch=batch)
+    def __init__(self, name: str, count: int, run: Callable[[], object]) -> None:
+        self.name, self._count, self._run = name, count, run
+        self.cpu: list[float] = []
+        self.wall: list[float] = []
 
+    def measure(self) -> None:
+        """Runs once."""
+        cpu, wall = time.process_time(), time.perf_counter()
+        self._run()
+        self.cpu.append(self._count / (time.process_time() - cpu))
+        self.wall.append(self._count / (time.perf_counter() - wall))
+
+
+def limits() -> list[Rate]:
+    """The matrix products of numpy and torch, in allocations of the network."""
+    one = np.random.default_rng(0).random((MATRIX, MATRIX), dtype=np.float32)
+    other, out = torch.tensor(one), torch.empty(MATRIX, MATRIX)
+    into = np.empty_like(one)
+    count = 2 * MATRIX**3 // OPERATIONS
     return [
-        Rate(
-            f"scan, {threads} thread{'s' * (threads > 1)}, batch {batch}",
-            count,
-            partial(scan, threads, batch),
-        )
-        for threads, batch in itertools.product((1, 2), (1024, 4096, 16384))
+        Rate("limit: numpy matmul", count, lambda: np.matmul(one, one, out=into)),
+        Rate("limit: torch mm", count, lambda: torch.mm(other, other, out=out)),
+    ]
+
+
+def scans(model: MLPPerformanceModel, count: int) -> list[Rate]:
+    """The scan without and with a budget, and one allocation at a time."""
+    spaces = {"scan": space(LAYERS), "scan within a budget": space(LAYERS, budget=True)}
+
+    def scan(name: str, number: int) -> None:
+        best_of_random(spaces[name], model, number, np.random.default_rng(RANDOM_STATE))
+
+    def one_by_one(number: int) -> None:
+        rng = np.random.default_rng(RANDOM_STATE)
+        for _ in range(number):
+            model.predict(spaces["scan"].sample(1, rng))
+
+    few = count // 16  # moving allocations to the budget takes most of the time
+    return [
+        Rate("scan", count, partial(scan, "scan", count)),
+        Rate("scan within a budget", few, partial(scan, "scan within a budget", few)),
+        Rate("one at a time", 300, partial(one_by_one, 300)),
     ]
 
 
@@ -96,15 +128,13 @@ def asker(rank_space: RankSpace, rows: Allocations, values: Values) -> Callable[
     settings = SamplerSettings(
         space=rank_space,
         seed=RANDOM_STATE,
-        search_seed=RANDOM_STATE,
         n_startup_trials=0,
         candidates=1,
         performance_model=partial(mlp, rank_space, CONFIG, RANDOM_STATE),
-        model_config=CONFIG,
     )
 
     def ask() -> None:
-        study.sampler = auto(settings)
+        study.sampler = bayes(settings)
         study.ask(parameters)
 
     return ask
@@ -126,9 +156,8 @@ def proposals(repeat: int) -> dict[str, dict[str, list[float]]]:
             model.propose(np.random.default_rng(RANDOM_STATE), tried=tried)  # noqa: B023
 
         ways: dict[str, Callable[[], object]] = {
-            "ensemble": partial(propose, partial(MLPEnsemble, rank_space, CONFIG, RANDOM_STATE)),
-            "linear": partial(propose, partial(BayesianRegression, rank_space)),
-            "sampler auto": asker(rank_space, rows, values),
+            "model": partial(propose, partial(BayesianRegression, rank_space)),
+            "sampler bayes": asker(rank_space, rows, values),
         }
         for way, call in ways.items():
             call()
@@ -168,12 +197,12 @@ def show_proposals(times: dict[str, dict[str, list[float]]]) -> None:
 
 
 def whole(free: RankSpace, model: MLPPerformanceModel, count: int) -> dict[str, Any]:
-    """Really scans so many, with two threads."""
+    """Really scans so many."""
     cpu, wall = time.process_time(), time.perf_counter()
-    _, mean = best_of_random(free, model, count, np.random.default_rng(RANDOM_STATE), threads=2)
+    _, mean = best_of_random(free, model, count, np.random.default_rng(RANDOM_STATE))
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     print(
-        f"\n10^{len(str(count)) - 1} allocations, 2 threads: {wall:.1f} s, {cpu:.1f} s of CPU "
+        f"\n10^{len(str(count)) - 1} allocations: {wall:.1f} s, {cpu:.1f} s of CPU "
         f"time; best predicted {mean:.3f}"
     )
     return {"count": count, "wall": wall, "cpu": cpu, "mean": mean}
@@ -204,8 +233,7 @@ def main() -> None:
     model.fit(rows, np.log(rows) @ rng.normal(size=LAYERS))
     rates = [
         *limits(),
-        *scans(free, model, options.count),
-        *alternatives(free, model, options.count),
+        *scans(model, options.count),
     ]
     for number in range(options.repeat):
         order = rates[number % len(rates) :] + rates[: number % len(rates)]

@@ -6,9 +6,7 @@ r"""A table of real fine-tunes, on which searches can be replayed.
 
 Random allocations, half of them with a free total and half with the parameters of uniform LoRA,
 the first of each half uniform LoRA itself; every one fine-tuned with the same seeds. Each
-fine-tune is scored on the search documents after half of its steps and at its end, and on the
-report documents at its end. Also: one adapter per seed is trained at the greatest rank everywhere
-and cut to each allocation, and scored on the search documents (``proxy``).
+fine-tune is scored on the search and on the report documents.
 
 The table goes to ``results/search/fine_tunes-NAME.parquet``: one row per allocation and seed, with
 the mean of every metric, and ``choice_logprob`` and ``accuracy`` per task. The same command resumes
@@ -30,7 +28,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import nn
 
 from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE
@@ -41,16 +38,13 @@ from rankadaptor_plugin.models.base_model import load_model
 from rankadaptor_plugin.pipeline.preparation import prepare
 from rankadaptor_plugin.plugins import plugin_manager
 from rankadaptor_plugin.recovery import adapters
-from rankadaptor_plugin.recovery.recover import Rung, recover
+from rankadaptor_plugin.recovery.recover import recover
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-
     from rankadaptor_plugin.config.tables import RunConfig
     from rankadaptor_plugin.core.ranks import RankSpace
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "search"
-HALF = 0.5
 
 
 def allocations(space: RankSpace, count: int) -> list[tuple[str, RankAllocation]]:
@@ -73,22 +67,6 @@ def columns(score: Score, prefix: str, weights: dict[str, float]) -> dict[str, f
         for metric in ("choice_logprob", "accuracy"):
             found[f"{prefix}_{metric}_{task}"] = of_task.values[metric]
     return found
-
-
-@torch.no_grad()
-def cut(model: PeftModel, whole: dict[str, torch.Tensor], allocation: RankAllocation) -> None:
-    """Sets an adapter of the greatest rank to its first rows and columns, layer by layer.
-
-    What is cut off is zero rather than removed, which gives the same outputs.
-    """
-    layer_of = {n: next(int(p) for p in n.split(".") if p.isdigit()) for n in whole}
-    for name, weight in whole.items():
-        kept = weight.clone()
-        rank = allocation.ranks[layer_of[name]]
-        if ".lora_B." in name:
-            kept[:, rank:] = 0
-        parameter: nn.Parameter = model.get_parameter(name)
-        parameter.copy_(kept)
 
 
 def shortened(loaded: RunConfig, options: argparse.Namespace) -> RunConfig:
@@ -125,7 +103,6 @@ def measure(loaded: RunConfig, rows_file: Path, count: int, seeds: int) -> None:
     weights = oracle.weights("search")
     space = adapters.rank_space(pruned.model, pruned.pruned_layers, config.rank_space)
     drawn = allocations(space, count)
-    greatest = RankAllocation((space.candidates[-1],) * space.layers)
     lines = rows_file.read_text("utf-8").splitlines() if rows_file.exists() else []
     done = {(row["seed"], row["number"]) for row in map(json.loads, lines)}
     model: Any = pruned.model
@@ -133,25 +110,10 @@ def measure(loaded: RunConfig, rows_file: Path, count: int, seeds: int) -> None:
         todo = [n for n in range(len(drawn)) if (seed, n) not in done]
         if not todo:
             continue
-        model = recover(model, None, greatest, corpus, config.recovery, seed=seed).model
-        whole = {n: p.detach().clone() for n, p in model.named_parameters() if ".lora_" in n}
-        proxies = {}
-        for number in todo:
-            cut(model, whole, drawn[number][1])
-            proxies[number] = columns(oracle.score(model, "search"), "proxy", weights)
         for number in todo:
             kind, allocation = drawn[number]
-            half: dict[str, float] = {}
-
-            def look(model: PeftModel, half: dict[str, float] = half) -> bool:
-                half |= columns(oracle.score(model, "search"), "half", weights)
-                return True
-
             began = time.perf_counter()
-            rung = Rung(fidelity=HALF, goes_on=look)
-            recovered = recover(
-                model, None, allocation, corpus, config.recovery, seed=seed, rung=rung
-            )
+            recovered = recover(model, None, allocation, corpus, config.recovery, seed=seed)
             model = recovered.model
             row = {
                 "number": number,
@@ -160,10 +122,8 @@ def measure(loaded: RunConfig, rows_file: Path, count: int, seeds: int) -> None:
                 "parameters": space.parameters(allocation),
                 "seed": seed,
                 "train_loss": recovered.train_loss,
-                **half,
                 **columns(oracle.score(model, "search"), "search", weights),
                 **columns(oracle.score(model, "report"), "report", weights),
-                **proxies[number],
                 "seconds": time.perf_counter() - began,
             }
             with rows_file.open("a", encoding="utf-8") as file:

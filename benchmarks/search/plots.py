@@ -12,29 +12,20 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-# Okabe and Ito's colours, which those who do not see all colours can tell apart.
+# Okabe and Ito's colors, which those who do not see all colors can tell apart.
 _STYLES = {
-    "auto": ("#000000", ""),
-    "linear": ("#0072b2", ""),
-    "ensemble": ("#d55e00", ""),
-    "auto-nometa": ("#000000", "5 3"),
-    "linear-nometa": ("#0072b2", "5 3"),
-    "ensemble-nometa": ("#d55e00", "5 3"),
+    "bayes": ("#0072b2", ""),
+    "bayes-nometa": ("#0072b2", "5 3"),
     "paper": ("#cc79a7", ""),
     "paper-nometa": ("#cc79a7", "5 3"),
     "paper, observed": ("#cc79a7", "1.5 2.5"),
     "gp": ("#009e73", ""),
     "tpe": ("#56b4e9", ""),
-    "cmaes": ("#e69f00", ""),
-    "qmc": ("#b3b300", ""),
     "random": ("#888888", ""),
 }
 _PICTURES = {
-    "regret-methods": ("auto", "paper", "paper, observed", "gp", "tpe", "cmaes", "qmc", "random"),
-    "regret-own": (
-        *("auto", "linear", "ensemble", "paper"),
-        *("auto-nometa", "linear-nometa", "ensemble-nometa", "paper-nometa"),
-    ),
+    "regret-methods": ("bayes", "paper", "paper, observed", "gp", "tpe", "random"),
+    "regret-own": ("bayes", "paper", "bayes-nometa", "paper-nometa"),
 }
 _WIDTH, _HEIGHT, _LEGEND = 300.0, 230.0, 28.0
 _GRID = 2  # sigma_b between the lines of the grid
@@ -67,11 +58,10 @@ def picture(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
     shown = [m for m in methods if any(row["method"] == m for row in rows)]
     marks = []
     for i, method in enumerate(shown):
-        colour, dashes = _STYLES[method]
+        color, dashes = _STYLES[method]
         x = 60 + 140.0 * i
         marks += [
-            f'<path d="M{x} 14h24" stroke="{colour}" stroke-width="2" '
-            f'stroke-dasharray="{dashes}"/>',
+            f'<path d="M{x} 14h24" stroke="{color}" stroke-width="2" stroke-dasharray="{dashes}"/>',
             f'<text x="{x + 30}" y="18">{escape(method)}</text>',
         ]
     for (column, kind), (line, noise) in itertools.product(enumerate(kinds), enumerate(noises)):
@@ -121,7 +111,7 @@ def _panel(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], title: str
         "regret in sigma_b</text>"
     )
     for number, (method, row) in enumerate(own.items()):
-        colour, dashes = _STYLES[method]
+        color, dashes = _STYLES[method]
         aside = (number - (len(own) - 1) / 2) * 2.0  # so that bars do not hide each other
         xs = [round(frame.x(i) + aside, 2) for i in range(len(checks))]
         means = [row["mean"][str(check)] for check in checks]
@@ -129,12 +119,12 @@ def _panel(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], title: str
         steps = " L".join(f"{x} {frame.y(mean)}" for x, mean in zip(xs, means, strict=True))
         values = ", ".join(f"{mean:.2f}" for mean in means)
         marks.append(
-            f'<path d="M{steps}" fill="none" stroke="{colour}" stroke-width="1.8" '
+            f'<path d="M{steps}" fill="none" stroke="{color}" stroke-width="1.8" '
             f'stroke-dasharray="{dashes}"><title>{escape(method)}: {values}</title></path>'
         )
         marks += [
             f'<path d="M{x} {frame.y(max(mean - error, 0.0))}V{frame.y(min(mean + error, top))}" '
-            f'stroke="{colour}"/>'
+            f'stroke="{color}"/>'
             for x, mean, error in zip(xs, means, errors, strict=True)
         ]
     return "".join(marks)

@@ -9,9 +9,8 @@ deliver after 10, 20, 40 and 80 evaluations: ``model`` is the performance model'
 (that of ``paper`` is its favourite among 100,000 random allocations), ``observed`` the best value
 measured. All methods meet the same problems with the same noise. See `simulators`.
 
-``linear``, ``ensemble`` and ``auto`` take a prior from the six source tasks, and the network of
-``paper`` is trained on them offline; methods in ``-nometa`` know nothing of the sources, and
-``-q4`` proposes four allocations before the first of them is measured.
+``bayes`` takes a prior from the six source tasks, and the network of ``paper`` is trained on them
+offline; methods in ``-nometa`` know nothing of the sources.
 
 Every search adds a line to ``results/search/regret.jsonl``, and what has a line there is not
 searched again: delete the file after a change of the code. Tables and pictures are made of all
@@ -81,21 +80,18 @@ SEARCH = SearchConfig()
 
 @dataclass(frozen=True)
 class Method:
-    """A registered sampler, whether it learns from the sources, and its proposals at once."""
+    """A registered sampler, and whether it learns from the sources."""
 
     sampler: str
     meta: bool = False
-    batch: int = 1
 
 
-OWN = ("linear", "ensemble", "auto")
 METHODS = {
     "paper": Method("paper", meta=True),
     "paper-nometa": Method("paper"),
-    **{name: Method(name, meta=True) for name in OWN},
-    **{f"{name}-nometa": Method(name) for name in OWN},
-    "auto-q4": Method("auto", meta=True, batch=4),
-    **{name: Method(name) for name in ("tpe", "gp", "cmaes", "qmc", "random")},
+    "bayes": Method("bayes", meta=True),
+    "bayes-nometa": Method("bayes"),
+    **{name: Method(name) for name in ("tpe", "gp", "random")},
 }
 
 
@@ -136,7 +132,7 @@ def search(method: Method, problem: simulators.Problem, seed: int) -> dict[str, 
             # As the search does: samplers such as TPE repeat themselves.
             return SPACE.allocation(spare) if proposal.ranks in tried else proposal
 
-        pending = store.begin(store.propose(sampler, SPACE, place, method.batch))
+        pending = store.begin(sampler, SPACE, place)
         tried.add(pending.allocation.ranks)
         value = problem.measure(np.array(pending.allocation.ranks), position)
         store.finish(pending, _trial(position, pending.allocation, value))
@@ -163,7 +159,6 @@ def _samplers(
             SamplerSettings(
                 space=SPACE,
                 seed=trial_seed,
-                search_seed=seed,
                 # The sources take the place of the paper's initialization; two values are the
                 # least that its sampler learns from.
                 n_startup_trials=2 if on_sources else 0,
@@ -172,7 +167,6 @@ def _samplers(
                 performance_model=lambda: model(trial_seed),
                 # What the sources taught shall not be learned over by the target's first values.
                 metric="" if on_sources else METRIC,
-                model_config=MODEL,
                 priors=priors,
             )
         )
@@ -219,7 +213,6 @@ def _trial(position: int, allocation: RankAllocation, value: float) -> Trial:
         phase=Phase.ITERATION,
         allocation=allocation,
         seed=0,
-        fidelity=1.0,
         state=TrialState.COMPLETE,
         score=Score(tasks={"target": score}),
         objective=value,

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 CHECKS = (10, 20, 40, 80)
 """Evaluations after which regret is taken."""
 
-DEFAULT = "auto"
-REFERENCES = ("paper", "paper-nometa", "tpe", "gp", "cmaes", "qmc", "random")
-ORDER = ("auto", "linear", "ensemble", "auto-nometa", "linear-nometa", "ensemble-nometa")
+DEFAULT = "bayes"
+REFERENCES = ("paper", "paper-nometa", "tpe", "gp", "random")
+ORDER = ("bayes", "bayes-nometa")
 _EARLY, _LATE = 20, 80  # evaluations of the default, and of what it is compared with
 _CLEAR = 2.0  # standard errors
 
@@ -57,7 +57,7 @@ def read(path: Path) -> list[Result]:
 
 
 def summary(results: Sequence[Result]) -> dict[str, Any]:
-    """Summarises searches.
+    """Summarizes searches.
 
     Returns:
         ``rows``: by kind, noise, method and rule the mean regret, its standard error and the number

@@ -1,4 +1,4 @@
-"""What a table of real fine-tunes says of scores, half fine-tunes, the proxy, and searches on it.
+"""What a table of real fine-tunes says of scores, and searches that are replayed on it.
 
     OMP_NUM_THREADS=1 python benchmarks/search/replay.py embedded --meta stories260K
 
@@ -11,13 +11,11 @@ What the figures are:
 * reliability of each score (`rankadaptor_plugin.verdict.reliability`); what the number of
   parameters, and an additive function of the ranks, explain of what truly differs between
   allocations, and what the latter explains of a seed's own rest;
-* fidelity: Spearman's correlation of one seed's score, after half of the steps or all, with the
+* fidelity: Spearman's correlation of one seed's score, and of the number of parameters, with the
   mean of the other seeds;
-* proxy: the same for the adapter of the greatest rank that was cut to size;
 * replayed searches: the score seen is that of one seed, the truth the mean report score of the
-  others. An evaluation is one whole fine-tune; one that ends at its half counts half. With "turns",
-  three seeds take turns, the score seen is the difference from uniform LoRA with the same seed, and
-  the truth is that of the seeds left over.
+  others. An evaluation is one fine-tune. With "turns", three seeds take turns, the score seen is
+  the difference from uniform LoRA with the same seed, and the truth is that of the seeds left over.
 
 Intervals of correlations are percentiles of a bootstrap over the allocations. Intervals of searches
 are t intervals over the means of the seeds seen: repetitions that see the same seed share its
@@ -38,12 +36,12 @@ from typing import Any
 
 from replay_methods import CHECKPOINTS, METHODS
 from replay_outcomes import MAIN, headline, outcomes, searches
-from replay_statistics import fidelity, proxies, reliabilities
+from replay_statistics import fidelity, reliabilities
 from replay_table import kinds, read
 from replay_text import print_scores, print_searches
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "search"
-PLOTTED = ("random", "paper", "linear", "ensemble", "auto", "auto, proxy")
+PLOTTED = ("random", "paper", "bayes", "bayes, meta")
 
 
 def plot(report: dict[str, Any], path: Path) -> bool:
@@ -112,7 +110,6 @@ def main() -> None:
         "repetitions": repetitions,
         "reliability": [r for kind in tables for r in reliabilities(kind)],
         "fidelity": [r for kind in tables for r in fidelity(kind)],
-        "proxy": [r for kind in tables for r in proxies(kind)],
     }
     print(f"{report['allocations']} allocations, {seeds} seeds, {repetitions} repetitions")
     print_scores(report)

@@ -30,7 +30,7 @@ MAIN = "choice_logprob"
 OTHERS = ("gold_logprob", "margin")
 """Scores with which some methods are replayed, too."""
 
-BY_OTHERS = ("random", "random, linear's choice", "linear", "auto")
+BY_OTHERS = ("random", "random, bayes's choice", "bayes")
 
 TURNED = ", turns"
 MOST = 80
@@ -54,7 +54,7 @@ def searches(
         By kind, metric and method: by repetition, number of evaluations and rule the row.
     """
     chosen = [m for m in METHODS if not only or m.name in only]
-    chosen = [m for m in chosen if others or m.prior != "meta"]
+    chosen = [m for m in chosen if others or not m.meta]
     # Two seeds or more take turns, and one or more are left over.
     chosen = [m for m in chosen if tables[0].seeds > 2 or not m.turns]  # noqa: PLR2004
     work = [
@@ -77,7 +77,7 @@ def _replayed(work: tuple[Kind, list[Kind], str, Method, int]) -> list[Result]:
     found = []
     for repetition in range(repetitions):
         seed = repetition % kind.seeds
-        known = priors(method.prior, kind, others, metric, seed, repetition)
+        known = priors(kind, others, metric, repetition) if method.meta else ()
         replay = Replay(kind, method, metric=metric, seed=seed, repetition=repetition, priors=known)
         found.append(replay.run(MOST))
     return found
@@ -106,15 +106,15 @@ def summary(values: Array, seeds: int, shared_error: float = 0.0) -> dict[str, f
 
 def headline(method: str) -> str:
     """Returns the rule of recommendation that is compared: that of the method in the package."""
-    without_model = method in ("random", "random, rung", "random, turns")
+    without_model = method in ("random", "random, turns")
     return "observed" if without_model or method.startswith("paper") else "model"
 
 
 def pairs(names: Collection[str]) -> list[tuple[str, str]]:
     """Returns which methods are compared."""
     found = [(name, base) for base in ("random", "paper") for name in names if name != base]
-    found += [(f"{n}, {added}", n) for n in names for added in ("proxy", "meta", "rung", "turns")]
-    found += [("auto", "linear"), ("auto", "ensemble"), ("linear", "random, linear's choice")]
+    found += [(f"{n}, {added}", n) for n in names for added in ("meta", "turns")]
+    found += [("bayes", "random, bayes's choice")]
     return [p for p in dict.fromkeys(found) if p[0] in names and p[1] in names]
 
 
@@ -144,9 +144,7 @@ def outcomes(tables: list[Kind], found: Found) -> dict[str, list[dict[str, Any]]
                         for seen in hidden
                     ]
                     values = dict(_values(group, levels))
-                    reached += [
-                        key | entry for entry in _reached(kind, truth, levels, values, group)
-                    ]
+                    reached += [key | entry for entry in _reached(kind, truth, levels, values)]
                     differences += [
                         key
                         | {"method": one, "against": other, "evaluations": checkpoint}
@@ -178,8 +176,8 @@ def _values(
     """Yields by method, rule and evaluations the true scores, one per repetition."""
     for method, results in of.items():
         for checkpoint, reached in results[0].items():
-            for rule in reached.rows:
-                rows = [result[checkpoint].rows[rule] for result in results]
+            for rule in reached:
+                rows = [result[checkpoint][rule] for result in results]
                 truths = [levels[r % len(levels)][row] for r, row in enumerate(rows)]
                 yield (method, rule, checkpoint), np.array(truths)
 
@@ -189,7 +187,6 @@ def _reached(
     truth: str,
     levels: list[Array],
     values: dict[tuple[str, str, int], Array],
-    of: dict[str, list[Result]],
 ) -> Iterator[dict[str, Any]]:
     error = reliability(kind.values[truth]).seed_sd / math.sqrt(kind.seeds)
     for (method, rule, checkpoint), value in values.items():
@@ -202,7 +199,6 @@ def _reached(
             "method": method,
             "rule": rule,
             "evaluations": checkpoint,
-            "started": float(np.mean([result[checkpoint].started for result in of[method]])),
             "score": summary(value, kind.seeds),
             "over_uniform": summary(value - uniform, kind.seeds, error),
             "over_mean": summary(value - mean, kind.seeds),

@@ -1,4 +1,4 @@
-"""Priors for replayed searches: from the proxy of the same model, or from another table."""
+"""Priors for replayed searches, from another table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from rankadaptor_plugin.search.space import LayerFeatures
 from rankadaptor_plugin.search.transfer.studies import OBJECTIVE, MetaKnowledge, SourceStudy
-from rankadaptor_plugin.search.transfer.transfer import prior_effects, proxy_effects
+from rankadaptor_plugin.search.transfer.transfer import prior_effects
 
 if TYPE_CHECKING:
     from replay_table import Kind
@@ -21,32 +21,25 @@ EARLIER = 60
 
 
 def priors(
-    name: str, kind: Kind, others: list[Kind], metric: str, seed: int, repetition: int
+    kind: Kind, others: list[Kind], metric: str, repetition: int
 ) -> tuple[PriorEffects, ...]:
-    """Returns what a search knows beforehand.
+    """Returns what a search learns from a random search on another table.
+
+    One seed of that table and the relative depth of the layers are known.
 
     Args:
-        name: ``proxy``: the adapter of the greatest rank, of the seed that is seen, cut to every
-            allocation of the kind. ``meta``: a random search on another table, of which one seed
-            and the relative depth of the layers are known. Empty: nothing.
         kind: The allocations to search.
         others: The same kind of the other table.
         metric: The score seen.
-        seed: Whose scores are seen, a column of the table.
         repetition: Makes the random choices.
     """
-    if name == "proxy":
-        scores = kind.values[f"proxy_{metric}"][:, seed]
-        return (proxy_effects(kind.space, kind.rows, scores, name),)
-    if name != "meta":
-        return ()
     sources = []
     for other in others:
         drawn = np.random.default_rng([repetition, 3]).permutation(len(other.rows))[:EARLIER]
         scores = other.values[f"search_{metric}"][drawn, repetition % other.seeds]
         sources.append(
             SourceStudy(
-                name=name,
+                name="meta",
                 space=other.space,
                 features=_depths(other.space),
                 rows=other.rows[drawn],

@@ -1,4 +1,4 @@
-"""What a table of fine-tunes says of scores, half fine-tunes and the proxy."""
+"""What a table of fine-tunes says of scores."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DRAWS = 1000  # bootstrap resamples
 TENTH = 0.1
+MAIN = "search_choice_logprob"
 _SEED = 11
 
 
@@ -131,19 +132,17 @@ def _explained(features: Array, learned: Array, values: Array, folds: int = 10) 
 
 
 def fidelity(kind: Kind) -> list[dict[str, Any]]:
-    """Returns how well half fine-tunes rank allocations, against whole ones.
+    """Returns how well one seed's scores, and the number of parameters, rank allocations.
 
     ``dropped`` is the share of the best tenth, by the mean of the other seeds, that lies below the
     median of one seed's score; the mean over the seeds.
     """
     found = []
-    for target in ("search_clp", *TRUTHS):
-        scores = [f"{part}_{metric}" for metric in METRICS for part in ("half", "search")]
-        ends = intervals(
-            {score: one_seed(kind, score, target) for score in scores},
-            len(kind.rows),
-            "search_clp",
-        )
+    kind.values["parameters"] = np.repeat(kind.parameters[:, None], kind.seeds, axis=1)
+    for target in (MAIN, *TRUTHS):
+        scores = ["parameters", *(f"search_{metric}" for metric in METRICS)]
+        statistics = {score: one_seed(kind, score, target) for score in scores}
+        ends = intervals(statistics, len(kind.rows), MAIN)
         for score in scores:
             dropped = []
             for seed in range(kind.seeds):
@@ -156,34 +155,3 @@ def fidelity(kind: Kind) -> list[dict[str, Any]]:
                 | {"dropped": float(np.mean(dropped))}
             )
     return found
-
-
-def proxies(kind: Kind) -> list[dict[str, Any]]:
-    """Returns how well the cut adapter of the greatest rank ranks allocations.
-
-    One seed's proxy against the mean of the other seeds' fine-tunes (``one seed``) and the mean of
-    all seeds' proxies against the mean of all fine-tunes (``all seeds``, where seeds are shared);
-    beside them the trainable parameters alone, and one whole fine-tune.
-    """
-    n = len(kind.rows)
-    found = []
-    for target in ("search_clp", *TRUTHS):
-        statistics = {
-            "parameters": _all_seeds(kind.parameters[:, None], kind.values[target]),
-            "search_clp, one seed": one_seed(kind, "search_clp", target),
-        }
-        for metric in METRICS:
-            score = f"proxy_{metric}"
-            statistics[f"{score}, one seed"] = one_seed(kind, score, target)
-            statistics[f"{score}, all seeds"] = _all_seeds(kind.values[score], kind.values[target])
-        ends = intervals(statistics, n, "parameters")
-        found += [
-            {"kind": kind.name, "target": target, "score": name} | ends[name] for name in statistics
-        ]
-    return found
-
-
-def _all_seeds(score: Array, target: Array) -> Callable[[NDArray[np.int64]], Array]:
-    """Spearman of the means over the seeds."""
-    one, other = score.mean(axis=1), target.mean(axis=1)
-    return lambda draws: spearman(one[draws], other[draws])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 KINDS = ("free", "equal")
-TRUTHS = ("report_accuracy", "report_clp")
+TRUTHS = ("report_accuracy", "report_choice_logprob")
 _MISSING = 0.5  # a seed that fewer of the allocations have is left out
 
 
@@ -34,7 +34,7 @@ class Kind:
         space: The rank space that they were drawn from, without budget.
         rows: Ranks, shape (n, l); the first is uniform LoRA.
         parameters: Trainable parameters, shape (n,).
-        values: Mean over the tasks per column such as ``search_clp``, shape (n, k) each.
+        values: Mean over the tasks per column such as ``search_choice_logprob``, shape (n, k) each.
     """
 
     name: str
@@ -79,7 +79,7 @@ def kinds(lines: list[dict[str, Any]]) -> list[Kind]:
         raise ValueError(f"The table has {len(whole)} allocations with {len(seeds)} seeds.")
     every = [by_key[n, seeds[0]] for n in sorted(numbers) if (n, seeds[0]) in by_key]
     space = _space(every)
-    columns = [f"{p}_{m}" for p in ("half", "search", "report", "proxy") for m in METRICS]
+    columns = [f"{p}_{m}" for p in ("search", "report") for m in METRICS]
     found = []
     for name in KINDS:
         of_kind = [n for n in whole if by_key[n, seeds[0]]["kind"] == name]

@@ -11,8 +11,11 @@ from replay_table import TRUTHS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-POINTS = {"report_accuracy": 100, "report_clp": 1}  # accuracy is printed in percentage points
-SHOWN = ("random", "paper", "linear", "auto")  # whose other rules of recommendation are printed
+POINTS = {
+    "report_accuracy": 100,
+    "report_choice_logprob": 1,
+}  # accuracy is printed in percentage points
+SHOWN = ("random", "paper", "bayes")  # whose other rules of recommendation are printed
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -37,7 +40,7 @@ def gain(found: dict[str, float], factor: float) -> str:
 
 
 def print_scores(report: dict[str, Any]) -> None:
-    """Prints reliability, fidelity and proxy."""
+    """Prints reliability and fidelity."""
     table(
         "Reliability of one fine-tune; what explains its true part, and its rest",
         (
@@ -59,7 +62,12 @@ def print_scores(report: dict[str, Any]) -> None:
     )
     table(
         "Spearman of one seed's score with the mean of the others; best tenth below its median",
-        ("kind, score, target", "Spearman", "less that of search_clp", "best tenth dropped"),
+        (
+            "kind, score, target",
+            "Spearman",
+            "less that of search_choice_logprob",
+            "best tenth dropped",
+        ),
         [
             (
                 f"{r['kind']}, {r['score']}, {r['target']}",
@@ -68,14 +76,6 @@ def print_scores(report: dict[str, Any]) -> None:
                 f"{r['dropped']:.0%}",
             )
             for r in report["fidelity"]
-        ],
-    )
-    table(
-        "Spearman of the cut adapter's score",
-        ("kind, score, target", "Spearman", "less that of parameters"),
-        [
-            (f"{r['kind']}, {r['score']}, {r['target']}", ends(r["value"]), ends(r["difference"]))
-            for r in report["proxy"]
         ],
     )
 
@@ -109,15 +109,12 @@ def _print_gains(key: dict[str, Any], reached: list[dict[str, Any]]) -> None:
         for rule in dict.fromkeys(r["rule"] for r in reached if r["method"] == method):
             if rule != headline(method) and (method not in SHOWN or metric != MAIN):
                 continue
-            started = [r["started"] for r in reached if r["method"] == method]
             cells = {
                 r["evaluations"]: gain(r["over_uniform"], factor)
                 for r in reached
                 if (r["method"], r["rule"]) == (method, rule)
             }
             name = method if rule == headline(method) else f"{method} ({rule})"
-            if method.endswith("rung"):
-                name += f", {max(started):.0f} started"
             rows.append((name, *(cells.get(c, "") for c in CHECKPOINTS)))
     table(
         f"{kind}, search by {metric}: {truth} of {true_seeds} seeds over uniform LoRA"

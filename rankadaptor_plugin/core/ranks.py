@@ -215,6 +215,11 @@ class RankSpace:
         given = [n for n in (self.budget, self.max_parameters) if n is not None]
         return min(given, default=None)
 
+    @property
+    def is_limited(self) -> bool:
+        """True if not every combination of levels is allowed."""
+        return self.limit is not None or self.max_rank_sum is not None
+
     def row(self, allocation: RankAllocation) -> list[int]:
         """Returns an allocation as a row of `Allocations`; absent settings take their default."""
         chosen = dict(allocation.settings)

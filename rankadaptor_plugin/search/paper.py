@@ -10,10 +10,11 @@ import contextlib
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from rankadaptor_plugin.core.errors import RankSpaceError
 from rankadaptor_plugin.core.trials import RECORD
-from rankadaptor_plugin.search.performance.mlp import one_thread
+from rankadaptor_plugin.search.performance.mlp import MLPPerformanceModel, one_thread
 from rankadaptor_plugin.search.performance.performance_model import MetaLearner
 from rankadaptor_plugin.search.samplers import (
     N_STARTUP_TRIALS,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 TASK_VALUES = "task_values"
 """User attribute from which `PerformanceModelSampler` learns in a study that is not ours."""
 
-_BATCH = 4096  # Candidates that are drawn and scored at once; they stay in the cache.
+_BATCH = 2048  # Candidates that are drawn and scored at once; they stay in the cache.
 _PRIOR_ROWS = 512  # random allocations from which the network learns what a prior expects
 
 
@@ -198,7 +199,9 @@ def best_of_random(
 ) -> tuple[list[int], float]:
     """Returns the untried row with the highest predicted mean among random ones, and that mean.
 
-    Candidates are drawn, scored and forgotten in batches, so that memory does not grow.
+    Candidates are drawn, scored and forgotten in batches, so that memory does not grow. For the
+    paper's network in a space of evenly spaced levels without limits they are drawn as indices of
+    levels, from 16 random bits each: k levels are equally likely to within k in 65536.
 
     Args:
         space: The rank space.
@@ -210,19 +213,41 @@ def best_of_random(
     Raises:
         RankSpaceError: If all rows drawn were tried.
     """
+    levels = [np.array(values) for values in space.levels()]
+    start, step = np.zeros(len(levels)), np.ones(len(levels))
+    even = all(len(set(np.diff(values).tolist())) < 2 for values in levels)  # noqa: PLR2004
+    scores_of = None
+    if isinstance(model, MLPPerformanceModel) and even and not space.is_limited:
+        start = np.array([float(values[0]) for values in levels])
+        step = np.array(
+            [float(values[-1] - values[0]) / max(len(values) - 1, 1) for values in levels]
+        )
+        scores_of = model.fast_scores(start, step)
+    bits = np.random.SFC64(int(rng.integers(2**63)))
+    share = np.array([[len(values) / 2**16] for values in levels], dtype=np.float32)
+    index = np.empty((len(levels), min(_BATCH, count)), dtype=np.float32)
     excluded, best, highest = frozenset(tried), list[int](), -np.inf
-    with one_thread():
-        for start in range(0, count, _BATCH):
-            rows = space.sample(min(_BATCH, count - start), rng)
-            means = model.predict(rows).mean.copy()
-            while means[top := int(means.argmax())] > highest:
-                row = rows[top].tolist()
-                if tuple(row) not in excluded:
-                    best, highest = row, float(means[top])
-                means[top] = -np.inf
+    with one_thread(), torch.inference_mode():
+        for done in range(0, count, _BATCH):
+            index = index[:, : count - done]
+            if scores_of is not None:
+                drawn = bits.random_raw(-(-index.size // 4)).view(np.uint16)[: index.size]
+                np.multiply(drawn.reshape(index.shape), share, out=index)
+                rows, scores = index.T, scores_of(np.floor(index, out=index))
+            else:
+                sampled = space.sample(index.shape[1], rng)
+                rows, scores = (
+                    sampled.astype(np.float32),
+                    model.predict(sampled).mean.astype(np.float32),
+                )
+            while scores[top := int(scores.argmax())] > highest:
+                row = [int(value) for value in start + step * rows[top]]
+                if tuple(row) not in excluded and any(row[: space.slots]):
+                    best, highest = row, float(scores[top])
+                scores[top] = -np.inf
     if not best:
         raise RankSpaceError(
             f"All {count} random allocations drawn were tried before; {len(excluded)} were tried. "
             "Stop here or add candidates."
         )
-    return best, highest
+    return best, float(model.predict(np.array([best])).mean[0])
