@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
 
+from rankadaptor_plugin import search
 from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.run_file import corpus_file, model_folder
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError
@@ -35,9 +36,7 @@ from rankadaptor_plugin.pruning.depth import check_importance
 from rankadaptor_plugin.pruning.importance import check_names
 from rankadaptor_plugin.recovery.batches import check_sequences
 from rankadaptor_plugin.recovery.teacher import check_teacher
-from rankadaptor_plugin.search.paper_allocations import named_allocation
 from rankadaptor_plugin.search.study import TrialStore
-from rankadaptor_plugin.search.transfer.studies import MetaKnowledge
 
 if TYPE_CHECKING:
     import pluggy
@@ -164,10 +163,7 @@ def prepare(
             f"The calibration text {text} does not exist. Correct [prune] "
             "calibration, or leave it empty."
         )
-    if config.search.allocation:
-        named_allocation(config.search.allocation)
-    if config.search.meta:
-        MetaKnowledge.load(Path(config.search.meta))
+    search.check(config, *_shape(config, source, given))
     for key, what in (("task_path", "task YAML files"), ("data_dir", "local copies")):
         value = getattr(config.oracle, key)
         if value and not Path(value).is_dir():
@@ -245,6 +241,20 @@ def _window(config: RunConfig, source: Path, given: PrunedModel | None) -> int |
         )
     )
     return getattr(model.get_text_config(), "max_position_embeddings", None)
+
+
+def _shape(
+    config: RunConfig, source: Path, given: PrunedModel | None
+) -> tuple[int | None, int | None]:
+    """Returns layers and width of the pruned model, None where pruning decides on them."""
+    if given is not None:
+        return given.model.config.num_hidden_layers, given.model.config.hidden_size
+    if config.prune.method != "width":
+        return None, None
+    model = AutoConfig.from_pretrained(
+        source, trust_remote_code=config.trust_remote_code, local_files_only=True
+    ).get_text_config()
+    return model.num_hidden_layers, model.hidden_size
 
 
 def _check_prune(config: RunConfig, source: Path) -> None:

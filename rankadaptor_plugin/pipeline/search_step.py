@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rankadaptor_plugin.core.errors import RankSpaceError
 from rankadaptor_plugin.models.device import device_count
 from rankadaptor_plugin.pipeline.layer_features import layer_features
-from rankadaptor_plugin.search.paper_allocations import named_allocation
+from rankadaptor_plugin.search.allocations import given_allocation
 from rankadaptor_plugin.search.samplers import SamplerSettings
 from rankadaptor_plugin.search.search import SearchResult, StopReason, search
 from rankadaptor_plugin.search.space import LayerFeatures
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 _SECONDS = 3600.0
 _RANDOM = "random"  # the method, and the study of its trials
 _LEAST = 2  # trials that a search must complete
-_UNITS = {"layer": "layers", "group": "module groups", "projection": "projections"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,19 +210,8 @@ class SearchStep:
         Raises:
             RankSpaceError: If it does not fit the model, or exceeds a limit.
         """
-        allocation, space = named_allocation(self._config.search.allocation), self._space
-        if len(allocation.ranks) != space.slots:
-            raise RankSpaceError(
-                f"[search] allocation has {len(allocation.ranks)} ranks, but the model has "
-                f"{space.slots} {_UNITS[self._config.rank_space.per]}. Give one rank each, or "
-                "change [rank_space] per."
-            )
-        size = self._pruned.model.config.hidden_size
-        if max(allocation.ranks) > size:
-            raise RankSpaceError(
-                f"[search] allocation has rank {max(allocation.ranks)}, more than the model's "
-                f"hidden size {size}, where LoRA has full rank already. Lower it."
-            )
+        space, size = self._space, self._pruned.model.config.hidden_size
+        allocation = given_allocation(self._config, space.slots, size)
         limited = replace(space, budget=None)  # the run file says how many parameters it has
         if not limited.within_limits(allocation):
             raise RankSpaceError(

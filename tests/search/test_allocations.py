@@ -4,9 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankadaptor_plugin.core.errors import ConfigError
+from rankadaptor_plugin.config import run_file
+from rankadaptor_plugin.core.errors import ConfigError, RankAdaptorError
 from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
-from rankadaptor_plugin.search.paper_allocations import TABLE_7, named_allocation, paper_allocations
+from rankadaptor_plugin.search import check
+from rankadaptor_plugin.search.allocations import TABLE_7, named_allocation, paper_allocations
 
 CANDIDATES = (2, 4, 6, 8, 10, 12)
 LISTS = paper_allocations()
@@ -123,3 +125,52 @@ def test_what_is_no_allocation_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         named_allocation(text)
     assert "\n" not in str(caught.value)
+
+
+def config(**tables):
+    return run_file.from_dict({"oracle": {"tasks": ["tiny_boolq"]}, **tables})
+
+
+@pytest.mark.parametrize(
+    ("tables", "layers", "message"),
+    [
+        (
+            {"search": {"allocation": "4-6"}},
+            4,
+            "has 2 ranks, but the model has 4 layers",
+        ),
+        (
+            {"search": {"allocation": "4-6-8-8"}, "rank_space": {"per": "group"}},
+            4,
+            "8 module groups",
+        ),
+        ({"search": {"allocation": "4-6-8-65"}}, 4, "more than the model's hidden size 64"),
+        ({"search": {"allocation": "none"}}, None, "Unknown allocation 'none'"),
+        ({"search": {"meta": "nowhere"}}, None, "There is no file nowhere"),
+        ({"rank_space": {"max_rank_sum": 7}}, 4, "max_rank_sum 7 is below 8"),
+        (
+            {"rank_space": {"max_rank_sum": 15, "per": "group", "budget": "free"}},
+            4,
+            "max_rank_sum 15 is below 16",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_told_from_the_models_configuration(tables, layers, message) -> None:
+    with pytest.raises(RankAdaptorError, match=message) as caught:
+        check(config(**tables), layers, 64)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tables", "layers"),
+    [
+        ({}, 4),
+        ({"search": {"allocation": "4-6-8-8"}}, 4),
+        ({"search": {"allocation": "4-6"}}, None),  # pruning may remove layers
+        ({"search": {"allocation": "4-6-8-8"}, "rank_space": {"per": "projection"}}, 1),
+        ({"rank_space": {"max_rank_sum": 8}}, 4),
+        ({"rank_space": {"max_rank_sum": 1, "candidates": [0, 4, 12]}}, 4),
+    ],
+)
+def test_what_may_fit_is_let_through(tables, layers) -> None:
+    check(config(**tables), layers, None)

@@ -1,4 +1,6 @@
-"""The rank lists that the paper gives, by name, and allocations written out.
+"""Allocations that a run file names, and what of it can be checked before a weight is loaded.
+
+An allocation is one of the rank lists of the paper, or ranks written out.
 
 Table 7 of arXiv 2406.15734: the lists that its search found for LLaMA-7B, pruned by LLM-Pruner at
 four rates, for each of seven tasks. A list has 32 ranks, index 0 = bottom. Layers 0 to 3 and 30 and
@@ -18,10 +20,16 @@ The table is kept as printed. What is odd about it:
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rankadaptor_plugin.core.errors import ConfigError
+from rankadaptor_plugin.core.errors import ConfigError, RankSpaceError
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.core.registry import suggestion
+from rankadaptor_plugin.search.transfer.studies import MetaKnowledge
+
+if TYPE_CHECKING:
+    from rankadaptor_plugin.config.tables import RunConfig
 
 TABLE_7 = {
     20: {
@@ -73,6 +81,8 @@ _TASKS = {
     "arc-c": "arc_challenge",
     "obqa": "openbookqa",
 }
+_UNITS = {"layer": "layers", "group": "module groups", "projection": "projections"}
+_GROUPS = {"layer": 1, "group": 2}  # of a layer; of projections, it depends on the family
 _RANKS = re.compile(r"[0-9]{1,6}(\s*[-,]\s*[0-9]{1,6})*")
 
 
@@ -98,14 +108,72 @@ def named_allocation(text: str) -> RankAllocation:
     name = text.strip().lower()
     if _RANKS.fullmatch(name):
         return RankAllocation(tuple(int(rank) for rank in re.split("[-,]", name)))
-    known = paper_allocations()
+    lists = paper_allocations()
     rest, _, task = name.rpartition(":")
     full = f"{rest}:{_TASKS.get(task, task)}"
-    if full not in known:
+    if full not in lists:
         raise ConfigError(
-            f"Unknown allocation {text!r}.{suggestion(full, list(known))} Give ranks such as "
+            f"Unknown allocation {text!r}.{suggestion(full, list(lists))} Give ranks such as "
             f'"4-6-8-8", or "paper:{_MODEL}:RATE:TASK" with RATE one of '
             f"{', '.join(map(str, TABLE_7))} and TASK one of "
             f"{', '.join(_TASKS.values())}."
         )
-    return known[full]
+    return lists[full]
+
+
+def given_allocation(
+    config: RunConfig, slots: int | None, hidden_size: int | None
+) -> RankAllocation:
+    """Returns the allocation that the run file names in place of a search.
+
+    Args:
+        config: The run file.
+        slots: Ranks that an allocation of the model has; None if that is not known yet.
+        hidden_size: Width of the model; None if that is not known yet.
+
+    Raises:
+        ConfigError: If there is no such allocation.
+        RankSpaceError: If it does not fit the model.
+    """
+    allocation = named_allocation(config.search.allocation)
+    if slots is not None and len(allocation.ranks) != slots:
+        raise RankSpaceError(
+            f"[search] allocation has {len(allocation.ranks)} ranks, but the model has {slots} "
+            f"{_UNITS[config.rank_space.per]}. Give one rank each, or change [rank_space] per."
+        )
+    if hidden_size is not None and max(allocation.ranks) > hidden_size:
+        raise RankSpaceError(
+            f"[search] allocation has rank {max(allocation.ranks)}, more than the model's hidden "
+            f"size {hidden_size}, where LoRA has full rank already. Lower it."
+        )
+    return allocation
+
+
+def check(config: RunConfig, layers: int | None, hidden_size: int | None) -> None:
+    """Checks the tables ``[search]`` and ``[rank_space]``.
+
+    Args:
+        config: The run file.
+        layers: Decoder layers of the pruned model; None if pruning decides on that.
+        hidden_size: Its width; None if pruning decides on that.
+
+    Raises:
+        ConfigError: If there is no such allocation.
+        RankSpaceError: If the named allocation or a limit does not fit the model.
+        ArtifactError: If the file of meta-knowledge cannot be used.
+    """
+    table, groups = config.rank_space, _GROUPS.get(config.rank_space.per)
+    slots = layers * groups if layers and groups else None
+    if config.search.allocation:
+        given_allocation(config, slots, hidden_size)
+    if config.search.meta:
+        MetaKnowledge.load(Path(config.search.meta))
+    if slots is None or not table.max_rank_sum:
+        return
+    least = max(1, slots * min(table.candidates[0], table.default_rank))
+    if config.searches and table.max_rank_sum < least:
+        raise RankSpaceError(
+            f"[rank_space] max_rank_sum {table.max_rank_sum} is below {least}, the sum of ranks of "
+            f"the smallest allocation of {layers} layers. Raise it, or add a smaller rank to "
+            "candidates (0 leaves a layer without adapter)."
+        )
