@@ -183,7 +183,11 @@ def configs(batch_size: int) -> Iterator[tuple[str, RunConfig]]:
             if not ALPACA.is_file():
                 return
             corpus = dataclasses.replace(
-                config.corpus, path=str(ALPACA), template="plain", max_tokens=256, limit=2000
+                config.corpus,
+                path=str(ALPACA),
+                template="plain",
+                max_length=256,
+                max_train_samples=2000,
             )
             config = dataclasses.replace(config, corpus=corpus)
         recovery = dataclasses.replace(config.recovery, batch_size=batch_size)

@@ -39,8 +39,10 @@ def train(job: dict[str, Any], ranks: str, adapter: str) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from rankadaptor_plugin.config.tables import CorpusConfig
     from rankadaptor_plugin.core.ranks import RankAllocation
-    from rankadaptor_plugin.corpus.corpus import IGNORED, load_corpus
+    from rankadaptor_plugin.corpus.corpus import load_corpus
+    from rankadaptor_plugin.corpus.sequences import IGNORED
     from rankadaptor_plugin.recovery import adapters
 
     torch.set_num_threads(1)
@@ -48,7 +50,8 @@ def train(job: dict[str, Any], ranks: str, adapter: str) -> dict[str, float]:
     base = AutoModelForCausalLM.from_pretrained(job["pruned"], dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(job["pruned"])
     clock.lap("load")
-    sequences = load_corpus(Path(job["corpus"]), tokenizer, **job["tokenize"]).sequences
+    corpus = CorpusConfig(**job["tokenize"])
+    sequences = load_corpus(Path(job["corpus"]), tokenizer, corpus).sequences
     clock.lap("tokenize")
     table, seed = job["recovery"], job["seed"]
     torch.manual_seed(seed)

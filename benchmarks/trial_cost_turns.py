@@ -118,7 +118,9 @@ class Peers:
         job = {
             "pruned": str(pruned.resolve()),
             "corpus": str(corpus_file(corpus.path).resolve()),
-            "tokenize": {n: getattr(corpus, n) for n in ("template", "max_tokens", "limit")},
+            "tokenize": {
+                n: getattr(corpus, n) for n in ("template", "max_length", "max_train_samples")
+            },
             "recovery": recovery,
             "seed": config.seed,
             "documents": context.oracle.describe()["documents"]["search"],

@@ -78,7 +78,7 @@ SMALL = {
     "dtype": "float32",
     "threads": 1,
     "prune": {"keep_first": 0, "keep_last": 0, "calibration_samples": 8, "calibration_tokens": 7},
-    "corpus": {"template": "plain", "max_tokens": 32},
+    "corpus": {"template": "plain", "max_length": 32},
     "recovery": {
         "steps": 3,
         "batch_size": 8,

@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rankadaptor_plugin.config.tables import PruneConfig, RecoveryConfig
 from rankadaptor_plugin.core.ranks import RankAllocation
-from rankadaptor_plugin.corpus.corpus import IGNORED, TrainingSequence
+from rankadaptor_plugin.corpus.sequences import IGNORED, TrainingSequence
 from rankadaptor_plugin.models.structures import decoder_layers, structure_of
 from rankadaptor_plugin.pruning.width import prune_width
 from rankadaptor_plugin.recovery import training

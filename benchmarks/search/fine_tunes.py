@@ -76,7 +76,7 @@ def shortened(loaded: RunConfig, options: argparse.Namespace) -> RunConfig:
         loaded,
         recovery=dataclasses.replace(loaded.recovery, steps=options.steps or loaded.recovery.steps),
         corpus=dataclasses.replace(
-            loaded.corpus, max_tokens=options.max_tokens or loaded.corpus.max_tokens
+            loaded.corpus, max_length=options.max_tokens or loaded.corpus.max_length
         ),
         oracle=dataclasses.replace(
             loaded.oracle,

@@ -20,10 +20,9 @@ from rankadaptor_plugin.core.registry import suggestion
 _ALPACA_LORA: dict[str, dict[str, Any]] = {
     "corpus": {
         "template": "alpaca",
-        "max_tokens": 256,
-        "limit": 0,
-        "validation": 2000,
-        "validation_seed": 42,
+        "max_length": 256,
+        "max_train_samples": 0,
+        "val_set_size": 2000,
     },
     "recovery": {
         "epochs": 2.0,
@@ -48,7 +47,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "llm-pruner": _ALPACA_LORA,
     "shortened": _ALPACA_LORA,
     "quick": {
-        "corpus": {"template": "alpaca", "max_tokens": 128},
+        "corpus": {"template": "alpaca", "max_length": 128},
         "recovery": {
             "steps": 200,
             "batch_size": 16,

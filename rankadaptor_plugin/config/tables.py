@@ -191,12 +191,21 @@ class CorpusConfig:
         'prompt of instruction rows: alpaca ("Below is an instruction ...") or plain (as it is)',
         choices=("alpaca", "plain"),
     )
-    max_tokens: int = _f(256, "longest training sequence, in tokens", low=2)
-    limit: int = _f(0, "use the first rows only; 0 uses all", low=0)
-    validation: int = _f(
-        0, "rows held out from training, on which the loss is measured; 0: none", low=0
+    max_length: int = _f(
+        256,
+        "longest training sequence, in tokens",
+        low=2,
+        aliases=("max_tokens", "max_seq_length", "sequence_len", "cutoff_len"),
     )
-    validation_seed: int = _f(42, "seed that draws the held-out rows (LLM-Pruner: 42)", low=0)
+    max_train_samples: int = _f(
+        0, "use the first rows only; 0 uses all", low=0, aliases=("limit", "max_samples")
+    )
+    val_set_size: int = _f(
+        0,
+        "rows held out from training, on which the loss is measured; 0: none",
+        low=0,
+        aliases=("validation",),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

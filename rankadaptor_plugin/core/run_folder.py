@@ -11,7 +11,7 @@
     adapters/         adapters of the finalists and of uniform LoRA
     adapter/          the delivered adapter, a PEFT folder
     report.{md,json,html}
-    .tokenized/       the corpus in tokens, under a hash of what it was made from
+    .teacher/         predictions of the unpruned model, under a hash of what they depend on
     timings.json      wall seconds per stage, over all sessions
 
 A stage whose artefact is there is skipped, so running again *is* resuming.
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _HASHED_WHOLE = 256 * 2**20
 _BLOCK = 2**20
-TOKENIZED = ".tokenized"
-"""Folder with the tokenized corpus; hidden, as it is made before the run claims the folder."""
+PREDICTIONS = ".teacher"
+"""Folder with the predictions of the unpruned model."""
 _FILES = (
     "report.md",
     "report.json",
@@ -100,7 +100,7 @@ class RunFolder:
             yield
         finally:
             lock.release()
-            if made and all(path.name in (".lock", TOKENIZED) for path in self.path.iterdir()):
+            if made and all(path.name == ".lock" for path in self.path.iterdir()):
                 shutil.rmtree(self.path, ignore_errors=True)  # refused before anything was done
 
     def claim(self, inputs: dict[str, Any], free: tuple[str, ...] = ()) -> None:

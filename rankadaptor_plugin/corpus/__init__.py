@@ -1,1 +1,25 @@
-"""The package corpus."""
+"""The recovery corpus: from rows in a file, on the hub or in memory to training sequences.
+
+`load_corpus` reads and tokenizes whatever a user names; a `Corpus` holds the `TrainingSequence` of
+each row, with the rows that are held out. The rooms above know nothing of files and formats.
+"""
+
+from typing import TYPE_CHECKING
+
+from rankadaptor_plugin.core.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from rankadaptor_plugin.corpus.corpus import load_corpus
+    from rankadaptor_plugin.corpus.sequences import IGNORED, Corpus, TrainingSequence
+
+__all__ = ["IGNORED", "Corpus", "TrainingSequence", "load_corpus"]
+
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "IGNORED": "sequences",
+        "Corpus": "sequences",
+        "TrainingSequence": "sequences",
+        "load_corpus": "corpus",
+    },
+)

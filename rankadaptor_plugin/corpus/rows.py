@@ -1,17 +1,17 @@
 """The rows of a recovery corpus: read from a file or the hub, checked, and how they read as text.
 
-A file is told apart by its name and content: JSON or JSONL rows in Alpaca form (``instruction``,
-``input``, ``output``), conversations, rows with ``text``, and plain text files.
+A file is told apart by its name and content: JSON or JSONL rows in Alpaca format (``instruction``,
+``input``, ``output``), conversations (``{"messages": [{"role", "content"}, ...]}``, or ShareGPT's
+``{"conversations": [{"from", "value"}, ...]}``), rows with ``text``, and plain text files.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.core.errors import ConfigError, CorpusError
-from rankadaptor_plugin.corpus.conversations import messages_of
+from rankadaptor_plugin.core.registry import suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +34,18 @@ _SETTINGS = {
     "corpus": "[corpus] path",
     "calibration text": "[prune] calibration",
     "held-out text": "[oracle] text",
+}
+
+Message = dict[str, str]
+"""``role``, one of system, user and assistant, and ``content``."""
+
+_CHAT_FORMATS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
 }
 
 
@@ -59,7 +71,7 @@ def hub_rows(name: str, limit: int = 0) -> list[dict[str, Any]]:
         # The hub, its client, the network and the format of the data each have errors of their own.
         reason = " ".join(str(error).split())[:200]
         raise CorpusError(
-            f"The corpus {name} is no file, and the hub gives no split train of a dataset with "
+            f"The corpus {name} is not a file, and the hub gives no split train of a dataset with "
             f"that name ({type(error).__name__}: {reason}). Correct [corpus] path, or give a file."
         ) from error
     return checked_rows(rows, name)
@@ -100,34 +112,12 @@ def read_rows(path: Path, what: str = "corpus") -> list[dict[str, Any]]:
 
 
 def checked_rows(rows: Sequence[Any], name: str) -> list[dict[str, Any]]:
-    """Returns rows in the form of `read_rows`.
+    """Returns rows as `read_rows` does.
 
     Raises:
         CorpusError: If one is malformed; `name` says where.
     """
     return [_row(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
-
-
-def file_digest(path: Path) -> str:
-    """Returns a hash of a corpus file: its content, and the form that its name gives it.
-
-    Raises:
-        ConfigError: If the file is missing.
-    """
-    try:
-        with path.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise _unreadable(path, "corpus", error) from error
-    return f"{path.suffix.lower()} {content}"
-
-
-def rows_digest(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns a hash of checked rows."""
-    sha = hashlib.sha256()
-    for row in rows:
-        sha.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-    return sha.hexdigest()
 
 
 def prompt_and_response(row: dict[str, Any], template: str) -> tuple[str, str]:
@@ -166,7 +156,7 @@ def _row(row: Any, where: str) -> dict[str, Any]:
         texts: dict[str, Any] = {k: filled.get(k) for k in ("instruction", "input", "output")}
         if all(isinstance(text, str) for text in texts.values()):
             return texts
-        messages = messages_of(row, where)
+        messages = _messages_of(row, where)
         if messages is not None:
             return {"messages": messages}
         if isinstance(row.get("text"), str):
@@ -175,3 +165,44 @@ def _row(row: Any, where: str) -> dict[str, Any]:
         f"{where} is {repr(row)[:60]}; a row needs the texts instruction and output (and may have "
         "input), or text, or messages. Correct the row."
     )
+
+
+def _messages_of(row: dict[str, Any], where: str) -> list[Message] | None:
+    """Returns the turns of a conversation, or None if a row is not one.
+
+    Args:
+        row: A row of the corpus.
+        where: File and row, for messages.
+
+    Raises:
+        CorpusError: If a turn has no text or an unknown role, or if the user does not begin.
+    """
+    layout = next((name for name in _CHAT_FORMATS if isinstance(row.get(name), list)), None)
+    if layout is None:
+        return None
+    role_key, text_key = _CHAT_FORMATS[layout]
+    messages: list[Message] = []
+    for number, turn in enumerate(row[layout], start=1):
+        role, text = (
+            (turn.get(role_key), turn.get(text_key)) if isinstance(turn, dict) else (None, None)
+        )
+        if not isinstance(role, str) or not isinstance(text, str):
+            raise CorpusError(
+                f"{where}, turn {number} is {repr(turn)[:60]}; a turn of {layout} needs the texts "
+                f"{role_key} and {text_key}. Correct the row."
+            )
+        if role not in _ROLES:
+            raise CorpusError(
+                f"{where}, turn {number} has the role {role!r}.{suggestion(role, list(_ROLES))} "
+                f"Allowed: {', '.join(_ROLES)}. Correct the row."
+            )
+        messages.append({"role": _ROLES[role], "content": text})
+    roles = [message["role"] for message in messages]
+    if roles[:1] == ["system"]:
+        roles = roles[1:]
+    if roles[:1] != ["user"] or "system" in roles:
+        raise CorpusError(
+            f"{where} has the roles {', '.join(m['role'] for m in messages) or 'of no turn'}; a "
+            "conversation is begun by the user, after one system turn at most. Correct the row."
+        )
+    return messages

@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
-
-    from rankadaptor_plugin.corpus.teacher_tokens import TeacherTokens
-
 IGNORED = -100
 """Label of a token without loss, as torch's cross-entropy takes it."""
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherTokens:
+    """Predictions of the unpruned model at one temperature, for n trained tokens in their order.
+
+    Attributes:
+        indices: The k likeliest tokens, shape (n, k), int32.
+        log_probabilities: Theirs, in nats, shape (n, k), float32 or float16.
+        rest: Log of the probability of all other tokens together, shape (n,), float32.
+    """
+
+    indices: torch.Tensor
+    log_probabilities: torch.Tensor
+    rest: torch.Tensor
+
+    def to(self, device: torch.device) -> TeacherTokens:
+        """Returns the same on a device."""
+        return TeacherTokens(
+            self.indices.to(device), self.log_probabilities.to(device), self.rest.to(device)
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[TeacherTokens]) -> TeacherTokens:
+        """Returns the predictions of several sequences, one after the other."""
+        return cls(
+            torch.cat([part.indices for part in parts]),
+            torch.cat([part.log_probabilities for part in parts]),
+            torch.cat([part.rest for part in parts]),
+        )
 
 
 @dataclass(frozen=True)
@@ -23,7 +52,8 @@ class TrainingSequence:
     Attributes:
         tokens: Token ids, shape (t,), int64.
         labels: The same ids, `IGNORED` where no loss is taken, shape (t,), int64.
-        teacher: What the unpruned model predicts for the trained tokens; None without distillation.
+        teacher: Predictions of the unpruned model for the trained tokens; None without
+            distillation.
     """
 
     tokens: torch.Tensor
@@ -46,3 +76,12 @@ class Corpus:
     dropped: int
     validation: Sequence[TrainingSequence] = ()
     rows: int = 0
+
+    def digest(self) -> str:
+        """Returns a hash of all tokens and labels, for a corpus that is not a file to be hashed."""
+        sha = hashlib.sha256(f"{len(self.sequences)} {len(self.validation)}".encode())
+        for sequence in (*self.sequences, *self.validation):
+            sha.update(len(sequence.tokens).to_bytes(8, "little"))
+            for ids in (sequence.tokens, sequence.labels):
+                sha.update(ids.to(torch.int64).contiguous().numpy().tobytes())
+        return sha.hexdigest()[:16]

@@ -17,7 +17,7 @@ import numpy as np
 
 from rankadaptor_plugin.core.errors import ConfigError, OracleError
 from rankadaptor_plugin.core.scores import LOG_LIKELIHOOD, Score, TaskScore, document_key
-from rankadaptor_plugin.corpus.corpus import prompt_and_response, read_rows
+from rankadaptor_plugin.corpus.rows import prompt_and_response, read_rows
 from rankadaptor_plugin.oracle.loglikelihood import loglikelihoods, plan
 from rankadaptor_plugin.oracle.oracle import check_task_names
 

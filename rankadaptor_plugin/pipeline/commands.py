@@ -55,7 +55,7 @@ class CommandGroup(click.Group):
                 raise
             reason = str(error).split(". ")[0]
             click.echo(
-                f"Error: {reason}. Set a smaller micro_batch_size, batch_tokens or max_tokens, "
+                f"Error: {reason}. Set a smaller micro_batch_size, batch_tokens or max_length, "
                 'fewer or shorter calibration sequences, or device_map = "auto" to use all GPUs; '
                 "then run again.",
                 err=True,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         RunConfig,
     )
     from rankadaptor_plugin.core.ranks import RankAllocation
-    from rankadaptor_plugin.corpus.corpus import Corpus
+    from rankadaptor_plugin.corpus.sequences import Corpus
     from rankadaptor_plugin.models.modeling_rankadaptor import Structure
     from rankadaptor_plugin.oracle.contract import Oracle, OracleFactory
     from rankadaptor_plugin.pruning.contract import Pruner

@@ -18,10 +18,9 @@ from rankadaptor_plugin import search
 from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.run_file import corpus_file, model_folder
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError
-from rankadaptor_plugin.core.run_folder import TOKENIZED, RunFolder, digest
+from rankadaptor_plugin.core.run_folder import RunFolder, digest
 from rankadaptor_plugin.core.trials import TrialState
-from rankadaptor_plugin.corpus.cache import tokens_digest
-from rankadaptor_plugin.corpus.corpus import Corpus, encode, load_corpus
+from rankadaptor_plugin.corpus.corpus import encode, load_corpus
 from rankadaptor_plugin.models.base_model import check_folder, load_tokenizer
 from rankadaptor_plugin.models.device import resolve_device, resolve_dtype
 from rankadaptor_plugin.models.quantization import quantization_config
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.config.tables import RunConfig
     from rankadaptor_plugin.core.ranks import RankAllocation
     from rankadaptor_plugin.core.registry import Registry
+    from rankadaptor_plugin.corpus.sequences import Corpus
     from rankadaptor_plugin.models.pruned_model import PrunedModel
     from rankadaptor_plugin.oracle.contract import OracleFactory
     from rankadaptor_plugin.pruning.contract import Pruner
@@ -133,20 +133,11 @@ def prepare(
             f"[oracle] text {text} is the recovery corpus, which models are trained on. Name "
             "held-out text."
         )
-    corpus = load_corpus(
-        corpus_path,
-        tokenizer,
-        template=config.corpus.template,
-        max_tokens=config.corpus.max_tokens,
-        limit=config.corpus.limit,
-        validation=config.corpus.validation,
-        validation_seed=config.corpus.validation_seed,
-        cache=folder.path / TOKENIZED,
-    )
+    corpus = load_corpus(corpus_path, tokenizer, config.corpus)
     if not corpus.validation and (config.recovery.keep_best or config.recovery.validate_every):
         logger.warning(
             "[recovery] keep_best and validate_every look at held-out rows, but there are none: "
-            "[corpus] validation is 0"
+            "[corpus] val_set_size is 0"
         )
     check_sequences(corpus.sequences, _window(config, source, given))
     steps = config.recovery.steps_for(len(corpus.sequences))
@@ -366,7 +357,7 @@ def _inputs(
         "model": digest(source),
         "pruned model": given.weights_digest() if given else None,
         # What lies on the hub may change under its name.
-        "corpus": digest(corpus_path) if corpus_path.exists() else tokens_digest(corpus),
+        "corpus": digest(corpus_path) if corpus_path.exists() else corpus.digest(),
         "calibration": digest(Path(calibration)) if calibration and not given else None,
         "documents": oracle.describe()["digest"],
         "meta-knowledge": digest(Path(meta)) if meta else None,

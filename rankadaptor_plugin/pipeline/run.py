@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rankadaptor_plugin.core.errors import PluginError
-from rankadaptor_plugin.core.run_folder import TOKENIZED, RunFolder, digest
+from rankadaptor_plugin.core.run_folder import PREDICTIONS, RunFolder, digest
 from rankadaptor_plugin.core.scores import Score
 from rankadaptor_plugin.models.base_model import load_model
 from rankadaptor_plugin.models.device import device_name, peak_memory_bytes, threads
@@ -261,7 +261,7 @@ class _Session:
                     fingerprint=f"{digest(self.prepared.source)} {self.prepared.dtype}",
                     top_k=table.distill_top_k,
                     temperature=table.distill_temperature,
-                    cache=self.folder.path / TOKENIZED,
+                    cache=self.folder.path / PREDICTIONS,
                 )
                 self.context = replace(self.context, corpus=corpus)
             else:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from rankadaptor_plugin.core.errors import CorpusError
-from rankadaptor_plugin.corpus.corpus import encode, prompt_and_response, read_rows
+from rankadaptor_plugin.corpus.corpus import encode
+from rankadaptor_plugin.corpus.rows import prompt_and_response, read_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

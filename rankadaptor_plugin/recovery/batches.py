@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rankadaptor_plugin.core.errors import CorpusError
-from rankadaptor_plugin.corpus.sequences import IGNORED, TrainingSequence
-from rankadaptor_plugin.corpus.teacher_tokens import TeacherTokens
+from rankadaptor_plugin.corpus.sequences import IGNORED, TeacherTokens, TrainingSequence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -101,7 +100,7 @@ def check_sequences(
         if window and len(sequence.tokens) > window:
             raise CorpusError(
                 f"Training sequence {number} of {len(sequences)} has {len(sequence.tokens)} "
-                f"tokens, but the context of the model is {window}. Lower [corpus] max_tokens."
+                f"tokens, but the context of the model is {window}. Lower [corpus] max_length."
             )
         if vocabulary and (largest := int(sequence.tokens.max())) >= vocabulary:
             raise CorpusError(

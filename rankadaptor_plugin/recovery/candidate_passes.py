@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rankadaptor_plugin.corpus.teacher_tokens import TeacherTokens
+from rankadaptor_plugin.corpus.sequences import TeacherTokens
 from rankadaptor_plugin.recovery.batches import Pass, passes, trained_tokens
 from rankadaptor_plugin.recovery.losses import forward_logits, token_loss
 from rankadaptor_plugin.recovery.training import mixed_precision

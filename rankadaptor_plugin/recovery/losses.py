@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from rankadaptor_plugin.corpus.teacher_tokens import TeacherTokens
+    from rankadaptor_plugin.corpus.sequences import TeacherTokens
     from rankadaptor_plugin.recovery.batches import Pass
 
 LEAST = math.log(torch.finfo(torch.float32).tiny)

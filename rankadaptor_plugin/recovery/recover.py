@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.config.recipes import Recipe
     from rankadaptor_plugin.config.tables import RecoveryConfig
     from rankadaptor_plugin.core.ranks import RankAllocation
-    from rankadaptor_plugin.corpus.corpus import Corpus
+    from rankadaptor_plugin.corpus.sequences import Corpus
     from rankadaptor_plugin.recovery.candidates import Trained
     from rankadaptor_plugin.recovery.teacher import LiveTeacher
 

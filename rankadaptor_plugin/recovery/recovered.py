@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from rankadaptor_plugin.config.tables import RecoveryConfig
     from rankadaptor_plugin.core.ranks import RankAllocation
-    from rankadaptor_plugin.corpus.corpus import Corpus
+    from rankadaptor_plugin.corpus.sequences import Corpus
     from rankadaptor_plugin.recovery.methods.methods import Tuned
     from rankadaptor_plugin.recovery.training import MicroBatch
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.config.recipes import RECIPES, Recipe
@@ -11,10 +10,13 @@ from rankadaptor_plugin.config.recipes import recipe as preset
 from rankadaptor_plugin.config.tables import CorpusConfig, RecoveryConfig
 from rankadaptor_plugin.core.errors import ConfigError, RankSpaceError
 from rankadaptor_plugin.core.ranks import RankAllocation
-from rankadaptor_plugin.corpus.corpus import Corpus, corpus_of_rows, load_corpus
+from rankadaptor_plugin.corpus.corpus import load_corpus
+from rankadaptor_plugin.corpus.sequences import Corpus
 from rankadaptor_plugin.recovery.batches import check_sequences
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SEEDS = 2**63  # as many as torch takes
@@ -73,22 +75,8 @@ def as_corpus(
         ConfigError: If it is something else, or cannot be read.
         CorpusError: If there is nothing to train on, or a sequence does not fit the model.
     """
-    settings: dict[str, Any] = {
-        "template": table.template,
-        "max_tokens": table.max_tokens,
-        "limit": table.limit,
-        "validation": table.validation,
-        "validation_seed": table.validation_seed,
-    }
-    if isinstance(corpus, (str, Path)):
-        corpus = load_corpus(corpus, tokenizer, **settings)
-    elif not isinstance(corpus, Corpus):
-        if not hasattr(corpus, "__len__") or isinstance(corpus, dict):
-            raise ConfigError(
-                f"The corpus is of type {type(corpus).__name__}. Give a list of rows, a file, a "
-                "name on the hub, or a tokenized Corpus."
-            )
-        corpus = corpus_of_rows(corpus, tokenizer, **settings)
+    if not isinstance(corpus, Corpus):
+        corpus = load_corpus(corpus, tokenizer, table)
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     check_sequences(corpus.sequences, window, vocabulary)

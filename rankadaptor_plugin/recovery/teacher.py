@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rankadaptor_plugin.core.errors import ConfigError
-from rankadaptor_plugin.corpus.teacher_tokens import TeacherTokens
+from rankadaptor_plugin.corpus.sequences import TeacherTokens
 from rankadaptor_plugin.recovery.batches import passes, trained_tokens
 from rankadaptor_plugin.recovery.losses import LEAST, forward_logits
 
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from rankadaptor_plugin.corpus.corpus import Corpus
-    from rankadaptor_plugin.corpus.sequences import TrainingSequence
+    from rankadaptor_plugin.corpus.sequences import Corpus, TrainingSequence
     from rankadaptor_plugin.recovery.batches import Pass
 
 logger = logging.getLogger(__name__)

@@ -65,7 +65,7 @@ class MicroBatch:
         if self.size == 1:
             raise RecoveryError(
                 "Memory does not suffice for a single training sequence. Set [recovery] "
-                "gradient_checkpointing = true, lower [corpus] max_tokens, or quantize the model."
+                "gradient_checkpointing = true, lower [corpus] max_length, or quantize the model."
             )
         self.size //= 2
         logger.warning("Out of memory: from now on %d sequences per pass", self.size)

@@ -16,9 +16,8 @@ from rankadaptor_plugin.core.errors import ConfigError
 TABLES = {"corpus": CorpusConfig, "recovery": RecoveryConfig}
 PUBLIC = {
     "template": "alpaca",
-    "max_tokens": 256,
-    "validation": 2000,
-    "validation_seed": 42,
+    "max_length": 256,
+    "val_set_size": 2000,
     "epochs": 2.0,
     "batch_size": 64,
     "micro_batch_size": 4,
@@ -64,7 +63,7 @@ def test_the_public_recipes_are_the_published_ones(name):
 def test_the_quick_recipe_is_short():
     made = recipe("quick")
     assert (made.recovery.steps_for(10**6), made.recovery.batch_size) == (200, 16)
-    assert (made.corpus.max_tokens, made.recovery.dropout) == (128, 0.0)
+    assert (made.corpus.max_length, made.recovery.dropout) == (128, 0.0)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -79,8 +78,8 @@ def test_the_run_file_and_python_mean_the_same_by_a_name(name):
     own=st.fixed_dictionaries(
         {},
         optional={
-            "max_tokens": st.integers(2, 999),
-            "validation": st.integers(0, 9),
+            "max_length": st.integers(2, 999),
+            "val_set_size": st.integers(0, 9),
             "template": st.sampled_from(["alpaca", "plain"]),
             "epochs": st.floats(0, 9),
             "steps": st.integers(1, 9),
@@ -126,7 +125,7 @@ def test_changes_leave_the_presets_alone():
         ("", {}, "Unknown recipe ''. Allowed: llm-pruner"),
         ("quick", {"step": 3}, "Unknown key step of a recipe. Did you mean 'steps'? Allowed: path"),
         ("quick", {"steps": 0}, "recovery.steps is 0; it must be at least 1. Raise it."),
-        ("quick", {"max_tokens": 1.5}, "corpus.max_tokens is 1.5; it must be a whole number."),
+        ("quick", {"max_length": 1.5}, "corpus.max_length is 1.5; it must be a whole number."),
         ("quick", {"schedule": "liner"}, "recovery.schedule is 'liner'. Did you mean 'linear'?"),
     ],
 )

@@ -6,8 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankadaptor_plugin.config.tables import CorpusConfig
 from rankadaptor_plugin.core.errors import CorpusError
-from rankadaptor_plugin.corpus.corpus import IGNORED, corpus_of_rows, prompt_and_response
+from rankadaptor_plugin.corpus.corpus import load_corpus
+from rankadaptor_plugin.corpus.rows import prompt_and_response
+from rankadaptor_plugin.corpus.sequences import IGNORED
 
 EOS = 1
 LLAMA = (
@@ -47,7 +50,7 @@ def tokenizer(make_tokenizer):
 
 def test_every_turn_of_the_assistant_is_trained_and_nothing_else(tokenizer):
     row = said("w10", "w11 w12", "w13", "w14", begin="system")
-    (sequence,) = corpus_of_rows([row], tokenizer).sequences
+    (sequence,) = load_corpus([row], tokenizer).sequences
     rest = IGNORED
     assert sequence.tokens.tolist() == [
         *ids(0, 5), EOS, *ids(1, 10), EOS, *ids(2, 11, 12), EOS, *ids(1, 13), EOS, *ids(2, 14), EOS,
@@ -60,15 +63,15 @@ def test_every_turn_of_the_assistant_is_trained_and_nothing_else(tokenizer):
 def test_the_form_of_sharegpt_reads_the_same(tokenizer):
     turns = [("system", "w5"), ("human", "w10"), ("gpt", "w11"), ("human", "w3")]
     shared = {"conversations": [{"from": who, "value": text} for who, text in turns], "id": "x"}
-    (one,) = corpus_of_rows([shared], tokenizer).sequences
-    (other,) = corpus_of_rows([said("w10", "w11", begin="system")], tokenizer).sequences
+    (one,) = load_corpus([shared], tokenizer).sequences
+    (other,) = load_corpus([said("w10", "w11", begin="system")], tokenizer).sequences
     assert one.tokens.equal(other.tokens)  # the last question, without an answer, is left out
     assert one.labels.equal(other.labels)
 
 
 def test_a_template_that_changes_earlier_turns_gives_one_sequence_per_turn(tokenizer):
     tokenizer.chat_template = FORGETFUL
-    first, second = corpus_of_rows([said("w10", "w11", "w13", "w14")], tokenizer).sequences
+    first, second = load_corpus([said("w10", "w11", "w13", "w14")], tokenizer).sequences
     assert first.tokens.tolist() == [*ids(1, 10), EOS, *ids(2, 9, 11), EOS]
     assert first.labels.tolist() == [IGNORED] * 4 + [*ids(9, 11), EOS]
     before = [*ids(1, 10), EOS, *ids(2, 11), EOS, *ids(1, 13), EOS, *ids(2)]
@@ -78,14 +81,14 @@ def test_a_template_that_changes_earlier_turns_gives_one_sequence_per_turn(token
 
 def test_a_prompt_that_begins_the_answer_does_not_hide_it(tokenizer):
     tokenizer.chat_template = PROMPTED
-    (sequence,) = corpus_of_rows([said("w10", "w11")], tokenizer).sequences
+    (sequence,) = load_corpus([said("w10", "w11")], tokenizer).sequences
     assert sequence.labels.tolist() == [IGNORED] * 4 + [*ids(11), EOS]
 
 
 def test_what_a_template_of_llama_says_of_today_is_the_same_every_day(tokenizer):
     today = "{{ 'w7' if date_string is defined and date_string == '26 Jul 2024' else 'w8' }} "
     tokenizer.chat_template = today + LLAMA
-    (sequence,) = corpus_of_rows([said("w10", "w11")], tokenizer).sequences
+    (sequence,) = load_corpus([said("w10", "w11")], tokenizer).sequences
     assert sequence.tokens.tolist()[0] == ids(7)[0]
 
 
@@ -99,7 +102,7 @@ def test_what_a_template_of_llama_says_of_today_is_the_same_every_day(tokenizer)
 )
 def test_rows_without_an_answer_are_dropped(tokenizer, row, max_tokens):
     rows = [row, said("w1", "w2")]
-    corpus = corpus_of_rows(rows, tokenizer, max_tokens=max_tokens)
+    corpus = load_corpus(rows, tokenizer, CorpusConfig(max_length=max_tokens))
     assert (len(corpus.sequences), corpus.dropped, corpus.rows) == (1, 1, 2)
 
 
@@ -122,9 +125,11 @@ def test_trained_tokens_are_the_words_of_the_assistant_within_the_limit(
     trained = [label for label, _ in expected if label != IGNORED]
     if not trained:
         with pytest.raises(CorpusError, match="gives no training sequence"):
-            corpus_of_rows([said(*turns)], tokenizer, max_tokens=max_tokens)
+            load_corpus([said(*turns)], tokenizer, CorpusConfig(max_length=max_tokens))
         return
-    (sequence,) = corpus_of_rows([said(*turns)], tokenizer, max_tokens=max_tokens).sequences
+    (sequence,) = load_corpus(
+        [said(*turns)], tokenizer, CorpusConfig(max_length=max_tokens)
+    ).sequences
     labels = sequence.labels.tolist()
     assert [label for label in labels if label != IGNORED] == trained
     assert sequence.tokens.tolist() == [token for _, token in expected[: len(labels)]]
@@ -132,13 +137,13 @@ def test_trained_tokens_are_the_words_of_the_assistant_within_the_limit(
 
 def test_a_tokenizer_without_a_template_is_said_once_and_clearly(make_tokenizer):
     with pytest.raises(CorpusError, match=r"row 1 is a conversation, but the tokenizer of the m"):
-        corpus_of_rows([said("w10", "w11")], make_tokenizer())
+        load_corpus([said("w10", "w11")], make_tokenizer())
 
 
 def test_a_row_that_the_template_refuses_is_named(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('roles must\\nalternate') }}"
     with pytest.raises(CorpusError, match=r"row 1 is refused by .*: roles must alternate\. Corr"):
-        corpus_of_rows([said("w10", "w11")], tokenizer)
+        load_corpus([said("w10", "w11")], tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -157,13 +162,13 @@ def test_a_row_that_the_template_refuses_is_named(tokenizer):
 def test_malformed_conversations_are_refused_with_their_row(tokenizer, turns, message):
     row = {"messages": [{"role": role, "content": text} for role, text in turns]}
     with pytest.raises(CorpusError) as error:
-        corpus_of_rows([said("w10", "w11"), row], tokenizer)
+        load_corpus([said("w10", "w11"), row], tokenizer)
     assert message in str(error.value)
 
 
 def test_a_turn_that_is_no_table_is_refused(tokenizer):
     with pytest.raises(CorpusError, match=r"turn 1 is 'hi'; a turn of conversations needs the te"):
-        corpus_of_rows([{"conversations": ["hi"]}], tokenizer)
+        load_corpus([{"conversations": ["hi"]}], tokenizer)
 
 
 def test_as_text_a_conversation_reads_turn_by_turn():

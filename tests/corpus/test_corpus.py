@@ -13,15 +13,11 @@ from hypothesis import strategies as st
 
 from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.run_file import is_hub_name
+from rankadaptor_plugin.config.tables import CorpusConfig
 from rankadaptor_plugin.core.errors import ConfigError, CorpusError
-from rankadaptor_plugin.corpus.corpus import (
-    ALPACA,
-    IGNORED,
-    corpus_of_rows,
-    load_corpus,
-    read_rows,
-    split_rows,
-)
+from rankadaptor_plugin.corpus.corpus import load_corpus, split_rows
+from rankadaptor_plugin.corpus.rows import ALPACA, read_rows
+from rankadaptor_plugin.corpus.sequences import IGNORED
 from rankadaptor_plugin.pruning.calibration_text import calibration_documents, calibration_samples
 
 BOS, EOS, UNK = 0, 1, 2
@@ -50,7 +46,9 @@ def written(tmp_path):
 
 @pytest.mark.parametrize("frame", FRAMES)
 def test_a_response_is_trained_from_its_first_token_to_one_end(written, make_tokenizer, frame):
-    corpus = load_corpus(written("c.jsonl", [ROW]), make_tokenizer(frame), template="plain")
+    corpus = load_corpus(
+        written("c.jsonl", [ROW]), make_tokenizer(frame), CorpusConfig(template="plain")
+    )
     begin = [BOS] if "<s>" in frame else []
     prompt = begin + ids(1, 2, 3)
     (sequence,) = corpus.sequences
@@ -88,7 +86,9 @@ def test_a_row_with_instruction_and_text_is_an_instruction(written):
 
 def test_running_text_is_joined_with_ends_and_cut_into_blocks(written, make_tokenizer):
     rows = [{"text": "w1 w2 w3"}, {"text": "w4 w5"}]
-    corpus = load_corpus(written("c.jsonl", rows), make_tokenizer("<s> $A </s>"), max_tokens=4)
+    corpus = load_corpus(
+        written("c.jsonl", rows), make_tokenizer("<s> $A </s>"), CorpusConfig(max_length=4)
+    )
     blocks = [[BOS, *ids(1, 2, 3)], [EOS, BOS, *ids(4, 5)]]  # an end of one token is no block
     assert [s.tokens.tolist() for s in corpus.sequences] == blocks
     assert all(s.labels.equal(s.tokens) for s in corpus.sequences)
@@ -101,7 +101,7 @@ def test_a_plain_text_file_is_running_text(written, make_tokenizer):
 
 def test_instructions_and_text_may_be_mixed(written, make_tokenizer):
     path = written("c.jsonl", [{"text": "w1 w2"}, ROW, {"text": "w3"}])
-    corpus = load_corpus(path, make_tokenizer(), template="plain")
+    corpus = load_corpus(path, make_tokenizer(), CorpusConfig(template="plain"))
     tokens = [s.tokens.tolist() for s in corpus.sequences]
     assert tokens == [[*ids(1, 2, 3, 4, 5), EOS], [*ids(1, 2), EOS, *ids(3), EOS]]
 
@@ -133,7 +133,7 @@ def test_long_sequences_lose_their_end_and_long_prompts_their_row(written, make_
     ]
     with caplog.at_level(logging.WARNING):
         corpus = load_corpus(
-            written("c.jsonl", rows), make_tokenizer(), template="plain", max_tokens=4
+            written("c.jsonl", rows), make_tokenizer(), CorpusConfig(template="plain", max_length=4)
         )
     assert [s.tokens.tolist() for s in corpus.sequences] == [ids(1, 2, 3, 4), [*ids(1, 2), EOS]]
     assert corpus.sequences[0].labels.tolist() == [IGNORED] * 3 + ids(4)
@@ -145,14 +145,18 @@ def test_a_lone_token_has_nothing_to_be_predicted_from(written, make_tokenizer):
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     rows = [{"instruction": "", "output": "w1"}, {"instruction": "", "output": "w1 w2"}]
-    corpus = load_corpus(written("c.jsonl", rows), tokenizer, template="plain")
+    corpus = load_corpus(written("c.jsonl", rows), tokenizer, CorpusConfig(template="plain"))
     assert [s.tokens.tolist() for s in corpus.sequences] == [ids(1, 2)]
     assert corpus.dropped == 1
 
 
 def test_the_limit_takes_the_first_rows(written, make_tokenizer):
     rows = [{"instruction": f"w{i}", "output": "w9"} for i in range(5)]
-    corpus = load_corpus(written("c.jsonl", rows), make_tokenizer(), template="plain", limit=2)
+    corpus = load_corpus(
+        written("c.jsonl", rows),
+        make_tokenizer(),
+        CorpusConfig(template="plain", max_train_samples=2),
+    )
     assert [s.tokens.tolist()[0] for s in corpus.sequences] == ids(0, 1)
 
 
@@ -210,7 +214,9 @@ def test_a_split_loses_and_doubles_no_row(rows, seed, data):
 def test_held_out_rows_are_no_training_sequences(written, make_tokenizer):
     rows = [{"instruction": f"w{i}", "output": "w36"} for i in range(20)]
     corpus = load_corpus(
-        written("c.jsonl", rows), make_tokenizer(), template="plain", validation=5, limit=15
+        written("c.jsonl", rows),
+        make_tokenizer(),
+        CorpusConfig(template="plain", val_set_size=5, max_train_samples=15),
     )
     order = torch.tensor([s.tokens[0] for s in (*corpus.validation, *corpus.sequences)]) - 3
     assert (len(corpus.validation), len(corpus.sequences)) == (5, 10)
@@ -220,7 +226,7 @@ def test_held_out_rows_are_no_training_sequences(written, make_tokenizer):
 
 def test_held_out_text_is_joined_on_its_own(written, make_tokenizer):
     rows = [{"text": f"w{i} w{i}"} for i in range(4)]
-    corpus = load_corpus(written("c.jsonl", rows), make_tokenizer(), validation=1)
+    corpus = load_corpus(written("c.jsonl", rows), make_tokenizer(), CorpusConfig(val_set_size=1))
     (training,), (validation,) = corpus.sequences, corpus.validation
     assert (len(training.tokens), len(validation.tokens)) == (9, 3)
 
@@ -228,26 +234,48 @@ def test_held_out_text_is_joined_on_its_own(written, make_tokenizer):
 @pytest.mark.parametrize("validation", [2, 3])
 def test_nothing_left_to_train_on_is_refused(written, make_tokenizer, validation):
     with pytest.raises(CorpusError, match=rf"holds out {validation} rows, but the .* has 2, which"):
-        load_corpus(written("c.jsonl", [ROW, ROW]), make_tokenizer(), validation=validation)
+        load_corpus(
+            written("c.jsonl", [ROW, ROW]), make_tokenizer(), CorpusConfig(val_set_size=validation)
+        )
 
 
 def test_held_out_rows_that_give_nothing_are_refused(make_tokenizer):
-    rows = [{"instruction": "w1", "output": text} for text in ("w2", "", "")]
-    seed = next(s for s in range(99) if split_rows(range(3), 1, s)[1] != [0])
+    outputs = [""] * 3
+    outputs[split_rows(range(3), 1, 42)[0][0]] = "w2"  # the seed is LLM-Pruner's
+    rows = [{"instruction": "w1", "output": text} for text in outputs]
     with pytest.raises(CorpusError, match="The 1 rows of the corpus in memory that"):
-        corpus_of_rows(rows, make_tokenizer(), validation=1, validation_seed=seed)
+        load_corpus(rows, make_tokenizer(), CorpusConfig(val_set_size=1))
+
+
+def test_the_digest_is_that_of_tokens_labels_and_what_is_held_out(make_tokenizer):
+    rows = [{"instruction": f"w{i}", "output": "w9"} for i in range(6)]
+
+    def digest(*rows, **changes):
+        return load_corpus(
+            rows, make_tokenizer(), CorpusConfig(template="plain", **changes)
+        ).digest()
+
+    whole = digest(*rows)
+    assert whole == digest(*rows)
+    others = {
+        digest(*rows[:-1]),
+        digest(*rows, max_length=2),
+        digest(*rows, val_set_size=1),
+        digest({"text": "w1 w9"}),
+    }
+    assert len({whole, *others}) == 5
 
 
 def test_rows_in_memory_are_those_of_a_file(written, make_tokenizer):
     rows = [{**ROW, "text": None}, {"text": "w1 w2"}]
     read = load_corpus(written("c.jsonl", rows), make_tokenizer())
     for given_rows in (rows, datasets.Dataset.from_list(rows)):
-        made = corpus_of_rows(given_rows, make_tokenizer())
+        made = load_corpus(given_rows, make_tokenizer())
         assert [s.tokens.tolist() for s in made.sequences] == [
             s.tokens.tolist() for s in read.sequences
         ]
     with pytest.raises(CorpusError, match=r"in memory, row 2 is \{'a': 1\}; a row needs the texts"):
-        corpus_of_rows([ROW, {"a": 1}], make_tokenizer())
+        load_corpus([ROW, {"a": 1}], make_tokenizer())
 
 
 @pytest.mark.parametrize(
@@ -278,11 +306,9 @@ def test_a_dataset_of_the_hub_is_read_by_its_rows(make_tokenizer, monkeypatch, t
 
     monkeypatch.setattr(datasets, "load_dataset", give)
     monkeypatch.chdir(tmp_path)
-    for cache in (None, tmp_path, tmp_path):
-        corpus = load_corpus("owner/name", make_tokenizer(), limit=1, cache=cache)
-        assert [s.tokens.tolist()[-3:] for s in corpus.sequences] == [[*ids(4, 5), EOS]]
-    assert set(asked) == {("owner/name", "train")}
-    assert len(list(tmp_path.iterdir())) == 1
+    corpus = load_corpus("owner/name", make_tokenizer(), CorpusConfig(max_train_samples=1))
+    assert [s.tokens.tolist()[-3:] for s in corpus.sequences] == [[*ids(4, 5), EOS]]
+    assert asked == [("owner/name", "train")]
 
 
 def test_a_file_goes_before_the_hub(make_tokenizer, monkeypatch, tmp_path):
@@ -298,7 +324,9 @@ def test_a_download_that_fails_is_one_line(make_tokenizer, monkeypatch):
     with pytest.raises(CorpusError) as error:
         load_corpus("no-such-owner/no-such-name", make_tokenizer())
     message = str(error.value)
-    assert message.startswith("The corpus no-such-owner/no-such-name is no file, and the hub gives")
+    assert message.startswith(
+        "The corpus no-such-owner/no-such-name is not a file, and the hub gives"
+    )
     assert message.endswith("Correct [corpus] path, or give a file.")
     assert "\n" not in message
 

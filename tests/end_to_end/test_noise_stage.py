@@ -14,7 +14,7 @@ from rankadaptor_plugin.oracle.lm_eval_oracle import LmEvalOracle
 from rankadaptor_plugin.oracle.perplexity import PerplexityOracle
 
 QUICK = {
-    "corpus": {"limit": 64},
+    "corpus": {"max_train_samples": 64},
     "prune": {"importance": "magnitude"},
     "recovery": {"steps": 2},
     "oracle": {"name": "counting", "tasks": ["tiny_boolq"], "search_documents": 8},
@@ -137,9 +137,7 @@ def test_the_command_tells_what_the_fine_tunes_say(measured):
 
 def test_the_command_leaves_the_pruned_model_and_the_fine_tunes_and_no_search(measured):
     names = {path.name for path in measured.folder.iterdir()}
-    assert names == {
-        *("inputs.json", "pruned", "noise", "noise.json", "timings.json", ".lock", ".tokenized")
-    }
+    assert names == {*("inputs.json", "pruned", "noise", "noise.json", "timings.json", ".lock")}
     files = sorted(path.suffix for path in (measured.folder / "noise").iterdir())
     assert files == [".json"] * FINE_TUNES + [".parquet"] * FINE_TUNES
 

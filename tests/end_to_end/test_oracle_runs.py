@@ -16,7 +16,7 @@ from rankadaptor_plugin.core.document_results import read_documents
 from rankadaptor_plugin.oracle.lm_eval_oracle import LmEvalOracle
 
 QUICK = {
-    "corpus": {"limit": 64},
+    "corpus": {"max_train_samples": 64},
     "prune": {"importance": "magnitude"},
     "recovery": {"steps": 1},
     "search": {"method": "random", "n_trials": 3},

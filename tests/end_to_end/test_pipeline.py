@@ -59,7 +59,7 @@ def test_every_artefact_is_there_and_nothing_half_written(finished):
     names = {path.name for path in finished.folder.iterdir()}
     assert names == {
         *("inputs.json", "pruned", "evaluations", "study.db", "adapters", "adapter"),
-        *("report.json", "report.md", "report.html", "timings.json", ".lock", ".tokenized"),
+        *("report.json", "report.md", "report.html", "timings.json", ".lock"),
     }
     assert not [p for p in finished.folder.rglob("*") if p.name.endswith((".partial", ".tmp"))]
     assert len(list((finished.folder / "evaluations").iterdir())) == 2 * (2 + 2 * 2)
@@ -305,7 +305,7 @@ def test_the_example_of_recover_in_the_docs_runs(finished, tmp_path, monkeypatch
 def test_the_loss_on_held_out_rows_is_in_the_report(tmp_path, write_run_file, command):
     file = write_run_file(
         tmp_path / "run.toml",
-        corpus={"validation": 40},
+        corpus={"val_set_size": 40},
         recovery={"candidates_per_pass": 2, "keep_best": False},
         search={"n_trials": 2, "n_startup_trials": 2},
     )

@@ -29,7 +29,7 @@ DOCUMENTS = {
     for purpose in ("search", "report")
 }
 QUICK = {
-    "corpus": {"limit": 64},
+    "corpus": {"max_train_samples": 64},
     "prune": {"importance": "magnitude"},
     "recovery": {"steps": 4, "learning_rate": 0.02},
     "oracle": {"name": "fluency", "tasks": []},

@@ -17,7 +17,13 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from rankadaptor_plugin.cli import build_cli
-from rankadaptor_plugin.config.tables import OracleConfig, PruneConfig, RecoveryConfig, RunConfig
+from rankadaptor_plugin.config.tables import (
+    CorpusConfig,
+    OracleConfig,
+    PruneConfig,
+    RecoveryConfig,
+    RunConfig,
+)
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
 from rankadaptor_plugin.corpus.corpus import load_corpus
@@ -98,7 +104,7 @@ def context(tmp_path, tokenizer):
         registries=registries(manager),
         hook=manager.hook,
         oracle=None,
-        corpus=load_corpus(path, tokenizer, template="plain", max_tokens=8, limit=0),
+        corpus=load_corpus(path, tokenizer, CorpusConfig(template="plain", max_length=8)),
     )
 
 

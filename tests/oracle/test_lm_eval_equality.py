@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from rankadaptor_plugin.config.run_file import corpus_file, model_folder
-from rankadaptor_plugin.config.tables import EMBEDDED, OracleConfig, PruneConfig
+from rankadaptor_plugin.config.tables import EMBEDDED, CorpusConfig, OracleConfig, PruneConfig
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.corpus.corpus import load_corpus
 from rankadaptor_plugin.models.base_model import load_model, load_tokenizer
@@ -66,7 +66,9 @@ def base(folder):
 @pytest.fixture(scope="module")
 def samples(tokenizer):
     corpus = load_corpus(
-        corpus_file(EMBEDDED), tokenizer, template="plain", max_tokens=32, limit=200
+        corpus_file(EMBEDDED),
+        tokenizer,
+        CorpusConfig(template="plain", max_length=32, max_train_samples=200),
     )
     return calibration_samples([s.tokens for s in corpus.sequences], 8, 7, 0)
 

@@ -37,7 +37,7 @@ pytestmark = [
 ]
 
 SMALLER = {
-    "corpus": {"limit": 64},
+    "corpus": {"max_train_samples": 64},
     "oracle": {"tasks": ["tiny_boolq"], "search_documents": 4, "report_documents": 6},
     "performance_model": {"meta_epochs": 2, "epochs": 2},
     "search": {"n_startup_trials": 2, "n_trials": 3},

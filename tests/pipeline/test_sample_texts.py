@@ -19,7 +19,7 @@ from rankadaptor_plugin.pipeline.texts import EMBEDDED_PROMPTS
 from rankadaptor_plugin.recovery.adapters import attach, trainable_parameters
 
 QUICK = {
-    "corpus": {"limit": 64},
+    "corpus": {"max_train_samples": 64},
     "prune": {"importance": "magnitude"},
     "recovery": {"steps": 2},
     "oracle": {"name": "counting", "tasks": ["tiny_boolq"], "search_documents": 8},

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankadaptor_plugin.core.errors import CorpusError
-from rankadaptor_plugin.corpus.corpus import IGNORED, TrainingSequence
-from rankadaptor_plugin.corpus.teacher_tokens import TeacherTokens
+from rankadaptor_plugin.corpus.sequences import IGNORED, TeacherTokens, TrainingSequence
 from rankadaptor_plugin.recovery.batches import (
     LAYOUTS,
     batches,

@@ -13,8 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rankadaptor_plugin.config.tables import RecoveryConfig
 from rankadaptor_plugin.core.errors import RankSpaceError, RecoveryError
 from rankadaptor_plugin.core.ranks import RankAllocation
-from rankadaptor_plugin.corpus.corpus import IGNORED, TrainingSequence
-from rankadaptor_plugin.corpus.teacher_tokens import TeacherTokens
+from rankadaptor_plugin.corpus.sequences import IGNORED, TeacherTokens, TrainingSequence
 from rankadaptor_plugin.recovery import adapters, candidate_passes
 from rankadaptor_plugin.recovery import dropout as sequence_dropout
 from rankadaptor_plugin.recovery.batches import batches

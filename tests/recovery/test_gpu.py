@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from rankadaptor_plugin.config.tables import RecoveryConfig
 from rankadaptor_plugin.core.ranks import RankAllocation
-from rankadaptor_plugin.corpus.corpus import IGNORED, Corpus, TrainingSequence
+from rankadaptor_plugin.corpus.sequences import IGNORED, Corpus, TrainingSequence
 from rankadaptor_plugin.models.device import peak_memory_bytes
 from rankadaptor_plugin.recovery import training
 from rankadaptor_plugin.recovery.adapters import ADAPTER, attach

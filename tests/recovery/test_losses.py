@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankadaptor_plugin.corpus.corpus import IGNORED, TrainingSequence
-from rankadaptor_plugin.corpus.teacher_tokens import TeacherTokens
+from rankadaptor_plugin.corpus.sequences import IGNORED, TeacherTokens, TrainingSequence
 from rankadaptor_plugin.recovery.batches import LAYOUTS, Pass, passes
 from rankadaptor_plugin.recovery.losses import LEAST, forward_logits, token_loss
 

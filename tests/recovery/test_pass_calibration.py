@@ -15,7 +15,7 @@ from transformers import BloomConfig, BloomForCausalLM
 from rankadaptor_plugin.config.tables import RecoveryConfig
 from rankadaptor_plugin.core.errors import ArtifactError, RecoveryError
 from rankadaptor_plugin.core.ranks import RankAllocation
-from rankadaptor_plugin.corpus.corpus import IGNORED, TrainingSequence
+from rankadaptor_plugin.corpus.sequences import IGNORED, TrainingSequence
 from rankadaptor_plugin.recovery import adapters, pass_calibration
 from rankadaptor_plugin.recovery.batches import LAYOUTS
 from rankadaptor_plugin.recovery.pass_calibration import Choice, calibrate, measure

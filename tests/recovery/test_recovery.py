@@ -12,7 +12,7 @@ import torch
 from rankadaptor_plugin.config.tables import RecoveryConfig
 from rankadaptor_plugin.core.errors import RecoveryError
 from rankadaptor_plugin.core.ranks import RankAllocation
-from rankadaptor_plugin.corpus.corpus import IGNORED, Corpus, TrainingSequence
+from rankadaptor_plugin.corpus.sequences import IGNORED, Corpus, TrainingSequence
 from rankadaptor_plugin.recovery import training
 from rankadaptor_plugin.recovery.adapters import trainable_parameters
 from rankadaptor_plugin.recovery.batches import passes

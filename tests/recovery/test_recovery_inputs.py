@@ -26,8 +26,7 @@ from rankadaptor_plugin.core.errors import (
 )
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.core.run_folder import RunFolder
-from rankadaptor_plugin.corpus.corpus import IGNORED, Corpus, TrainingSequence
-from rankadaptor_plugin.corpus.teacher_tokens import TeacherTokens
+from rankadaptor_plugin.corpus.sequences import IGNORED, Corpus, TeacherTokens, TrainingSequence
 from rankadaptor_plugin.lm_eval_model import RankAdaptorLM
 from rankadaptor_plugin.pipeline.context import Recovered
 from rankadaptor_plugin.recovery.fingerprint import RECORD
@@ -164,9 +163,9 @@ def test_gradients_are_switched_on_and_inference_mode_is_refused(make_llama, cor
 
 
 def test_rows_that_are_all_longer_than_allowed_are_refused(refused, make_tokenizer):
-    small = recipe("quick", template="plain", max_tokens=2, steps=2)
+    small = recipe("quick", template="plain", max_length=2, steps=2)
     refused(
-        *(CorpusError, "gives no training sequence (8 rows, 8 longer than 2 tokens", "max_tokens"),
+        *(CorpusError, "gives no training sequence (8 rows, 8 longer than 2 tokens", "max_length"),
         data=ROWS,
         tokenizer=make_tokenizer(),
         recipe=small,
@@ -174,8 +173,8 @@ def test_rows_that_are_all_longer_than_allowed_are_refused(refused, make_tokeniz
 
 
 def test_a_run_whose_rows_are_all_dropped_is_refused(tmp_path, write_run_file, command):
-    result = command("run", write_run_file(tmp_path / "r.toml", corpus={"max_tokens": 2}))
-    assert_error(result, 1, "gives no training sequence", "longer than 2 tokens", "max_tokens")
+    result = command("run", write_run_file(tmp_path / "r.toml", corpus={"max_length": 2}))
+    assert_error(result, 1, "gives no training sequence", "longer than 2 tokens", "max_length")
     assert not (tmp_path / "out").exists()
 
 
@@ -204,7 +203,7 @@ def test_a_run_of_a_model_without_padding_token_works(tmp_path, write_run_file, 
     file = write_run_file(
         tmp_path / "r.toml",
         model=str(folder),
-        corpus={"limit": 32},
+        corpus={"max_train_samples": 32},
         recovery={"methods": ["lora"], "steps": 1},
         prune={"importance": "magnitude"},
     )
@@ -251,7 +250,7 @@ def test_methods_that_divide_by_the_scaling_are_refused_before_a_run_without_one
     file = write_run_file(
         tmp_path / "r.toml",
         recovery=table,
-        corpus={"limit": 32},
+        corpus={"max_train_samples": 32},
         prune={"importance": "magnitude"},
         search={"n_trials": 3},
     )
@@ -483,7 +482,7 @@ def test_a_run_on_a_full_disk_goes_on_where_there_is_space(
     file = write_run_file(
         tmp_path / "r.toml",
         recovery={"methods": ["lora"], "steps": 1},
-        corpus={"limit": 32},
+        corpus={"max_train_samples": 32},
         prune={"importance": "magnitude"},
     )
     full_disk.fill()
@@ -534,7 +533,7 @@ def test_bad_settings_of_a_run_are_one_line(
     file = write_run_file(
         tmp_path / "r.toml",
         recovery={"steps": 1, **changes},
-        corpus={"limit": 32},
+        corpus={"max_train_samples": 32},
         prune={"importance": "magnitude"},
     )
     assert_error(command("run", file), code, *fragments)
@@ -547,7 +546,7 @@ def test_trials_that_fail_in_a_row_are_kept_and_end_the_run_with_advice(
     file = write_run_file(
         tmp_path / "r.toml",
         recovery={"learning_rate": 1e30, "candidates_per_pass": 3},
-        corpus={"limit": 32},
+        corpus={"max_train_samples": 32},
         prune={"importance": "magnitude"},
     )
     result = command("run", file, plugin=observer)

@@ -15,8 +15,7 @@ from rankadaptor_plugin.core.errors import (
     RankSpaceError,
     RecoveryError,
 )
-from rankadaptor_plugin.corpus.corpus import Corpus
-from rankadaptor_plugin.corpus.sequences import TrainingSequence
+from rankadaptor_plugin.corpus.sequences import Corpus, TrainingSequence
 from rankadaptor_plugin.recovery import training
 from rankadaptor_plugin.recovery.recover import recover
 

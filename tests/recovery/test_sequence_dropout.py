@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankadaptor_plugin.config.tables import RecoveryConfig
-from rankadaptor_plugin.corpus.corpus import Corpus
-from rankadaptor_plugin.corpus.sequences import TrainingSequence
+from rankadaptor_plugin.corpus.sequences import Corpus, TrainingSequence
 from rankadaptor_plugin.recovery.batches import passes
 from rankadaptor_plugin.recovery.dropout import DropoutPlace, SequenceDropout, tell
 from rankadaptor_plugin.recovery.recover import recover

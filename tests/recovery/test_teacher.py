@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GemmaConfig, LlamaConfig
 
 from rankadaptor_plugin.core.errors import ConfigError
-from rankadaptor_plugin.corpus.corpus import IGNORED, Corpus, TrainingSequence
+from rankadaptor_plugin.corpus.sequences import IGNORED, Corpus, TrainingSequence
 from rankadaptor_plugin.recovery import teacher as teacher_module
 from rankadaptor_plugin.recovery.batches import passes, trained_tokens
 from rankadaptor_plugin.recovery.losses import LEAST, forward_logits, token_loss

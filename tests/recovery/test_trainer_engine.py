@@ -18,8 +18,7 @@ from transformers import TrainerCallback
 from rankadaptor_plugin.config.tables import RecoveryConfig
 from rankadaptor_plugin.core.errors import ConfigError, RecoveryError
 from rankadaptor_plugin.core.ranks import RankAllocation
-from rankadaptor_plugin.corpus.corpus import IGNORED, TrainingSequence
-from rankadaptor_plugin.corpus.teacher_tokens import TeacherTokens
+from rankadaptor_plugin.corpus.sequences import IGNORED, TeacherTokens, TrainingSequence
 from rankadaptor_plugin.recovery import adapters, training
 from rankadaptor_plugin.recovery.batches import batches
 from rankadaptor_plugin.recovery.methods import methods as recovery_methods

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rankadaptor_plugin.config.tables import RecoveryConfig
 from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.core.ranks import RankAllocation
-from rankadaptor_plugin.corpus.corpus import IGNORED, Corpus, TrainingSequence
+from rankadaptor_plugin.corpus.sequences import IGNORED, Corpus, TrainingSequence
 from rankadaptor_plugin.recovery.batches import trained_tokens
 from rankadaptor_plugin.recovery.methods import methods as recovery_methods
 from rankadaptor_plugin.recovery.recover import recover
@@ -56,7 +56,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from rankadaptor_plugin.recovery.files import load
-from rankadaptor_plugin.corpus.corpus import Corpus
+from rankadaptor_plugin.corpus.sequences import Corpus
 from rankadaptor_plugin.recovery.recover import recover
 
 def base():

@@ -79,7 +79,7 @@ def attach_eva(
             raise
         raise RecoveryError(
             f"Memory does not suffice for {_SEQUENCES} sequences at once, which EVA reads. Lower "
-            "[corpus] max_tokens, or leave eva out."
+            "[corpus] max_length, or leave eva out."
         ) from None
     finally:
         bare.train(mode)
