@@ -96,7 +96,7 @@ SMALL = {
     "performance_model": {"meta_epochs": 20, "epochs": 20},
     "search": {"n_startup_trials": 3, "n_trials": 5, "candidates": 200, "tolerance": 0.0},
     "noise": {"seeds": 0},
-    "confirm": {"finalists": 1, "seeds": 2, "least_seeds": 2},
+    "confirm": {"finalists": 1, "seeds": 3},
     "generation": {"max_new_tokens": 0},
 }
 """A run of the embedded model in seconds."""

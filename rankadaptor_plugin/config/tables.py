@@ -362,11 +362,10 @@ class NoiseConfig:
         above=0.0,
         below=1.0,
     )
-    if_drowned: str = _f(
-        "uniform",
-        "no plausible gain rises above the noise: uniform (deliver uniform LoRA without a "
-        "search), or search all the same",
-        choices=("uniform", "search"),
+    search_despite_noise: bool = _f(
+        False,
+        "search even if no plausible gain rises above the noise; false delivers uniform LoRA then",
+        aliases=("if_drowned",),
     )
 
     def __post_init__(self) -> None:
@@ -499,30 +498,21 @@ class SearchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConfirmConfig:
-    """The finalists' race against uniform LoRA: fresh seeds, report documents."""
+    """The final comparison with LoRA of equal size: fresh seeds, report documents."""
 
-    finalists: int = _f(2, "best allocations of the search that enter the race", low=1)
-    seeds: int = _f(6, "fresh seeds at most; each one left in the race runs with each", low=2)
-    least_seeds: int = _f(3, "fresh seeds before the first one may be eliminated", low=2)
+    finalists: int = _f(2, "best allocations of the search that are compared", low=1)
+    seeds: int = _f(6, "fine-tunes of each with fresh seeds; fewer than 3 decide nothing", low=3)
     best_random: bool = _f(
         False,
-        "the best of as many random allocations as the search made trials enters too; costs these "
+        "compare the best of as many random allocations as the search made trials too; costs these "
         "trials",
     )
     confidence: float = _f(
         0.95,
-        "1 less the error rate: of all finalists together, of a gain that is none, and of "
-        "eliminating the best",
+        "1 less the rate of false gains, of all comparisons of the run together",
         low=0.5,
         high=0.999,
     )
-
-    def __post_init__(self) -> None:
-        if self.least_seeds > self.seeds:
-            raise ConfigError(
-                f"confirm.least_seeds {self.least_seeds} is more than seeds {self.seeds}. Lower "
-                "least_seeds or raise seeds."
-            )
 
 
 _METHODS = {BAYES, "paper", "random", "tpe", "gp"}
@@ -600,11 +590,6 @@ class RunConfig:
                     f'[search] {key} has no effect with method "{method}". Use '
                     f"{' or '.join(sorted(methods))}, or leave {key} out."
                 )
-        if self.confirm.best_random and self.search.is_fixed:
-            raise ConfigError(
-                "confirm.best_random is as many random allocations as the search made trials, but "
-                "[search] allocation leaves no search. Leave one of them out."
-            )
         if self.search.pareto and self.rank_space.budget != "free":
             raise ConfigError(
                 f"[search] pareto searches over parameters, but [rank_space] budget is "
@@ -623,15 +608,12 @@ class RunConfig:
             )
         if self.races_ranks:
             return
-        for key, given in (
-            ("[search] allocation", self.search.is_fixed),
-            ("[confirm] best_random", self.confirm.best_random),
-        ):
-            if given:
-                raise ConfigError(
-                    f"{key} is of no use without the method {SEARCHED_RANKS}: [recovery] methods "
-                    f'is {list(methods)}. Add "{SEARCHED_RANKS}" to it, or leave {key} out.'
-                )
+        if self.search.is_fixed:
+            raise ConfigError(
+                f"[search] allocation has no effect without the method {SEARCHED_RANKS}: "
+                f'[recovery] methods is {list(methods)}. Add "{SEARCHED_RANKS}" to it, or leave '
+                "allocation out."
+            )
 
     @property
     def races_ranks(self) -> bool:
@@ -657,8 +639,18 @@ class RunConfig:
 
     @property
     def competitors(self) -> int:
-        """The most that enter the race against uniform LoRA; 1 where it runs alone."""
-        return max(1, self._allocations + len(self.further_methods))
+        """The most that are compared with LoRA of equal size; 1 where it runs alone."""
+        return max(1, self._allocations + len(self._raced_methods))
+
+    @property
+    def _raced_methods(self) -> tuple[str, ...]:
+        """The recovery methods that are compared with LoRA; LoRA itself where sizes differ."""
+        differs = bool(self._allocations) and not self.common_baseline
+        return tuple(
+            m
+            for m in self.recovery.methods
+            if m != SEARCHED_RANKS and (m != UNIFORM_LORA or differs)
+        )
 
     @property
     def _allocations(self) -> int:
@@ -669,9 +661,8 @@ class RunConfig:
     @property
     def race_fine_tunes(self) -> int:
         """The most fine-tunes that the race takes."""
-        methods, own = self.further_methods, 0 if self.common_baseline else self._allocations
-        patterns = sum(PATTERN in method for method in methods)
-        # Uniform LoRA of the default rank: for methods, for allocations, or alone.
-        uniform = patterns < len(methods) or self._allocations > own or not (methods or own)
-        entrants = self._allocations + len(methods)
-        return self.confirm.seeds * (entrants + own + patterns + uniform)
+        methods = [m for m in self._raced_methods if m != UNIFORM_LORA]
+        baselines = 0 if self.common_baseline else self._allocations
+        baselines += sum(PATTERN in method for method in methods)
+        # LoRA of the default rank always runs.
+        return self.confirm.seeds * (self._allocations + len(methods) + baselines + 1)

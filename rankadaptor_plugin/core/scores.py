@@ -177,6 +177,19 @@ def metric_suggestion(name: str, metrics: Sequence[str]) -> str:
     return suggestion(former if former in metrics else name, list(metrics))
 
 
+_BOUNDS = {
+    "accuracy": (0.0, 1.0),
+    "choice_logprob": (-math.inf, 0.0),
+    "gold_logprob": (-math.inf, 0.0),
+    "log_likelihood": (-math.inf, 0.0),
+}
+
+
+def bounds(metric: str) -> tuple[float, float]:
+    """Returns the least and the greatest value that a metric can have."""
+    return _BOUNDS.get(metric, (-math.inf, math.inf))
+
+
 def unit_of_difference(metric: str) -> str:
     """Names the unit of a difference in a metric; accuracy differs in points."""
     return "points" if metric == "accuracy" else METRIC_UNITS.get(metric, "")

@@ -172,27 +172,14 @@ def init(run_file: Path, model: str | None, force: bool) -> None:
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Of intervals and verdicts; the first run's if left out.",
 )
-@click.option(
-    "--resamples",
-    type=click.IntRange(min=100),
-    default=10_000,
-    show_default=True,
-    help="Resamples of the bootstrap.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Seed of the resamples.",
-)
 @_json
 def compare(runs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Compare models within a run or between runs.
 
-    RUN is a run folder or a run file; MODEL is base, pruned, uniform, searched, a recovery method
-    such as adalora, or recovered (the delivered one, if left out). One RUN alone: all of its
-    recovered models. Nothing is evaluated again.
+    RUN is a run folder or a run file; MODEL is base, pruned, uniform (LoRA of the searched size),
+    lora (of the default rank, where that differs), searched, a recovery method such as adalora, or
+    recovered (the delivered one, if left out). One RUN alone: all of its recovered models. Nothing
+    is evaluated again.
     """
     from rankadaptor_plugin.report.comparison_text import text
     from rankadaptor_plugin.verdict.comparison import compare_runs

@@ -18,7 +18,7 @@ from rankadaptor_plugin.pipeline.planned import PlannedFineTunes
 from rankadaptor_plugin.recovery.module_adapters import bare_model
 from rankadaptor_plugin.recovery.packing import check_packing
 from rankadaptor_plugin.recovery.recover import adopt, recover
-from rankadaptor_plugin.verdict.confirmation import ConfirmationRun, run_name
+from rankadaptor_plugin.verdict.race import ConfirmationRun, run_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The recovery methods that race beside the searched ranks, and what each of them trains."""
+"""Recovery methods that race beside the searched ranks: what enters, and what each trains."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from rankadaptor_plugin.config.tables import SEARCHED_RANKS, UNIFORM_LORA
 from rankadaptor_plugin.core.errors import ConfigError, RankSpaceError
 from rankadaptor_plugin.core.ranks import RankAllocation
-from rankadaptor_plugin.pipeline.summary import adapter_parameters
+from rankadaptor_plugin.recovery.files import adapter_parameters
 from rankadaptor_plugin.recovery.methods.methods import (
     Method,
     check_scaling,
     parse_method,
     pattern_allocation,
 )
-from rankadaptor_plugin.verdict.race_result import Entrant
+from rankadaptor_plugin.verdict.race import Entrant
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,27 +57,50 @@ def given_entrants(methods: Sequence[str], space: RankSpace) -> list[Entrant]:
     """Returns what is fine-tuned for each recovery method, and what it is compared with.
 
     A method has the ranks of uniform LoRA and is compared with it; one that gives the ranks by
-    layer is compared with the most even allocation of as many parameters. Those that take the
-    searched ranks are left out (`found_entrants`).
+    layer is compared with the most even allocation of as many parameters. The searched ranks,
+    what takes them, and uniform LoRA itself are left out (`found_entrants`).
 
     Raises:
         ConfigError: If a method is unknown.
         RankSpaceError: If ranks do not fit the model, or exceed a limit.
     """
     parsed = map(parse_method, methods)
-    return [_entrant(method, space) for method in parsed if method.name != SEARCHED_RANKS]
+    plain = parse_method(UNIFORM_LORA)
+    return [
+        _entrant(method, space)
+        for method in parsed
+        if method.name != SEARCHED_RANKS and method != plain
+    ]
 
 
 def found_entrants(
-    methods: Sequence[str], found: RankAllocation, baseline: RankAllocation
+    methods: Sequence[str], best: Entrant, reference: RankAllocation
 ) -> list[Entrant]:
-    """Returns the same for methods such as ``rankadaptor+dora``, which take the found ranks."""
-    parsed = map(parse_method, methods)
-    return [
-        Entrant(label=str(method), allocation=_with(found, method), baseline=baseline)
-        for method in parsed
-        if method.name == SEARCHED_RANKS
-    ]
+    """Returns the same for the methods that depend on the best finalist.
+
+    Those such as ``rankadaptor+dora`` take its ranks. ``lora`` is LoRA of the default rank; where
+    it is another allocation than the finalist's baseline, it is compared with that.
+
+    Args:
+        methods: The recovery methods.
+        best: The best finalist.
+        reference: LoRA of the default rank.
+
+    Raises:
+        ConfigError: If a method is unknown.
+    """
+    entrants = []
+    for method in map(parse_method, methods):
+        allocation = best.allocation if method.name == SEARCHED_RANKS else reference
+        if method == parse_method(UNIFORM_LORA):
+            if reference == best.baseline:
+                continue
+        elif method.name != SEARCHED_RANKS or method == parse_method(SEARCHED_RANKS):
+            continue
+        entrants.append(
+            Entrant(label=str(method), allocation=_with(allocation, method), baseline=best.baseline)
+        )
+    return entrants
 
 
 def _with(allocation: RankAllocation, method: Method) -> RankAllocation:

@@ -155,12 +155,12 @@ class SearchStep:
                 return _unsearched(store, StopReason.METHODS)
             self._go_on(store, noise)
             # A search that was begun already is brought to its end.
-            drowned = (
+            hopeless = (
                 noise is not None
-                and noise.is_drowned
+                and noise.is_below_noise
                 and all(trial.allocation in noise.runs for trial in store.trials())
             )
-            if drowned and self._config.noise.if_drowned == "uniform":
+            if hopeless and not self._config.noise.search_despite_noise:
                 return _unsearched(store, StopReason.NOISE, self._space.limited_uniform())
             self.knowledge = read_knowledge(
                 self._space, features, self._config.search, self._objective.metric

@@ -23,7 +23,8 @@ from rankadaptor_plugin.pipeline.summary import stage_summary
 from rankadaptor_plugin.recovery import adapters
 from rankadaptor_plugin.search.study import TrialStore
 from rankadaptor_plugin.verdict.confirmation import Confirmation, fresh_seeds
-from rankadaptor_plugin.verdict.noise import Noise, measure
+from rankadaptor_plugin.verdict.noise import Noise, Question, measure
+from rankadaptor_plugin.verdict.race import BEST_RANDOM, FINALIST, RECOVERED, Entrant, Rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.core.ranks import RankAllocation
     from rankadaptor_plugin.models.pruned_model import PrunedModel
     from rankadaptor_plugin.search.search import SearchResult
-    from rankadaptor_plugin.verdict.race_result import Confirmed
+    from rankadaptor_plugin.verdict.race import Confirmed
 
 
 def measure_noise(pruned: PrunedModel, context: RunContext) -> dict[str, Any] | None:
@@ -69,7 +70,7 @@ class _Stage:
         self.space = adapters.rank_space(
             pruned.model, pruned.pruned_layers, self.config.rank_space, self.config.recovery
         )
-        self.methods = given_entrants(self.config.further_methods, self.space)
+        self.methods = given_entrants(self.config.recovery.methods, self.space)
         self.seeds = fresh_seeds(self.config.seed, self.config.confirm.seeds)
         self.verdict_metric = context.oracle.metrics("report")[0]
         self.objective = self._objective()
@@ -108,12 +109,13 @@ class _Stage:
                 self.tuner.search_run,
                 self.folder,
                 self.config,
-                oracle.metrics("search"),
-                self.verdict_metric,
-                oracle.weights("search"),
-                {task: len(ids) for task, ids in reported.items()},
+                Question(
+                    metrics=oracle.metrics("search"),
+                    decisive=self.verdict_metric,
+                    weights=oracle.weights("search"),
+                    report_documents={task: len(ids) for task, ids in reported.items()},
+                ),
                 progress,
-                self.tuner.expect,
             )
             if found is not None:
                 self.folder.write_json("noise.json", found.to_json())
@@ -160,28 +162,26 @@ class _Stage:
             run=self.tuner.report_run,
             folder=self.folder,
             store=store,
-            seeds=self.seeds,
-            least_seeds=confirm.least_seeds,
-            confidence=confirm.confidence,
-            metric=self.verdict_metric,
-            weights=self._verdict_weights(),
+            rules=Rules(
+                seeds=self.seeds,
+                confidence=confirm.confidence,
+                metric=self.verdict_metric,
+                weights=self._verdict_weights(),
+            ),
             on_run=progress,
             is_whole=self.tuner.is_whole,
-            expect=self.tuner.expect,
         )
-        if not (config.races_ranks or self.methods):
-            return race.alone(self.space.limited_uniform())
         finalists = found.finalists(confirm.finalists if found.is_searched else 1)
-        methods = list(self.methods)
-        if finalists:
-            best = finalists[0]
-            methods += found_entrants(config.further_methods, best, baseline_for(best))
-        return race.confirm(
-            finalists,
-            baseline_for,
-            others.best.allocation if others else None,
-            methods,
-        )
+        ranks = [(FINALIST, allocation) for allocation in finalists if config.races_ranks]
+        ranks += [(BEST_RANDOM, others.best.allocation)] if others else []
+        entrants = [
+            Entrant(label=label, allocation=allocation, baseline=baseline_for(allocation))
+            for label, allocation in ranks
+        ]
+        methods, reference = list(self.methods), self.space.limited_uniform()
+        if entrants:
+            methods += found_entrants(config.recovery.methods, entrants[0], reference)
+        return race.confirm([*entrants, *methods], reference)
 
     def _verdict_weights(self) -> dict[str, float]:
         if target := reported_target(self.config.oracle, self.context.oracle):
@@ -212,15 +212,10 @@ class _Stage:
             extra,
             self._trained,
         )
-        named = {
-            "uniform": confirmed.baseline,
-            "searched": confirmed.searched,
-            **confirmed.methods,
-        }
         summary["adapters"] = {
             name: self.tuner.adapter_name(allocation)
-            for name, allocation in named.items()
-            if allocation is not None
+            for name, allocation in confirmed.models.items()
+            if name != RECOVERED
         }
         return Recovered(adapter=adapter, allocation=delivered, summary=summary)
 

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
-
-from safetensors import safe_open
 
 from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.tables import FIXED
 from rankadaptor_plugin.core.ranks import WHOLE_LAYER
 from rankadaptor_plugin.core.trials import TrialState
 from rankadaptor_plugin.oracle.oracle import objective_metric, reported_target
+from rankadaptor_plugin.recovery.files import adapter_parameters
 from rankadaptor_plugin.report.report import (
     EQUAL,
     METHODS,
     SEARCHED,
     alone_sentence,
-    baseline_label,
     verdict_sentence,
 )
 from rankadaptor_plugin.search.search import StopReason, pareto_front
 from rankadaptor_plugin.search.space import slot_names
-from rankadaptor_plugin.verdict.confirmation import run_name
-from rankadaptor_plugin.verdict.race_result import BEST_RANDOM
+from rankadaptor_plugin.verdict.race import BEST_RANDOM, DEFAULT_RANK, baseline_label, run_name
 from rankadaptor_plugin.verdict.statistics import score_cells
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from rankadaptor_plugin.config.tables import RunConfig
     from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
@@ -44,7 +39,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.report.texts import Entry
     from rankadaptor_plugin.search.search import SearchResult
     from rankadaptor_plugin.verdict.noise import Noise
-    from rankadaptor_plugin.verdict.race_result import Confirmed
+    from rankadaptor_plugin.verdict.race import Confirmed
 
 PACKAGES = (
     "rankadaptor-plugin",
@@ -78,16 +73,17 @@ def stage_summary(
     `trained` tells the trainable parameters of what was fine-tuned.
     """
     delivered = confirmed.delivered
-    named = {"uniform": confirmed.baseline, "recovered": delivered}
-    if confirmed.searched is not None:
-        named["searched"] = confirmed.searched
-    allocations = dict(named)
-    named |= confirmed.methods
+    named = confirmed.models
+    allocations = {
+        name: a
+        for name, a in named.items()
+        if name == DEFAULT_RANK or name not in confirmed.methods
+    }
     complete = [t for t in found.trials if t.state is TrialState.COMPLETE]
     runs = [run for several in confirmed.runs.values() for run in several]
     seconds = [*extra_seconds, *(t.seconds for t in found.trials), *(run.seconds for run in runs)]
     metrics = oracle.metrics("report")
-    comparisons = confirmed.comparisons(metrics)
+    comparisons = confirmed.differences(metrics)
     chosen = confirmed.chosen
     method = chosen.label if chosen is not None and chosen.is_method else None
     return {
@@ -126,6 +122,7 @@ def stage_summary(
         },
         "noise": noise and noise.to_json(),
         "methods": list(confirmed.methods),
+        "labels": confirmed.labels,
         "allocations": {name: list(a.ranks) for name, a in allocations.items()},
         "settings": {name: dict(a.settings) for name, a in named.items() if a.settings},
         "slots": [] if space.groups == WHOLE_LAYER else slot_names(space),
@@ -148,7 +145,7 @@ def stage_summary(
             [t.to_json() for t in pareto_front(found.trials, space)] if config.search.pareto else []
         ),
         "knowledge": list(knowledge),
-        "confirm": confirmed.to_json(),
+        "confirm": confirmed.to_json(trained),
         "cost": {
             "fine_tuning": sum(s.get("recovery", 0.0) for s in seconds),
             "evaluation": sum(s.get("oracle", 0.0) for s in seconds),
@@ -160,7 +157,7 @@ def stage_summary(
             "run": config.seed,
             "search": config.seed,
             "noise": list(noise.seeds) if noise else [],
-            "confirm": list(confirmed.seeds),
+            "confirm": list(confirmed.rules.seeds),
         },
     }
 
@@ -298,10 +295,10 @@ def report_data(
                 "error_rate": 1 - config.confirm.confidence,
                 "confidence": config.confirm.confidence,
                 "metric": metrics[0],
+                "comparisons": 1,
                 "seeds": [],
-                "most_seeds": 0,
-                "least_seeds": 0,
                 "fine_tunes": 0,
+                "baselines": [],
                 "competitors": [],
             },
         ),
@@ -325,14 +322,8 @@ def report_data(
         "slots": summary.get("slots", []),
         "settings": summary.get("settings", {}),
         "methods": summary.get("methods", []),
+        "labels": summary.get("labels", {}),
     }
-
-
-def adapter_parameters(adapter: Path, part: str = "") -> int:
-    """Returns the number of parameters of a PEFT folder, of the tensors with `part` in the name."""
-    with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
-        names = [name for name in file.keys() if part in name]  # noqa: SIM118
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
 
 
 def versions() -> dict[str, str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from rankadaptor_plugin.core.atomic_folder import write_folder
 from rankadaptor_plugin.core.errors import ArtifactError
@@ -127,3 +128,10 @@ def without_old_name() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         yield
+
+
+def adapter_parameters(adapter: Path, part: str = "") -> int:
+    """Returns the number of parameters of a PEFT folder, of the tensors with `part` in the name."""
+    with safe_open(adapter / _WEIGHTS, framework="numpy") as file:
+        names = [name for name in file.keys() if part in name]  # noqa: SIM118
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)

@@ -12,8 +12,8 @@ from rankadaptor_plugin.report.console import printed
 from rankadaptor_plugin.report.numbers import number
 
 if TYPE_CHECKING:
-    from rankadaptor_plugin.verdict.bootstrap import Difference
     from rankadaptor_plugin.verdict.comparison import RunComparison
+    from rankadaptor_plugin.verdict.statistics import Difference
 
 
 def text(found: RunComparison, width: int) -> str:
@@ -26,7 +26,8 @@ def text(found: RunComparison, width: int) -> str:
     tasks = ", ".join(found.weights)
     place = f"task {tasks}" if len(found.weights) == 1 else f"weighted mean of {tasks}"
     meaning = metric_meanings([found.metric])
-    sentences = (*filter(None, [meaning]), *_seeds_and_documents(found), _how(found), *found.notes)
+    sentences = [*_seeds_and_documents(found), *_correction(found), *found.notes]
+    sentences = [meaning, *sentences] if meaning else sentences
     title = f"Difference A - B in {found.metric}, {place}:"
     return printed([title, "", _pairs(found), "", _models(found), "", *sentences], width)
 
@@ -51,8 +52,8 @@ def _pairs(found: RunComparison) -> Table:
             for value in (difference.estimate, difference.low, difference.high)
         )
         table.add_row(
-            Text(found.choices[a].label),
-            Text(found.choices[b].label),
+            Text(found.models[a].label),
+            Text(found.models[b].label),
             estimate,
             f"{low} to {high}",
             number(difference.p, 4),
@@ -67,10 +68,10 @@ def _models(found: RunComparison) -> Table:
     table.add_column("model", no_wrap=True)
     for name in ("trainable parameters", "seeds"):
         table.add_column(name, justify="right", no_wrap=True)
-    for choice in found.choices:
-        seeds = "none" if None in choice.files else str(len(choice.files))
-        trainable = "none" if choice.trainable is None else f"{choice.trainable:,}"
-        table.add_row(Text(choice.label), trainable, seeds)
+    for model in found.models:
+        seeds = "none" if None in model.files else str(len(model.files))
+        trainable = "none" if model.trainable is None else f"{model.trainable:,}"
+        table.add_row(Text(model.label), trainable, seeds)
     return table
 
 
@@ -78,7 +79,7 @@ def _seeds_and_documents(found: RunComparison) -> list[str]:
     """Returns a line for all pairs, or one for each kind of pair where they differ."""
     lines: dict[str, list[str]] = {}
     for (a, b), difference in found.pairs.items():
-        labels = f"{found.choices[a].label} and {found.choices[b].label}"
+        labels = f"{found.models[a].label} and {found.models[b].label}"
         lines.setdefault(_basis(difference), []).append(labels)
     if len(lines) == 1:
         return list(lines)
@@ -99,18 +100,20 @@ def _basis(difference: Difference) -> str:
     return f"{basis}."
 
 
-def _how(found: RunComparison) -> str:
-    pairs = len(found.pairs)
-    said = f"{found.resamples:,} resamples."
-    if pairs == 1:
-        return said
-    return (
-        f"{said} The verdicts use the adjusted p (Holm, {pairs} pairs); the intervals are of each "
-        "pair alone."
-    )
+def _correction(found: RunComparison) -> list[str]:
+    """Says what intervals and verdicts are corrected for, unless that is nothing."""
+    counts = {difference.comparisons for difference in found.pairs.values()}
+    if counts == {1}:
+        return []
+    several = " or ".join(str(count) for count in sorted(counts))
+    return [
+        f"Intervals, adjusted p and verdicts hold for {several} comparisons together (Bonferroni)."
+    ]
 
 
 def _verdict(difference: Difference) -> str:
+    if not difference.has_verdict:
+        return "none: fewer than 3 seeds"
     if difference.is_gain:
         return "A is better"
     return "B is better" if difference.is_loss else "no difference beyond noise"

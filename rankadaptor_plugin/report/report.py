@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from rankadaptor_plugin.report.schema import ReportData
     from rankadaptor_plugin.report.tables import Table
-    from rankadaptor_plugin.verdict.statistics import Comparison
+    from rankadaptor_plugin.verdict.statistics import Difference
 
 BAR_WIDTH = 24  # characters of the longest bar in Markdown
 EIGHTHS = "▏▎▍▌▋▊▉█"
@@ -52,7 +52,7 @@ def alone_sentence(uniform: Sequence[int]) -> str:
 
 
 def verdict_sentence(
-    comparison: Comparison | None,
+    comparison: Difference | None,
     uniform: Sequence[int],
     task: str = "",
     metric: str = "accuracy",

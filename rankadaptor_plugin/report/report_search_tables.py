@@ -115,11 +115,10 @@ def race_line(data: ReportData) -> str:
     # Methods differ in what they train; the table of parameters has the numbers.
     equal = "" if methods else " at equal parameters"
     return (
-        f"{count} {'competitor' if count == 1 else 'competitors'} against uniform LoRA{equal}, "
-        f"on the report documents; at most {found['most_seeds']} fresh seeds each, "
-        f"elimination from {found['least_seeds']} on; {found['fine_tunes']} fine-tunes. Error rate "
-        f"{100 * found['error_rate']:g} %, of all competitors together: of a gain that is none, "
-        "and of eliminating the best."
+        f"{count} {'competitor' if count == 1 else 'competitors'} against LoRA{equal}, "
+        f"on the report documents; {len(found['seeds'])} fresh seeds each; "
+        f"{found['fine_tunes']} fine-tunes. Rate of false gains {100 * found['error_rate']:g} %, "
+        "of all competitors together."
     )
 
 
@@ -130,7 +129,6 @@ def race(data: ReportData) -> Table | None:
     rows = []
     for entry in found["competitors"]:
         compared = entry["comparison"]
-        out = entry["eliminated_after"]
         rows.append(
             (
                 entry["label"] + (", verdict" if entry["chosen"] else ""),
@@ -139,11 +137,7 @@ def race(data: ReportData) -> Table | None:
                 else interval(compared["estimate"], compared["half_width"], metric),
                 UNKNOWN if compared is None else f"{100 * compared['confidence']:g} %",
                 ", ".join(scored(value, metric) for value in entry["per_seed"]),
-                "ran to the end"
-                if out is None
-                else ": ".join(
-                    filter(None, (f"out after {out}", entry["reason"], entry["detail"]))
-                ),
+                ": ".join(filter(None, (entry["reason"], entry["detail"]))) or "ran to the end",
                 ranks_text(entry),
                 "-".join(map(str, entry["baseline"])),
             )

@@ -27,7 +27,7 @@ class Verdict(TypedDict):
             package.
         baseline: What `rankadaptor_plugin.report.report.baseline_label` returned.
         comparisons: Searched, or a recovery method, minus uniform by metric, as
-            `Comparison.to_json` writes it; empty where there was nothing to compare.
+            `Difference.to_json` writes it; empty where there was nothing to compare.
         target: The one task that was compared; empty for the weighted mean.
     """
 
@@ -85,29 +85,31 @@ class SearchSummary(TypedDict):
 
 
 class Confirm(TypedDict):
-    """The race of the finalists against uniform LoRA (`rankadaptor_plugin.verdict.race_result`).
+    """The race of the finalists against uniform LoRA (`rankadaptor_plugin.verdict.race`).
 
     Attributes:
-        error_rate: Of all competitors together: of a gain that is none, of eliminating the best.
+        error_rate: Rate of false gains, of all comparisons together.
         confidence: One less that.
+        comparisons: Number of comparisons that intervals and verdicts are corrected for.
         metric: What decides.
-        seeds: Fresh seeds that were used.
-        most_seeds: Seeds of a whole race.
-        least_seeds: Seeds before anyone may be eliminated.
+        seeds: Fresh seeds.
         fine_tunes: Fine-tunes that were scored.
         competitors: One entry each: ``label``, ``ranks``, ``settings``, ``method`` (absent for
-            LoRA), ``baseline`` (its ranks) and ``baseline_settings``, ``chosen``, ``per_seed``
-            differences, ``eliminated_after`` and ``reason`` (None if it ran to the end),
-            ``detail``, ``comparison``, and ``search_objective``.
+            LoRA), ``model`` (its name in the results), ``baseline`` (the ranks),
+            ``baseline_settings``, ``baseline_label``, ``baseline_model``, ``chosen``, ``per_seed``
+            differences, ``reason`` and ``detail`` (if it was not compared), ``comparison``, and
+            ``search_objective``.
+        baselines: What they are compared with, and LoRA of the default rank: ``name`` in the
+            results, ``label``, ``ranks``, ``settings``, ``parameters``, ``is_default``.
     """
 
     error_rate: float
     confidence: float
+    comparisons: int
     metric: str
     seeds: list[int]
-    most_seeds: int
-    least_seeds: int
     fine_tunes: int
+    baselines: list[dict[str, Any]]
     competitors: list[dict[str, Any]]
 
 
@@ -184,6 +186,8 @@ class ReportData(TypedDict):
         settings: Searched settings by allocation; those of the run file where absent.
         slots: What each rank of an allocation belongs to; the layers in order if absent.
         methods: Recovery methods that were scored, in the order of the run file.
+        labels: Names with their ranks of the models that are LoRA: ``uniform``, the baseline of the
+            verdict, and ``lora``, that of the default rank, where it is another allocation.
     """
 
     verdict: Verdict
@@ -217,3 +221,4 @@ class ReportData(TypedDict):
     slots: NotRequired[list[str]]
     settings: NotRequired[dict[str, dict[str, float]]]
     methods: NotRequired[list[str]]
+    labels: NotRequired[dict[str, str]]

@@ -51,7 +51,8 @@ def models(data: ReportData) -> dict[str, str]:
     """Returns the label of each model in the order of the tables, the recovered one last."""
     methods = {method: method for method in data.get("methods", [])}
     recovered = {"recovered": MODELS["recovered"]}
-    return {n: label for n, label in MODELS.items() if n not in recovered} | methods | recovered
+    plain = {n: label for n, label in MODELS.items() if n not in recovered}
+    return plain | methods | data.get("labels", {}) | recovered
 
 
 def delivered(data: ReportData) -> str:
@@ -125,7 +126,7 @@ def comparisons(data: ReportData) -> Table:
                 interval(found["estimate"], found["half_width"], metric),
                 ends,
                 f"{100 * found['confidence']:g} %",
-                str(found["seeds"]),
+                str(found["seeds"]["first"]),
                 str(found["documents"]),
             )
         )

@@ -1,1 +1,44 @@
-"""The package verdict."""
+"""Verdict: whether a gain is real.
+
+Before the search, the noise floor says whether a search could find more than the seeds of the
+fine-tunes leave open. After it, the race fine-tunes the finalists and LoRA of equal size with fresh
+seeds and scores them on documents that the search never saw. One statistical procedure
+(`rankadaptor_plugin.verdict.statistics`) compares them, and the models of any finished runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rankadaptor_plugin.core.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from rankadaptor_plugin.verdict.comparison import RunComparison, compare_runs
+    from rankadaptor_plugin.verdict.confirmation import check
+    from rankadaptor_plugin.verdict.reliability import Reliability
+    from rankadaptor_plugin.verdict.statistics import Difference, Interval, compare, mean_interval
+
+__all__ = [
+    "Difference",
+    "Interval",
+    "Reliability",
+    "RunComparison",
+    "check",
+    "compare",
+    "compare_runs",
+    "mean_interval",
+]
+
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "Difference": "statistics",
+        "Interval": "statistics",
+        "Reliability": "reliability",
+        "RunComparison": "comparison",
+        "check": "confirmation",
+        "compare": "statistics",
+        "compare_runs": "comparison",
+        "mean_interval": "statistics",
+    },
+)

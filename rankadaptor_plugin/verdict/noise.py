@@ -18,14 +18,15 @@ from rankadaptor_plugin.core.errors import OracleError, RecoveryError
 from rankadaptor_plugin.core.scores import unit_of_difference
 from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
 from rankadaptor_plugin.search.space import untried
-from rankadaptor_plugin.verdict.confirmation import (
-    FRESH,
-    ConfirmationRun,
-    Runs,
-    run_name,
+from rankadaptor_plugin.verdict.confirmation import FRESH
+from rankadaptor_plugin.verdict.noise_floor import (
+    Floor,
+    assess,
+    document_sd,
+    fine_tunes_to_detect,
+    seed_scale,
 )
-from rankadaptor_plugin.verdict.document_noise import document_sd, seed_scale
-from rankadaptor_plugin.verdict.noise_floor import Floor, assess, fine_tunes_to_detect
+from rankadaptor_plugin.verdict.race import ConfirmationRun, Runs, run_name
 from rankadaptor_plugin.verdict.reliability import Reliability, reliability
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ _LEAST = 2  # allocations, and seeds: fewer show no variance
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """What the fine-tunes before the search say.
+    """Reliability of each score and the noise floor, from the fine-tunes before the search.
 
     Attributes:
         runs: Runs by allocation, one per seed.
@@ -53,7 +54,7 @@ class Noise:
         seeds: The seeds; the first is that of the search.
         scores: Reliability by score: the objective, and the mean over the tasks of each metric.
         decisive: The metric of the verdict, in which gains are meant.
-        floor: Whether a search can find more than noise; None if the search documents do not have
+        floor: The noise floor and the gain to expect; None if the search documents do not have
             the metric of the verdict, as with another oracle for the search.
         needed: Fine-tunes that a comparison takes to show a gain, by gain in the unit of
             `decisive`; None where the documents do not suffice. Empty along with the floor.
@@ -72,9 +73,9 @@ class Noise:
     left: int
 
     @property
-    def is_drowned(self) -> bool:
-        """Whether no plausible gain rises above the noise."""
-        return self.floor is not None and self.floor.drowned
+    def is_below_noise(self) -> bool:
+        """True if no plausible gain rises above the noise."""
+        return self.floor is not None and self.floor.below_noise
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values, for noise.json and the report."""
@@ -82,7 +83,7 @@ class Noise:
             "allocations": [list(allocation.ranks) for allocation in self.runs],
             "seeds": list(self.seeds),
             "values": dict(self.tables),
-            "scores": {name: found.to_json() for name, found in self.scores.items()},
+            "scores": {name: score.to_json() for name, score in self.scores.items()},
             "decisive": self.decisive,
             "floor": self.floor and self.floor.to_json(),
             "sentence": self.sentence(),
@@ -125,17 +126,30 @@ class Noise:
         ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What the run is asked, on which documents.
+
+    Attributes:
+        metrics: Metrics of the search documents.
+        decisive: The metric of the verdict.
+        weights: Weight per task in the mean.
+        report_documents: Documents of the final comparison by task.
+    """
+
+    metrics: Sequence[str]
+    decisive: str
+    weights: Mapping[str, float]
+    report_documents: Mapping[str, int]
+
+
 def measure(
     space: RankSpace,
     run: Callable[[RankAllocation, int], ConfirmationRun],
     folder: RunFolder,
     config: RunConfig,
-    metrics: Sequence[str],
-    decisive: str,
-    weights: Mapping[str, float],
-    report_documents: Mapping[str, int],
+    question: Question,
     on_run: Callable[[int, int], None],
-    expect: Callable[[Sequence[tuple[RankAllocation, int]]], None] = lambda jobs: None,
 ) -> Noise | None:
     """Fine-tunes and scores every allocation with every seed; finished runs are read back.
 
@@ -146,30 +160,25 @@ def measure(
         run: Fine-tunes an allocation with a seed and scores it on the search documents.
         folder: Run folder, where each run's scores are kept.
         config: The run file.
-        metrics: Metrics of the search documents.
-        decisive: The metric of the verdict.
-        weights: Weight per task in the mean.
-        report_documents: Documents of the final comparison by task.
+        question: What the run is asked.
         on_run: Told the number of finished runs and of all runs, before each and at the end.
-        expect: Told all allocations and seeds beforehand, so that some may be made together.
 
     Returns:
         None if fewer than two allocations can be fine-tuned.
     """
     seeds = noise_seeds(config.seed, config.noise.seeds)
     allocations = noise_allocations(space, config.noise.allocations, config.seed)
-    expect([(allocation, seed) for allocation in allocations for seed in seeds])
     done, total = 0, len(seeds) * len(allocations)
     runs: dict[RankAllocation, Runs] = {}
     for allocation in allocations:
         several = []
         try:
             for seed in seeds:
-                kept = _kept(allocation, seed, folder)
-                if kept is None:
+                result = _cached(allocation, seed, folder)
+                if result is None:
                     on_run(done, total)
-                    kept = _run(allocation, seed, run, folder)
-                several.append(kept)
+                    result = _run(allocation, seed, run, folder)
+                several.append(result)
                 done += 1
         except (RecoveryError, OracleError) as error:
             logger.warning("%s is left out of the noise floor: %s", allocation, error)
@@ -180,17 +189,14 @@ def measure(
         logger.warning("Fewer than two allocations could be fine-tuned; no noise floor is known")
         return None
     made = sum(space.contains(allocation) for allocation in runs)
-    return assessed(runs, seeds, config, metrics, decisive, weights, report_documents, made)
+    return assessed(runs, seeds, config, question, made)
 
 
 def assessed(
     runs: Mapping[RankAllocation, Runs],
     seeds: tuple[int, ...],
     config: RunConfig,
-    metrics: Sequence[str],
-    decisive: str,
-    weights: Mapping[str, float],
-    report_documents: Mapping[str, int],
+    question: Question,
     made: int,
 ) -> Noise:
     """Draws the conclusions from finished runs; arguments as those of `measure`.
@@ -198,10 +204,11 @@ def assessed(
     `made` is how many of the allocations are trials of the search as well.
     """
     confirm, target = config.confirm, config.oracle.target
-    weights = {target: 1.0} if target else weights
+    decisive, report_documents = question.decisive, question.report_documents
+    weights = {target: 1.0} if target else question.weights
     judged = {target} if target in report_documents else report_documents.keys()
     tables = {OBJECTIVE: [[run.objective for run in several] for several in runs.values()]}
-    for metric in metrics:
+    for metric in question.metrics:
         tables[metric] = [[r.search.mean(metric, weights) for r in row] for row in runs.values()]
     scores = {
         name: reliability(table, confidence=confirm.confidence) for name, table in tables.items()
@@ -211,9 +218,9 @@ def assessed(
     confidence = 1 - (1 - confirm.confidence) / config.competitors
     # Of other tasks, or another metric, the search documents say nothing.
     if decisive in scores and judged == weights.keys():
-        found = [[run.search for run in several] for several in runs.values()]
-        documents = document_sd(found, decisive, weights, report_documents)
-        scale = seed_scale(found, decisive, weights, report_documents, scores[decisive].seed_sd)
+        tried = [[run.search for run in several] for several in runs.values()]
+        documents = document_sd(tried, decisive, weights, report_documents)
+        scale = seed_scale(tried, decisive, weights, report_documents, scores[decisive].seed_sd)
         floor = assess(
             accuracy=scores[decisive],
             objective=scores[OBJECTIVE],
@@ -266,7 +273,7 @@ def noise_allocations(space: RankSpace, count: int, seed: int) -> list[RankAlloc
     return list(dict.fromkeys([uniform, *(space.allocation(row) for row in drawn)]))
 
 
-def _kept(allocation: RankAllocation, seed: int, folder: RunFolder) -> ConfirmationRun | None:
+def _cached(allocation: RankAllocation, seed: int, folder: RunFolder) -> ConfirmationRun | None:
     name = f"noise/{run_name(allocation, seed)}"
     result = folder.read_result(name, ConfirmationRun.from_json)
     if result is None:

@@ -1,15 +1,17 @@
-"""Whether a search can find more than the final comparison can tell from noise.
+"""The noise floor, and what a search can be expected to find above it.
 
 The noise floor is the difference that the comparison of two allocations, fine-tuned with the same
 few seeds, shows with an even chance. Against it stands what a search can be expected to gain, of
 which some fine-tunes before the search give an idea (`rankadaptor_plugin.verdict.reliability`).
+The floor is measured on search documents, the verdict comes from report documents: fewer or more of
+them, and other ones. Values per document say how much of the noise depends on that.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,12 @@ from scipy import integrate, special
 
 from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.verdict.reliability import Reliability, check_fraction, plausible_variances
+from rankadaptor_plugin.verdict.statistics import task_shares
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from rankadaptor_plugin.core.scores import Score
 
 Array = NDArray[np.float64]
 
@@ -26,7 +34,7 @@ MOST_SEEDS = 10**6
 
 @dataclass(frozen=True, kw_only=True)
 class Floor:
-    """Whether a search can find more than the final comparison can tell from noise.
+    """The gain to expect of a search, against what the final comparison can tell from noise.
 
     Attributes:
         plausible_gain: Expected true advantage of the allocation that a search picks over the
@@ -34,7 +42,7 @@ class Floor:
         plausible_gain_high: One-sided upper bound of it at `level`, for the noise as estimated.
         detectable_gain: The final comparison shows a difference of this size with probability
             `power`.
-        drowned: Whether even the bound is not above `detectable_gain`.
+        below_noise: True if even the bound is not above `detectable_gain`.
         trials: Number of trials of the search.
         seeds: Seeds of the final comparison.
         confidence: Confidence of its interval, in (0, 1).
@@ -45,7 +53,7 @@ class Floor:
     plausible_gain: float
     plausible_gain_high: float
     detectable_gain: float
-    drowned: bool
+    below_noise: bool
     trials: int
     seeds: int
     confidence: float
@@ -53,10 +61,10 @@ class Floor:
     level: float
 
     @property
-    def outcome(self) -> Literal["drowned", "open", "detectable"]:
+    def outcome(self) -> Literal["below the noise", "open", "detectable"]:
         """``open`` if the expected gain lies below the noise floor, but its bound does not."""
-        if self.drowned:
-            return "drowned"
+        if self.below_noise:
+            return "below the noise"
         return "detectable" if self.plausible_gain > self.detectable_gain else "open"
 
     def to_json(self) -> dict[str, float | str | None]:
@@ -64,7 +72,7 @@ class Floor:
         return {**asdict(self), "outcome": self.outcome}
 
     def sentence(self, unit: str = " points", factor: float = 100.0) -> str:
-        """Says it in plain English.
+        """Says in plain English what the floor means.
 
         Args:
             unit: What follows a number, such as ``" nats"``.
@@ -75,7 +83,7 @@ class Floor:
             for value in (self.plausible_gain, self.plausible_gain_high, self.detectable_gain)
         )
         verdict = {
-            "drowned": "the noise floor is above any plausible gain.",
+            "below the noise": "the noise floor is above any plausible gain.",
             "open": "these fine-tunes are too few to say whether a search pays.",
             "detectable": "a search can find more than noise.",
         }[self.outcome]
@@ -99,16 +107,16 @@ def assess(
     document_sd: float = 0.0,
     seed_scale: float = 1.0,
 ) -> Floor:
-    """Decides whether any plausible gain of a search drowns in the noise of the final comparison.
+    """Says if any plausible gain of a search is above the noise of the final comparison.
 
     The gain is `expected_best_gain` with the sd of accuracy between allocations and the
     reliability of the objective that chooses. Both metrics are taken to rank the allocations alike
-    but for noise, which is the best case. It is drowned if its upper bound, not its estimate, does
-    not exceed what the comparison can show: a search whose expected gain just reaches that is
-    called drowned with probability ``1 - level``. The bound is the quantile of the generalized
-    confidence distribution of gain over detectable gain (Weerahandi 1993): with one metric and
-    without `document_sd` it is the exact F bound. With two metrics their errors are taken to go
-    together, which makes it rather too high than too low.
+    but for noise, which is the best case. It is below the noise if its upper bound, not its
+    estimate, does not exceed what the comparison can show: a search whose expected gain just
+    reaches that is called so with probability ``1 - level``. The bound is the quantile of the
+    generalized confidence distribution of gain over detectable gain (Weerahandi 1993): with one
+    metric and without `document_sd` it is the exact F bound. With two metrics their errors are
+    taken to go together, which makes it rather too high than too low.
 
     Args:
         accuracy: Reliability of the metric that the final comparison reports.
@@ -117,7 +125,8 @@ def assess(
         seeds: Seeds per allocation of the final comparison, at least 2.
         confidence: Confidence of the comparison's interval, in (0, 1).
         power: A gain that is shown with this probability counts as detectable, in (0, 1).
-        level: Confidence of the upper bound, in (0, 1); the higher, the fewer are called drowned.
+        level: Confidence of the upper bound, in (0, 1); the higher, the fewer gains
+            are called below the noise.
         document_sd: See `least_detectable_gain`.
         seed_scale: Seed noise in the final comparison, as a multiple of that of `accuracy`: part of
             it is the chance of single answers, which shrinks with more documents.
@@ -144,7 +153,7 @@ def assess(
         plausible_gain=gain,
         plausible_gain_high=high,
         detectable_gain=floor,
-        drowned=floor > 0 and high <= floor,
+        below_noise=floor > 0 and high <= floor,
         trials=trials,
         seeds=seeds,
         confidence=confidence,
@@ -247,6 +256,86 @@ def expected_best_gain(trials: int, between_sd: float, icc: float) -> float:
             "Take at least 1 trial, an sd of 0 or more and a reliability in [0, 1]."
         )
     return between_sd * math.sqrt(icc) * _normal_maximum(trials)
+
+
+def document_sd(
+    scores: Sequence[Sequence[Score]],
+    metric: str,
+    weights: Mapping[str, float],
+    report_documents: Mapping[str, int],
+) -> float:
+    """Returns the standard error of a difference that the choice of documents makes.
+
+    From the differences between the first and each other allocation per document, the mean over
+    the seeds; scaled from the documents at hand to those of the final comparison. Like the
+    comparison itself it counts the chance of single answers here as well as among the seeds.
+
+    Args:
+        scores: Scores with values per document, by allocation and seed.
+        metric: The metric of the difference.
+        weights: Weight per task.
+        report_documents: Documents of the final comparison by task.
+    """
+    shares = task_shares(weights)
+    variances = []
+    for other in scores[1:]:
+        variance = 0.0
+        for task, share in shares.items():
+            first, second = (
+                np.mean([score.tasks[task].per_document[metric] for score in several], axis=0)
+                for several in (scores[0], other)
+            )
+            if len(first) > 1:
+                spread = float(np.var(first - second, ddof=1))
+                if metric == "accuracy":
+                    # That no answer differs among these documents does not mean that none can:
+                    # half of one more document, as Jeffreys' prior has it.
+                    spread = max(spread, 0.5 / (len(first) + 1))
+                variance += share**2 * spread / report_documents[task]
+        variances.append(variance)
+    return math.sqrt(sum(variances) / len(variances))
+
+
+def seed_scale(
+    scores: Sequence[Sequence[Score]],
+    metric: str,
+    weights: Mapping[str, float],
+    report_documents: Mapping[str, int],
+    seed_sd: float,
+) -> float:
+    """Returns the seed noise on the report documents, as a multiple of that on those at hand.
+
+    What a seed does to single answers averages out over more documents; what it does to all of
+    them does not. The first is the variance over the documents of what is left of an answer once
+    the means of its allocation and of its seed are taken out.
+
+    Args:
+        scores: Scores with values per document, by allocation and seed, two of each at least.
+        metric: The metric of the verdict.
+        weights: Weight per task.
+        report_documents: Documents of the final comparison by task.
+        seed_sd: Residual sd of a fine-tune on the documents at hand.
+    """
+    if not seed_sd:
+        return 1.0
+    here = there = 0.0
+    for task, share in task_shares(weights).items():
+        values = np.array(
+            [[score.tasks[task].per_document[metric] for score in several] for several in scores]
+        )
+        n, k, count = values.shape
+        if count == 1:  # shows no variance
+            continue
+        rest = (
+            values
+            - values.mean(0, keepdims=True)
+            - values.mean(1, keepdims=True)
+            + values.mean((0, 1), keepdims=True)
+        )
+        single = float(rest.var(axis=2, ddof=1).sum()) / ((n - 1) * (k - 1))
+        here += share**2 * single / count
+        there += share**2 * single / report_documents[task]
+    return math.sqrt((max(0.0, seed_sd**2 - here) + there) / seed_sd**2)
 
 
 def _detectable(

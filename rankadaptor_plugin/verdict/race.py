@@ -1,196 +1,369 @@
-"""The statistics of the race: who is out after a round, and the intervals of those who are not.
+"""The race of a run: what enters, what each fine-tune scored, and what all of them say together.
 
-Each competitor runs with the same seeds as uniform LoRA at its parameters and is scored on the same
-documents; what counts is its advantage, the paired difference of the two. Two errors have a stated
-rate, ``1 - confidence`` each:
-
-* A gain is claimed for a competitor that has none. Claims are made once, after the last seed, from
-  intervals that hold for all competitors together (Bonferroni over those that entered). Nothing is
-  claimed for those that left, so leaving cannot add to this error.
-* The best competitor is eliminated although it is no worse than uniform LoRA. After each earlier
-  round whoever is shown to be worse than uniform LoRA, or than the leader, is out. Only the
-  comparisons of the best one with all others and with uniform LoRA can make this error, as many as
-  there are competitors; the rate is shared out among them and among the rounds, where a round's
-  share is in proportion to the rounds that it can save.
-
-An interval adds up what seeds and what documents leave open, each at its own quantile of
-Student's t, ``h^2 = t_seeds^2 v_seeds + t_documents^2 v_documents``, after W. G. Howe, JASA 69
-(1974), 789. Few seeds that differ much make the Welch-Satterthwaite interval of
-`rankadaptor_plugin.verdict.statistics` too narrow, the more so the higher the confidence; this one
-kept the stated rate in all simulated cases (``benchmarks/race_errors.py``). The chance of a single
-pair of seed and document is contained in both variances and taken out of the second; where few
-seeds agree by luck, the interval is still no narrower than that chance makes it.
+Each competitor is compared with LoRA of the same number of parameters, its baseline, fine-tuned
+with the same seeds and scored on the same documents. LoRA of the default rank, which most people
+would train, is always among the models.
 """
 
 from __future__ import annotations
 
 import enum
-import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+import hashlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from scipy.special import stdtrit
-
-from rankadaptor_plugin.verdict.statistics import Comparison, Values, compare
+from rankadaptor_plugin.core.scores import Score
+from rankadaptor_plugin.verdict.statistics import compare, model_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from rankadaptor_plugin.core.scores import Score
+    from rankadaptor_plugin.core.ranks import RankAllocation
+    from rankadaptor_plugin.verdict.statistics import Difference, Model
 
-Name = TypeVar("Name")
+FINALIST, BEST_RANDOM = "finalist", "best random"
+"""Labels of the competitors that are rank allocations; a recovery method has its name."""
+
+UNIFORM, DEFAULT_RANK, SEARCHED, RECOVERED = "uniform", "lora", "searched", "recovered"
+"""Names of models in reports and comparisons: the baseline of the verdict, LoRA of the default
+rank, the best rank allocation that was searched or given, and what is delivered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfirmationRun:
+    """One fine-tune of an allocation with a seed.
+
+    Attributes:
+        search: Scores on the search documents.
+        report: Scores on the report documents; None of a run outside the race.
+        objective: What the search maximizes, on the search documents.
+        train_loss: See `rankadaptor_plugin.core.trials.Outcome`.
+        seconds: Wall time by part: ``recovery`` and ``oracle``.
+        validation_loss: See `rankadaptor_plugin.core.trials.Outcome`.
+    """
+
+    search: Score
+    report: Score | None
+    objective: float
+    train_loss: float
+    seconds: dict[str, float]
+    validation_loss: float | None = None
+
+    def with_search(self, score: Score) -> ConfirmationRun:
+        """Returns the run with other scores on the search documents."""
+        return replace(self, search=score)
+
+    def is_finite(self) -> bool:
+        """Tells whether every score is a finite number."""
+        return self.search.is_finite() and (self.report is None or self.report.is_finite())
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values, without those per document."""
+        return {
+            "search": self.search.to_json(),
+            "report": self.report and self.report.to_json(),
+            "objective": self.objective,
+            "train_loss": self.train_loss,
+            "validation_loss": self.validation_loss,
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ConfirmationRun:
+        """Builds a run from what `to_json` returned."""
+        search = Score.from_json(data["search"])
+        report = data["report"] and Score.from_json(data["report"])
+        return cls(**{**data, "search": search, "report": report})
+
+
+Runs = tuple[ConfirmationRun, ...]  # one per seed
+
+
+def run_name(allocation: RankAllocation, seed: int) -> str:
+    """Returns the file name, without ending, of a run; ranks of many layers would be too long."""
+    return f"{hashlib.sha256(str(allocation).encode()).hexdigest()[:12]}-{seed}"
+
+
+def baseline_label(ranks: Sequence[int]) -> str:
+    """Names LoRA by its ranks: ``LoRA r=8``, or ``LoRA r=5 to 6`` where they are mixed."""
+    least, most = min(ranks), max(ranks)
+    return f"LoRA r={most}" if least == most else f"LoRA r={least} to {most}"
 
 
 class Reason(enum.StrEnum):
-    """Why a competitor is out."""
+    """Why a competitor was not compared."""
 
-    UNIFORM = "worse than uniform LoRA"
-    LEADER = "worse than the leader"
-    SAME = "uniform LoRA itself"
+    SAME = "the baseline itself"
     FAILED = "a fine-tune failed"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """How many run how long, and how sure a decision must be.
+    """What the race is about.
 
     Attributes:
-        competitors: Number of competitors that enter, at least one.
-        seeds: Seeds of the whole race.
-        least_seeds: Seeds before anyone may be eliminated.
-        confidence: One less the rate of each of the two errors, in (0, 1).
+        seeds: Fresh seeds, the same for all allocations.
+        confidence: One less the error rate, of all comparisons together, in (0, 1).
+        metric: The decisive metric.
+        weights: Weight per task of the verdict.
     """
 
-    competitors: int
-    seeds: int
-    least_seeds: int
+    seeds: tuple[int, ...]
     confidence: float
+    metric: str
+    weights: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entrant:
+    """What enters the race.
+
+    Attributes:
+        label: `FINALIST`, `BEST_RANDOM`, or the name of a recovery method.
+        allocation: What is fine-tuned.
+        baseline: LoRA that it is compared with; the same where there is nothing to compare.
+    """
+
+    label: str
+    allocation: RankAllocation
+    baseline: RankAllocation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Competitor(Entrant):
+    """An entrant after the race.
+
+    Attributes:
+        reason: Why it was not compared; None if it was.
+        detail: What failed, empty otherwise.
+        comparison: It minus its baseline in the decisive metric; None if it was not compared.
+    """
+
+    reason: Reason | None = None
+    detail: str = ""
+    comparison: Difference | None = None
 
     @property
-    def error_rate(self) -> float:
-        """Rate of each of the two errors, in (0, 1)."""
-        return round(1 - self.confidence, 12)  # 0.05, not 0.050000000000000044
+    def is_method(self) -> bool:
+        """True if it entered as a recovery method, not as what a search found."""
+        return self.label not in (FINALIST, BEST_RANDOM)
 
-    def is_look(self, seeds: int) -> bool:
-        """Tells whether competitors may be eliminated after a number of seeds."""
-        return self.least_seeds <= seeds < self.seeds
-
-    def confidence_after(self, seeds: int) -> float:
-        """Returns the confidence of each two-sided interval after a number of seeds, in (0, 1)."""
-        if not self.is_look(seeds):
-            return 1 - self.error_rate / self.competitors
-        saved = self.seeds - seeds
-        share = saved / sum(range(1, self.seeds - self.least_seeds + 1))
-        # Only one end of the interval eliminates.
-        return 1 - 2 * self.error_rate * share / self.competitors
+    @property
+    def is_gain(self) -> bool:
+        """True if it is better than its baseline beyond noise."""
+        return self.comparison is not None and self.comparison.is_gain
 
 
-@dataclass(frozen=True)
-class Advantage:
-    """Paired differences of a competitor to its baseline.
+@dataclass(frozen=True, kw_only=True)
+class Confirmed:
+    """What the fresh seeds say.
 
     Attributes:
-        values: Per task the differences of shape (S, J), by seed and document.
-        shares: Weight of each task, adding up to 1.
+        rules: What the race was about.
+        runs: Runs by allocation, one per seed; fewer of one that failed.
+        competitors: The finalists, best of the search first, then the best random allocation, then
+            the recovery methods. None where LoRA ran alone.
+        reference: LoRA of the default rank.
     """
 
-    values: tuple[Values, ...]
-    shares: tuple[float, ...]
+    rules: Rules
+    runs: Mapping[RankAllocation, Runs]
+    competitors: tuple[Competitor, ...]
+    reference: RankAllocation
 
     @classmethod
     def of(
         cls,
-        first: Sequence[Score],
-        second: Sequence[Score],
-        metric: str,
-        weights: Mapping[str, float] | None = None,
-    ) -> Advantage:
-        """Returns first minus second; arguments and errors are those of `statistics.compare`."""
-        compare(first, second, metric, weights)  # raises if the scores do not pair up
-        given = dict.fromkeys(first[0].tasks, 1.0) if weights is None else weights
-        total = sum(given.values())
-        shares = {task: weight / total for task, weight in given.items() if weight > 0}
-        values = tuple(
-            _table(first, task, metric) - _table(second, task, metric) for task in shares
-        )
-        return cls(values, tuple(shares.values()))
+        rules: Rules,
+        runs: Mapping[RankAllocation, Runs],
+        entrants: Sequence[Entrant],
+        reference: RankAllocation,
+        failed: Mapping[RankAllocation, str],
+    ) -> Confirmed:
+        """Compares each entrant with its baseline.
+
+        Args:
+            rules: What the race is about.
+            runs: Finished runs by allocation.
+            entrants: What entered.
+            reference: LoRA of the default rank.
+            failed: Allocations of which a fine-tune failed, and how.
+        """
+        confirmed = cls(rules=rules, runs=runs, competitors=(), reference=reference)
+        count = sum(entrant.allocation != entrant.baseline for entrant in entrants)
+
+        def result(entrant: Entrant) -> Competitor:
+            fields = vars(entrant)
+            if entrant.allocation == entrant.baseline:
+                return Competitor(**fields, reason=Reason.SAME)
+            if entrant.allocation in failed:
+                detail = failed[entrant.allocation]
+                return Competitor(**fields, reason=Reason.FAILED, detail=detail)
+            comparison = confirmed._compared(entrant, rules.metric, count)
+            return Competitor(**fields, comparison=comparison)
+
+        return replace(confirmed, competitors=tuple(map(result, entrants)))
 
     @property
-    def per_seed(self) -> Values:
-        """Weighted mean over the tasks, shape (S,)."""
-        means = [w * v.mean(axis=1) for w, v in zip(self.shares, self.values, strict=True)]
-        return np.asarray(np.sum(means, axis=0), dtype=np.float64)
+    def comparisons(self) -> int:
+        """Number of comparisons that intervals and verdicts are corrected for, at least 1."""
+        return max(1, sum(c.allocation != c.baseline for c in self.competitors))
 
-    def over(self, other: Advantage) -> Advantage:
-        """Returns by how much this advantage exceeds another one of the same shape."""
-        values = (a - b for a, b in zip(self.values, other.values, strict=True))
-        return Advantage(tuple(values), self.shares)
+    @property
+    def chosen(self) -> Competitor | None:
+        """The competitor that the verdict is about; None if none was compared.
 
-    def interval(self, confidence: float) -> Comparison:
-        """Returns the mean over seeds and documents with a two-sided interval.
-
-        Without any variance the half width is 0; with a single document of a task, or a single
-        seed, it is infinite.
+        That with the greatest mean difference: of those that are a gain or, if there is none, of
+        all that were compared.
         """
-        per_seed = self.per_seed
-        seeds, sizes = len(per_seed), [v.shape[1] for v in self.values]
-        estimate, documents = float(per_seed.mean()), sum(sizes)
-        if seeds == 1 or 1 in sizes:
-            half_width = stderr = math.inf
-        else:
-            by_seed = float(per_seed.var(ddof=1)) / seeds
-            found = [(w * w, *_variances(v)) for w, v in zip(self.shares, self.values, strict=True)]
-            parts = [(w * part, size - 1) for (w, part, _), size in zip(found, sizes, strict=True)]
-            by_document = sum(part for part, _ in parts)
-            by_chance = sum(w * chance for w, _, chance in found)
-            # Each part is divided by the total first: squares of tiny variances underflow to zero.
-            spread = sum((p / by_document) ** 2 / df for p, df in parts) if by_document > 0 else 0.0
-            level = (1 + confidence) / 2
-            square = float(stdtrit(seeds - 1, level)) ** 2 * by_seed
-            if spread > 0:
-                square += float(stdtrit(1 / spread, level)) ** 2 * by_document
-            pairs = (seeds - 1) * sum(size - 1 for size in sizes)
-            least = float(stdtrit(pairs, level)) ** 2 * (by_document + by_chance)
-            square = max(square, least)
-            half_width, stderr = math.sqrt(square), math.sqrt(by_seed + by_document)
-        low, high = estimate - half_width, estimate + half_width
-        return Comparison(estimate, half_width, low, high, stderr, confidence, seeds, documents)
+        return _best(self.competitors)
+
+    @property
+    def searched(self) -> RankAllocation | None:
+        """The best rank allocation, by the same rule among those; None if there is none."""
+        best = _best([c for c in self.competitors if not c.is_method])
+        return None if best is None else best.allocation
+
+    @property
+    def methods(self) -> dict[str, RankAllocation]:
+        """The recovery methods that were compared, by name."""
+        compared = (c for c in self.competitors if c.is_method and c.comparison is not None)
+        return {c.label: c.allocation for c in compared}
+
+    @property
+    def baseline(self) -> RankAllocation:
+        """LoRA at the parameters of the chosen one, or else of the first that entered."""
+        first = self.chosen or next(iter(self.competitors), None)
+        return self.reference if first is None else first.baseline
+
+    @property
+    def delivered(self) -> RankAllocation:
+        """The chosen allocation if it is a gain, else the baseline."""
+        chosen = self.chosen
+        return chosen.allocation if chosen is not None and chosen.is_gain else self.baseline
+
+    @property
+    def models(self) -> dict[str, RankAllocation]:
+        """What reports and comparisons show, by name; LoRA of the default rank comes once."""
+        models = {UNIFORM: self.baseline}
+        if self.reference != self.baseline and self._is_whole(self.reference):
+            models[DEFAULT_RANK] = self.reference
+        if self.searched is not None:
+            models[SEARCHED] = self.searched
+        return models | self.methods | {RECOVERED: self.delivered}
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What the models are called that are LoRA, by name: their ranks are said."""
+        models = self.models
+        return {
+            name: baseline_label(models[name].ranks)
+            for name in (UNIFORM, DEFAULT_RANK)
+            if name in models
+        }
+
+    @property
+    def fine_tunes(self) -> int:
+        """Number of fine-tunes that were scored."""
+        return sum(map(len, self.runs.values()))
+
+    def reports(self, allocation: RankAllocation) -> list[Score]:
+        """Returns an allocation's scores on the report documents, one per seed that it ran with."""
+        return [run.report for run in self.runs.get(allocation, ()) if run.report]
+
+    def seeds_of(self, allocation: RankAllocation) -> tuple[int, ...]:
+        """Returns the seeds that an allocation ran with."""
+        return self.rules.seeds[: len(self.runs.get(allocation, ()))]
+
+    def differences(self, metrics: Sequence[str]) -> dict[str, Difference]:
+        """Compares the chosen competitor with its baseline, by metric; empty if there is none."""
+        chosen = self.chosen
+        if chosen is None:
+            return {}
+        return {metric: self._compared(chosen, metric, self.comparisons) for metric in metrics}
+
+    def _is_whole(self, allocation: RankAllocation) -> bool:
+        return self.seeds_of(allocation) == self.rules.seeds
+
+    def _model(self, allocation: RankAllocation, metric: str) -> Model:
+        seeds, scores = self.seeds_of(allocation), self.reports(allocation)
+        return model_of(dict(zip(seeds, scores, strict=True)), metric)
+
+    def _compared(self, entrant: Entrant, metric: str, comparisons: int) -> Difference:
+        return compare(
+            self._model(entrant.allocation, metric),
+            self._model(entrant.baseline, metric),
+            metric,
+            self.rules.weights,
+            confidence=self.rules.confidence,
+            comparisons=comparisons,
+        )
+
+    def to_json(self, parameters: Callable[[RankAllocation], int]) -> dict[str, Any]:
+        """Returns plain values for the report, without scores.
+
+        Args:
+            parameters: Tells how many parameters a fine-tune trains.
+        """
+        return {
+            "error_rate": round(1 - self.rules.confidence, 12),  # 0.05, not 0.050000000000000044
+            "confidence": self.rules.confidence,
+            "comparisons": self.comparisons,
+            "metric": self.rules.metric,
+            "seeds": list(self.rules.seeds),
+            "fine_tunes": self.fine_tunes,
+            "baselines": [
+                {
+                    "name": self._name(allocation),
+                    "label": baseline_label(allocation.ranks),
+                    "ranks": list(allocation.ranks),
+                    "settings": dict(allocation.settings),
+                    "parameters": parameters(allocation),
+                    "is_default": allocation == self.reference,
+                }
+                for allocation in self._baselines()
+            ],
+            "competitors": [self._entry(competitor) for competitor in self.competitors],
+        }
+
+    def _baselines(self) -> list[RankAllocation]:
+        """Returns what competitors are compared with, the decisive one first, and the default."""
+        every = (self.baseline, *(c.baseline for c in self.competitors), self.reference)
+        return [allocation for allocation in dict.fromkeys(every) if self._is_whole(allocation)]
+
+    def _name(self, allocation: RankAllocation) -> str | None:
+        """Returns the name of an allocation among the models; None if it has none."""
+        return next((name for name, a in self.models.items() if a == allocation), None)
+
+    def _entry(self, competitor: Competitor) -> dict[str, Any]:
+        runs = self.runs.get(competitor.allocation, ())
+        compared = competitor.comparison is not None
+        ours, theirs = (self.reports(a) for a in (competitor.allocation, competitor.baseline))
+        metric, weights = self.rules.metric, self.rules.weights
+        return {
+            "label": competitor.label,
+            **competitor.allocation.to_json(),
+            "baseline": list(competitor.baseline.ranks),
+            "baseline_settings": dict(competitor.baseline.settings),
+            "baseline_label": baseline_label(competitor.baseline.ranks),
+            "model": self._name(competitor.allocation) if compared else None,
+            "baseline_model": self._name(competitor.baseline),
+            "chosen": competitor is self.chosen,
+            "search_objective": sum(r.objective for r in runs) / len(runs) if runs else None,
+            "per_seed": [
+                a.mean(metric, weights) - b.mean(metric, weights)
+                for a, b in zip(ours, theirs, strict=True)
+            ]
+            if compared
+            else [],
+            "reason": competitor.reason and competitor.reason.value,
+            "detail": competitor.detail,
+            "comparison": competitor.comparison and competitor.comparison.to_json(),
+        }
 
 
-def eliminated(advantages: Mapping[Name, Advantage], confidence: float) -> dict[Name, Reason]:
-    """Returns who is out after a round, and why.
-
-    Args:
-        advantages: Those still in the race, all with the same seeds, documents and tasks.
-        confidence: Confidence of each two-sided interval, see `Rules.confidence_after`.
-    """
-    if not advantages:
-        return {}
-    leader = max(advantages.values(), key=lambda advantage: float(advantage.per_seed.mean()))
-    out = {}
-    for name, advantage in advantages.items():
-        if advantage.interval(confidence).is_loss:
-            out[name] = Reason.UNIFORM
-        elif advantage is not leader and advantage.over(leader).interval(confidence).is_loss:
-            out[name] = Reason.LEADER
-    return out
-
-
-def _table(scores: Sequence[Score], task: str, metric: str) -> Values:
-    return np.asarray([score.tasks[task].per_document[metric] for score in scores], dtype=float)
-
-
-def _variances(values: Values) -> tuple[float, float]:
-    """Returns what two things add to the variance of the mean of values (S, J).
-
-    Returns:
-        The choice of documents, and the chance of single pairs of seed and document.
-    """
-    seeds, documents = len(values), values.shape[1]
-    by_document = values.mean(axis=0)
-    rest = values - by_document - values.mean(axis=1, keepdims=True) + values.mean()
-    chance = float(np.square(rest).sum()) / ((seeds - 1) * (documents - 1))
-    by_chance = chance / seeds / documents
-    variance = float(by_document.var(ddof=1)) / documents - by_chance
-    return max(0.0, variance), by_chance
+def _best(competitors: Sequence[Competitor]) -> Competitor | None:
+    """Returns the one of these that the verdict is about, the first of equal ones."""
+    compared = [(c.comparison.estimate, c) for c in competitors if c.comparison is not None]
+    gains = [(estimate, c) for estimate, c in compared if c.is_gain]
+    return max(gains or compared, key=lambda entry: entry[0])[1] if compared else None

@@ -1,4 +1,4 @@
-"""The noise floor: how much of what differs between allocations is more than a seed's chance.
+"""Reliability of a score: the share of what differs between allocations that is no seed's chance.
 
 Some allocations are fine-tuned with the same seeds. The value of allocation i with seed j is::
 
@@ -37,7 +37,7 @@ _GRID = 200  # a finer grid moves no bound by 0.5 %
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability:
-    """What a table of allocations and seeds says of a score; sd in the unit of the score.
+    """Variances of a score between allocations and seeds; sd in the unit of the score.
 
     Attributes:
         icc: ICC(3,1): share of the variance between fine-tunes with the same seed that is due to
@@ -122,7 +122,7 @@ def reliability(values: ArrayLike, *, confidence: float = 0.95) -> Reliability:
     )
 
 
-def plausible_variances(found: Reliability) -> tuple[Array, Array]:
+def plausible_variances(score: Reliability) -> tuple[Array, Array]:
     """Returns the variances that a table allows: between allocations (g, g), and residual (g,).
 
     All are equally likely in the sense of generalized confidence (Weerahandi 1993): what each of
@@ -130,11 +130,11 @@ def plausible_variances(found: Reliability) -> tuple[Array, Array]:
     distribution. The columns of the first go with the second.
     """
     nodes = (np.arange(_GRID) + 0.5) / _GRID
-    df = found.allocations - 1
-    df_residual = df * (found.seeds - 1)
-    residual = found.seed_sd**2 * df_residual / stats.chi2.ppf(nodes, df_residual)
-    rows = found.mean_square * df / stats.chi2.ppf(nodes, df)
-    return np.maximum(0.0, rows[:, None] - residual) / found.seeds, residual
+    df = score.allocations - 1
+    df_residual = df * (score.seeds - 1)
+    residual = score.seed_sd**2 * df_residual / stats.chi2.ppf(nodes, df_residual)
+    rows = score.mean_square * df / stats.chi2.ppf(nodes, df)
+    return np.maximum(0.0, rows[:, None] - residual) / score.seeds, residual
 
 
 def check_fraction(name: str, value: float) -> None:

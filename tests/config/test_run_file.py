@@ -175,8 +175,6 @@ def configs(cls):
         fields["device"] = st.just("auto")  # the only one beside a device map
     if "output" in fields:
         fields["output"] = fields["model"] = st.text(min_size=1)
-    if "least_seeds" in fields:
-        fields["least_seeds"] = st.just(2)
     if "method" in fields and "allocation" in fields:
         fields["method"], fields["allocation"] = st.sampled_from(["bayes", "paper"]), st.just("")
         fields["pareto"] = st.just(False)  # needs another budget

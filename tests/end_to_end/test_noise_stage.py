@@ -1,4 +1,4 @@
-"""The noise floor in whole runs: measured once, gone on from, believed where it drowns a search."""
+"""The noise floor in whole runs: measured once, gone on from, believed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUICK = {
     "noise": {"seeds": 2, "allocations": 3},
 }
 FINE_TUNES = 6  # of the noise floor
-CONFIRMED = 4  # fine-tunes of the confirmation
+CONFIRMED = 6  # fine-tunes of the confirmation
 
 
 class Counter:
@@ -97,7 +97,7 @@ def run_after(measured, tmp_path_factory, write_run_file, command):
     folder = tmp_path_factory.mktemp("after")
     shutil.copytree(measured.folder, folder / "out")
     counter = Counter()
-    settings = {**QUICK, "noise": {**QUICK["noise"], "if_drowned": "search"}}
+    settings = {**QUICK, "noise": {**QUICK["noise"], "search_despite_noise": True}}
     result = command("run", write_run_file(folder / "r.toml", **settings), plugin=counter)
     assert result.exit_code == 0, result.stderr
     report = report_of(folder / "out")
@@ -222,7 +222,7 @@ def test_a_bad_option_is_one_line(options, fragment, tmp_path, write_run_file, c
         ({"seeds": 1}, "noise.seeds is 1"),
         ({"allocations": 1}, "noise.allocations is 1; it must be at least 2"),
         ({"gains": [0.0]}, "noise.gains is 0"),
-        ({"if_drowned": "unifrom"}, "Did you mean 'uniform'?"),
+        ({"if_drowned": "uniform"}, "Did you mean 'search_despite_noise'?"),
     ],
 )
 @pytest.mark.parametrize("word", ["run", "noise"])
@@ -296,7 +296,7 @@ def test_changed_settings_of_the_step_are_no_other_inputs(
     run_after, copy_of, tmp_path, write_run_file, command, counter
 ):
     out = copy_of(run_after)
-    table = {"seeds": 2, "allocations": 4, "gains": [0.2], "if_drowned": "search"}
+    table = {"seeds": 2, "allocations": 4, "gains": [0.2], "search_despite_noise": True}
     result = command(
         "run", write_run_file(tmp_path / "r.toml", **{**QUICK, "noise": table}), plugin=counter
     )
@@ -360,13 +360,13 @@ def test_a_torn_fine_tune_is_named_and_made_anew(
     assert after["values"] == before["values"]
 
 
-# ----------------------------------------------------------------------------------- drowned
+# -------------------------------------------------------------------------- below the noise
 
 
 @pytest.fixture(scope="module")
-def drowned(tmp_path_factory, write_run_file, command):
-    """A run whose two seeds for the comparison could not tell any gain from noise."""
-    folder = tmp_path_factory.mktemp("drowned")
+def below(tmp_path_factory, write_run_file, command):
+    """A run whose three seeds for the comparison could not tell any gain from noise."""
+    folder = tmp_path_factory.mktemp("below")
     counter = Counter()
     held_out = corpus_file("embedded").read_text("utf-8").splitlines()[-40:]
     (folder / "text.jsonl").write_text("\n".join(held_out) + "\n", encoding="utf-8")
@@ -387,61 +387,61 @@ def drowned(tmp_path_factory, write_run_file, command):
     )
 
 
-def test_a_drowned_floor_ends_without_a_search(drowned):
-    report = drowned.report
+def test_a_gain_below_the_noise_ends_without_a_search(below):
+    report = below.report
     floor = report["noise"]["floor"]
-    assert floor["drowned"]
+    assert floor["below_noise"]
     assert floor["plausible_gain_high"] < floor["detectable_gain"]
     assert report["search"]["stop_reason"] == "noise floor"
     assert report["verdict"]["sentence"] == (
         "no search: no plausible gain rises above the noise; uniform rank 8 is delivered"
     )
-    assert drowned.result.stdout.startswith("Verdict: no search: ")
+    assert below.result.stdout.startswith("Verdict: no search: ")
     assert report["verdict"]["delivered"] == "uniform"
     assert report["verdict"]["comparisons"] == {}
     assert [trial["ranks"] for trial in report["trials"]] == report["noise"]["allocations"]
-    assert drowned.counter.fine_tunes == FINE_TUNES + CONFIRMED // 2
+    assert below.counter.fine_tunes == FINE_TUNES + CONFIRMED // 2
 
 
-def test_then_uniform_lora_is_delivered_and_reported(drowned):
-    report = drowned.report
+def test_then_uniform_lora_is_delivered_and_reported(below):
+    report = below.report
     assert report["allocations"] == {"uniform": [8] * 8, "recovered": [8] * 8}
     assert report["scores"].keys() == {"base", "pruned", "uniform", "recovered"}
     assert report["scores"]["recovered"] == report["scores"]["uniform"]
-    config = json.loads((drowned.folder / "adapter" / "adapter_config.json").read_text("utf-8"))
+    config = json.loads((below.folder / "adapter" / "adapter_config.json").read_text("utf-8"))
     assert set(config["rank_pattern"].values()) == {8}
     for suffix in ("md", "html"):
-        text = (drowned.folder / f"report.{suffix}").read_text("utf-8")
+        text = (below.folder / f"report.{suffix}").read_text("utf-8")
         assert "no search: no plausible gain rises above the noise" in text
 
 
-def test_a_drowned_run_repeats_nothing(
-    drowned, copy_of, tmp_path, write_run_file, command, counter
+def test_a_run_without_a_search_repeats_nothing(
+    below, copy_of, tmp_path, write_run_file, command, counter
 ):
-    out = copy_of(drowned)
-    result = command("run", write_run_file(tmp_path / "r.toml", **drowned.settings), plugin=counter)
+    out = copy_of(below)
+    result = command("run", write_run_file(tmp_path / "r.toml", **below.settings), plugin=counter)
     assert result.exit_code == 0, result.stderr
     assert counter.fine_tunes == 0
-    assert lasting(report_of(out)) == lasting(drowned.report)
+    assert lasting(report_of(out)) == lasting(below.report)
 
 
 def test_a_search_can_be_asked_for_all_the_same(
-    drowned, copy_of, tmp_path, write_run_file, command, counter
+    below, copy_of, tmp_path, write_run_file, command, counter
 ):
-    out = copy_of(drowned)
-    noise = {**QUICK["noise"], "if_drowned": "search"}
-    settings = {**drowned.settings, "noise": noise}
+    out = copy_of(below)
+    noise = {**QUICK["noise"], "search_despite_noise": True}
+    settings = {**below.settings, "noise": noise}
     result = command("run", write_run_file(tmp_path / "r.toml", **settings), plugin=counter)
     assert result.exit_code == 0, result.stderr
     report = report_of(out)
     assert report["search"]["stop_reason"] == "n_trials"
-    assert report["trials"][:3] == drowned.report["trials"]
+    assert report["trials"][:3] == below.report["trials"]
     assert len(report["trials"]) == 4
-    assert report["noise"]["floor"]["drowned"]
+    assert report["noise"]["floor"]["below_noise"]
     assert counter.fine_tunes <= 1 + CONFIRMED // 2  # uniform LoRA was confirmed already
 
     # A search that was made is not unmade.
-    write_run_file(tmp_path / "r.toml", **drowned.settings)
+    write_run_file(tmp_path / "r.toml", **below.settings)
     result = command("run", tmp_path / "r.toml", plugin=counter)
     assert result.exit_code == 0, result.stderr
     assert report_of(out)["verdict"] == report["verdict"]
@@ -466,7 +466,7 @@ def test_not_after_it_was_seen(run_after, copy_of, tmp_path, write_run_file, com
     copy_of(run_after)
     settings = {**run_after.settings, "confirm": {"seeds": 7}}
     result = command("run", write_run_file(tmp_path / "r.toml", **settings), plugin=counter)
-    assert_error(result, 1, "config.confirm.seeds was 2, now 7")
+    assert_error(result, 1, "config.confirm.seeds was 3, now 7")
 
 
 def test_other_settings_do_not_erase_the_fine_tunes(

@@ -664,7 +664,7 @@ def constant(run):
         oracle={"name": "constant"},
         search={"n_trials": 10},
         performance_model={"epochs": 5},
-        noise={"seeds": 2, "allocations": 2, "if_drowned": "search"},
+        noise={"seeds": 2, "allocations": 2, "search_despite_noise": True},
     )
 
 

@@ -39,15 +39,9 @@ from rankadaptor_plugin.report.html import page
 from rankadaptor_plugin.report.report import METHODS, alone_sentence, markdown, verdict_sentence
 from rankadaptor_plugin.search.study import TrialStore
 from rankadaptor_plugin.verdict.comparison import compare_runs
-from rankadaptor_plugin.verdict.confirmation import (
-    Confirmation,
-    ConfirmationRun,
-    fresh_seeds,
-    run_name,
-)
-from rankadaptor_plugin.verdict.race import Reason
-from rankadaptor_plugin.verdict.race_result import Entrant
-from rankadaptor_plugin.verdict.statistics import Comparison
+from rankadaptor_plugin.verdict.confirmation import Confirmation, check, fresh_seeds
+from rankadaptor_plugin.verdict.race import ConfirmationRun, Entrant, Reason, Rules, run_name
+from rankadaptor_plugin.verdict.statistics import Difference, Seeds
 
 UNIFORM = RankAllocation((8, 8))
 FOUND = RankAllocation((2, 12))
@@ -93,11 +87,9 @@ def race(tmp_path):
             run=run,
             folder=RunFolder(tmp_path / folder),
             store=store or TrialStore(InMemoryStorage(), "confirm"),
-            seeds=SEEDS,
-            least_seeds=2,
-            confidence=0.95,
-            metric="choice_logprob",
-            weights=None,
+            rules=Rules(
+                seeds=SEEDS, confidence=0.95, metric="choice_logprob", weights={"toy": 1.0}
+            ),
             on_run=lambda *_: None,
         )
 
@@ -154,7 +146,7 @@ def config(*methods: str, **tables_) -> Config:
         (("rankadaptor", "lora"), 2, 3),
         (("rankadaptor", "adalora", "none"), 4, 5),
         (("adalora", "none"), 2, 3),
-        (("pattern:4-12",), 1, 2),
+        (("pattern:4-12",), 1, 3),
         (("pattern:4-12", "dora"), 2, 4),
         (("rankadaptor", "pattern:4-12"), 3, 5),
         (("lora",), 1, 1),
@@ -167,8 +159,11 @@ def test_fine_tunes_of_all_methods_are_counted(methods, competitors, a_seed):
 
 def test_finalists_with_baselines_of_their_own_are_counted_too():
     free = RankSpaceConfig(budget="free")
-    assert config("rankadaptor", rank_space=free).race_fine_tunes == 6 * 4
+    # LoRA of the default rank runs beside them; as a method that races it is one more comparison.
+    assert config("rankadaptor", rank_space=free).race_fine_tunes == 6 * 5
     assert config("rankadaptor", "dora", rank_space=free).race_fine_tunes == 6 * 6
+    lora = config("rankadaptor", "lora", rank_space=free)
+    assert (lora.competitors, lora.race_fine_tunes) == (3, 6 * 5)
 
 
 @pytest.mark.parametrize(
@@ -176,13 +171,25 @@ def test_finalists_with_baselines_of_their_own_are_counted_too():
     [
         ((), {}, "methods is empty"),
         (("dora", "dora"), {}, "names a method twice"),
-        (("dora",), {"search": SearchConfig(allocation="4-8")}, r"\[search\] allocation is of no"),
-        (("lora",), {"confirm": ConfirmConfig(best_random=True)}, "best_random is of no use"),
+        (("dora",), {"search": SearchConfig(allocation="4-8")}, r"\[search\] allocation has no"),
     ],
 )
 def test_methods_that_make_no_sense_are_refused(methods, more, message):
     with pytest.raises(ConfigError, match=message):
         config(*methods, **more)
+
+
+@pytest.mark.parametrize(
+    ("methods", "more", "message"),
+    [
+        (("lora",), {}, 'lacks "rankadaptor"'),
+        (("rankadaptor",), {"search": SearchConfig(allocation="4-8")}, "names the ranks"),
+    ],
+)
+def test_random_allocations_beside_no_search_are_refused(methods, more, message):
+    with pytest.raises(ConfigError, match=message):
+        check(config(*methods, confirm=ConfirmConfig(best_random=True), **more))
+    check(config("rankadaptor", confirm=ConfirmConfig(best_random=True)))
 
 
 def test_methods_are_checked_by_name():
@@ -233,13 +240,22 @@ def test_a_list_of_ranks_by_layer_holds_for_every_group():
 
 
 def test_a_method_may_take_the_ranks_that_were_found():
-    methods = ["dora", "rankadaptor+dora"]
-    assert found_entrants(methods, FOUND, UNIFORM) == [
+    methods = ["rankadaptor", "dora", "rankadaptor+dora", "lora"]
+    best = Entrant(label="finalist", allocation=FOUND, baseline=UNIFORM)
+    assert found_entrants(methods, best, UNIFORM) == [
         Entrant(
             label="rankadaptor+dora", allocation=replace(FOUND, method="dora"), baseline=UNIFORM
         )
     ]
     assert [e.label for e in given_entrants(methods, SPACE)] == ["dora"]
+
+
+def test_lora_races_against_the_size_that_was_found_where_that_differs():
+    small = RankAllocation((5, 5))
+    best = Entrant(label="finalist", allocation=FOUND, baseline=small)
+    assert found_entrants(["rankadaptor", "lora"], best, UNIFORM) == [
+        Entrant(label="lora", allocation=UNIFORM, baseline=small)
+    ]
 
 
 def test_a_list_of_ranks_beyond_a_hard_limit_is_refused():
@@ -278,73 +294,85 @@ def test_parameters_are_those_that_are_trained(adapter, method, count):
 # --------------------------------------------------------------------------------------- the race
 
 
+FINALIST = Entrant(label="finalist", allocation=FOUND, baseline=UNIFORM)
+
+
 def test_methods_race_beside_the_finalists(race):
     run = Runs(WORTH)
-    found = race(run).confirm([FOUND], lambda _: UNIFORM, None, ENTRANTS)
+    found = race(run).confirm([FINALIST, *ENTRANTS], UNIFORM)
     assert run.calls[:4] == [(a, SEEDS[0]) for a in (UNIFORM, FOUND, ADALORA, NONE)]
     assert [c.label for c in found.competitors] == ["finalist", "adalora", "none"]
-    assert found.rules.competitors == 3
-    assert found.competitors[2].exit.reason is Reason.UNIFORM
+    assert found.comparisons == 3
+    assert found.competitors[2].comparison.is_loss
     assert found.methods == {"adalora": ADALORA, "none": NONE}
 
 
-def test_the_method_with_the_greatest_gain_is_delivered(race):
-    found = race(Runs({**WORTH, ADALORA: 0.5, FOUND: 0.3})).confirm(
-        [FOUND], lambda _: UNIFORM, None, ENTRANTS
-    )
-    assert (found.chosen.label, found.delivered, found.searched) == ("adalora", ADALORA, FOUND)
+@pytest.mark.parametrize(
+    ("adalora", "searched", "label", "delivered"),
+    [(0.5, 0.3, "adalora", ADALORA), (0.3, 0.5, "finalist", FOUND)],
+)
+def test_the_one_with_the_greatest_gain_is_delivered(race, adalora, searched, label, delivered):
+    worth = {**WORTH, ADALORA: adalora, FOUND: searched}
+    found = race(Runs(worth)).confirm([FINALIST, *ENTRANTS], UNIFORM)
+    assert (found.chosen.label, found.delivered, found.searched) == (label, delivered, FOUND)
     assert found.baseline == UNIFORM
 
 
-def test_the_searched_allocation_is_delivered_where_it_gains_most(race):
-    found = race(Runs({**WORTH, ADALORA: 0.3, FOUND: 0.5})).confirm(
-        [FOUND], lambda _: UNIFORM, None, ENTRANTS
-    )
-    assert (found.chosen.is_method, found.delivered) == (False, FOUND)
-
-
 def test_a_method_that_fails_is_out_with_its_reason(race):
-    found = race(Runs(WORTH, fails={NONE})).confirm([FOUND], lambda _: UNIFORM, None, ENTRANTS)
-    out = found.competitors[2].exit
+    found = race(Runs(WORTH, fails={NONE})).confirm([FINALIST, *ENTRANTS], UNIFORM)
+    out = found.competitors[2]
     assert (out.reason, out.detail) == (Reason.FAILED, "The training loss is nan.")
     assert found.methods == {"adalora": ADALORA}
 
 
 def test_methods_race_without_any_finalist(race):
-    found = race(Runs({**WORTH, ADALORA: 0.5})).confirm([], lambda _: UNIFORM, None, ENTRANTS)
+    found = race(Runs({**WORTH, ADALORA: 0.5})).confirm(ENTRANTS, UNIFORM)
     assert (found.delivered, found.searched) == (ADALORA, None)
-    assert found.to_json()["competitors"][0]["method"] == "adalora"
+    assert found.to_json(lambda _: 1)["competitors"][0]["method"] == "adalora"
 
 
 def test_a_list_of_ranks_that_was_found_too_runs_once(race):
     run = Runs(WORTH)
-    same = Entrant(label="pattern:2-12", allocation=FOUND, baseline=UNIFORM)
-    found = race(run).confirm([FOUND], lambda _: UNIFORM, None, [same])
+    same = replace(FINALIST, label="pattern:2-12")
+    found = race(run).confirm([FINALIST, same], UNIFORM)
     assert [c.label for c in found.competitors] == ["finalist"]
     assert len(run.calls) == 2 * len(SEEDS)
 
 
-def test_a_race_of_methods_goes_on_where_it_was_broken_off(race):
+def test_a_race_of_methods_goes_on_where_it_was_interrupted(race):
     store, first, again = TrialStore(InMemoryStorage(), "confirm"), Runs(WORTH), Runs(WORTH)
-    whole = race(first, store=store).confirm([FOUND], lambda _: UNIFORM, None, ENTRANTS)
+    entrants = [FINALIST, *ENTRANTS]
+    whole = race(first, store=store).confirm(entrants, UNIFORM)
     assert {t.allocation for t in store.trials()} == {UNIFORM, FOUND, ADALORA, NONE}
-    assert race(again, store=store).confirm([FOUND], lambda _: UNIFORM, None, ENTRANTS) == whole
+    assert race(again, store=store).confirm(entrants, UNIFORM) == whole
     assert again.calls == []
 
 
 def test_uniform_lora_alone_runs_with_all_seeds(race):
     run = Runs(WORTH)
-    found = race(run).alone(UNIFORM)
+    found = race(run).confirm([], UNIFORM)
     assert run.calls == [(UNIFORM, seed) for seed in SEEDS]
     assert (found.delivered, found.chosen, found.searched) == (UNIFORM, None, None)
     assert len(found.reports(UNIFORM)) == len(SEEDS)
-    assert found.to_json()["competitors"] == []
+    assert found.to_json(lambda _: 1)["competitors"] == []
 
 
 # ------------------------------------------------------------------------------------ the verdict
 
-GAIN = Comparison(0.012, 0.008, 0.004, 0.020, 0.004, 0.975, 5, 600)
-NO_GAIN = Comparison(0.003, 0.009, -0.006, 0.012, 0.004, 0.975, 5, 600)
+GAIN = Difference(
+    estimate=0.012,
+    low=0.004,
+    high=0.020,
+    half_width=0.008,
+    confidence=0.95,
+    comparisons=2,
+    p=0.004,
+    p_adjusted=0.008,
+    seeds=Seeds(5, 5, paired=True, left_out=0),
+    documents=600,
+    left_out=0,
+)
+NO_GAIN = replace(GAIN, estimate=0.003, low=-0.006, high=0.012, half_width=0.009)
 
 
 def test_the_verdict_names_the_method():
@@ -415,7 +443,7 @@ def test_the_report_has_a_column_for_each_method(methods_alone):
     header = tables.scores(report, "accuracy").header
     best = report["verdict"]["delivered"]
     shown = [name for name in report["methods"] if name != best]
-    assert header == ("task", "base", "pruned", "uniform LoRA", *shown, f"recovered ({best})")
+    assert header == ("task", "base", "pruned", "LoRA r=8", *shown, f"recovered ({best})")
     for text in (methods_alone.markdown, methods_alone.html):
         assert "adalora, trainable" in text
         assert "no adapter" in text
@@ -458,11 +486,18 @@ def test_without_a_fine_tune_the_model_is_the_pruned_one(methods_alone):
 
 def test_methods_of_a_finished_run_can_be_compared(methods_alone):
     folder = methods_alone.folder
-    few = {"resamples": 2000}
-    found = compare_runs([f"{folder}:adalora", f"{folder}:pattern:4-12", f"{folder}:none"], **few)
-    assert [choice.model for choice in found.choices] == ["adalora", "pattern:4-12", "none"]
-    every = [choice.model for choice in compare_runs([str(folder)], **few).choices]
-    assert every == ["uniform", "adalora", "none", "pattern:4-12"]
+    found = compare_runs([f"{folder}:adalora", f"{folder}:pattern:4-12", f"{folder}:none"])
+    assert [model.model for model in found.models] == ["adalora", "pattern:4-12", "none"]
+    every = [model.model for model in compare_runs([str(folder)]).models]
+    assert every == ["adalora", "none", "pattern:4-12", "uniform"]
+
+
+def test_the_comparison_of_a_run_is_its_verdict(methods_alone):
+    found, verdict = compare_runs([str(methods_alone.folder)]), methods_alone.report["verdict"]
+    names = [model.model for model in found.models]
+    (chosen,) = [c for c in methods_alone.report["confirm"]["competitors"] if c["chosen"]]
+    difference = found.pairs[names.index(chosen["model"]), names.index(chosen["baseline_model"])]
+    assert difference.to_json() == verdict["comparisons"][found.metric] == chosen["comparison"]
 
 
 def test_methods_race_the_searched_ranks_in_one_report(run):
@@ -480,8 +515,8 @@ def test_uniform_lora_alone_is_delivered_and_nothing_is_claimed(run):
     report = found.report
     assert report["verdict"]["sentence"] == alone_sentence([8])
     assert (report["verdict"]["delivered"], report["verdict"]["comparisons"]) == ("uniform", {})
-    assert len(report["results"]["uniform"]) == 2
-    assert "No race was run. Uniform LoRA ran alone, 2 seeds." in found.markdown
+    assert len(report["results"]["uniform"]) == 3
+    assert "No race was run. Uniform LoRA ran alone, 3 seeds." in found.markdown
 
 
 def test_an_unknown_method_is_refused_before_anything_runs(tmp_path, write_run_file, command):
@@ -489,3 +524,19 @@ def test_an_unknown_method_is_refused_before_anything_runs(tmp_path, write_run_f
     assert result.exit_code == 2
     assert "adalora" in result.stderr
     assert not (tmp_path / "out" / "pruned").exists()
+
+
+def test_columns_of_lora_are_labelled_by_their_ranks_whatever_was_searched(run):
+    """With a free budget the even allocation of equal size is not LoRA of the default rank."""
+    free = {"budget": "free", "candidates": [2, 4], "default_rank": 8}
+    report = run("rankadaptor", "lora", rank_space=free, search={"n_trials": 3}).report
+    ranks = report["allocations"]
+    assert ranks["lora"] == [8] * 8
+    assert max(ranks["uniform"]) <= 4
+    assert report["labels"]["lora"] == "LoRA r=8"
+    header = tables.scores(report, "accuracy").header
+    assert report["labels"]["uniform"] in header
+    assert "uniform LoRA" not in header
+    labels = [c["label"] for c in report["confirm"]["competitors"]]
+    assert labels == ["finalist", "lora"]
+    assert len(report["results"]["lora"]) == 3

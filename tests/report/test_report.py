@@ -20,14 +20,26 @@ from rankadaptor_plugin.report.report import (
     verdict_sentence,
     write_report,
 )
-from rankadaptor_plugin.verdict.statistics import Comparison
+from rankadaptor_plugin.verdict.statistics import Difference, Seeds
 
 TASKS = ("tiny_boolq", "tiny_piqa", "arc_easy")
 
 
-def comparison(estimate: float, half_width: float) -> Comparison:
+def comparison(estimate: float, half_width: float) -> Difference:
     low, high = estimate - half_width, estimate + half_width
-    return Comparison(estimate, half_width, low, high, half_width / 2, 0.95, 5, 600)
+    return Difference(
+        estimate=estimate,
+        low=low,
+        high=high,
+        half_width=half_width,
+        confidence=0.95,
+        comparisons=1,
+        p=0.5,
+        p_adjusted=0.5,
+        seeds=Seeds(5, 5, paired=True, left_out=0),
+        documents=600,
+        left_out=0,
+    )
 
 
 def report_data(
@@ -140,8 +152,8 @@ def report_data(
             "confidence": 0.95,
             "metric": "accuracy",
             "seeds": [101, 102, 103],
-            "most_seeds": 3,
-            "least_seeds": 2,
+            "comparisons": 2,
+            "baselines": [],
             "fine_tunes": 8,
             "competitors": [
                 {
@@ -152,7 +164,6 @@ def report_data(
                     "chosen": True,
                     "search_objective": -0.71,
                     "per_seed": [0.01, 0.02, 0.015],
-                    "eliminated_after": None,
                     "reason": None,
                     "detail": "",
                     "comparison": None,
@@ -165,8 +176,7 @@ def report_data(
                     "chosen": False,
                     "search_objective": -0.74,
                     "per_seed": [-0.02, -0.03],
-                    "eliminated_after": 2,
-                    "reason": "worse than the leader",
+                    "reason": "a fine-tune failed",
                     "detail": "",
                     "comparison": None,
                 },

@@ -15,9 +15,9 @@ from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.core.scores import Score, TaskScore
 from rankadaptor_plugin.report.noise_text import noise_text
 from rankadaptor_plugin.testing.search import SPACE
-from rankadaptor_plugin.verdict.confirmation import ConfirmationRun
-from rankadaptor_plugin.verdict.document_noise import document_sd, seed_scale
-from rankadaptor_plugin.verdict.noise import measure, noise_allocations, noise_seeds
+from rankadaptor_plugin.verdict.noise import Question, measure, noise_allocations, noise_seeds
+from rankadaptor_plugin.verdict.noise_floor import document_sd, seed_scale
+from rankadaptor_plugin.verdict.race import ConfirmationRun
 from rankadaptor_plugin.verdict.reliability import reliability
 
 METRICS = ("accuracy", "choice_logprob")
@@ -52,10 +52,10 @@ def config():
     )
 
 
-def measured(path, config, run=planted, decisive="choice_logprob", on_run=lambda done, total: None):
-    return measure(
-        SPACE, run, RunFolder(path), config, METRICS, decisive, {"toy": 1.0}, {"toy": 40}, on_run
-    )
+def measured(path, config, run=planted, *, space=SPACE, on_run=lambda done, total: None, **asked):
+    defaults = {"metrics": METRICS, "decisive": "choice_logprob", "weights": {"toy": 1.0}}
+    question = Question(**{**defaults, "report_documents": {"toy": 40}, **asked})
+    return measure(space, run, RunFolder(path), config, question, on_run)
 
 
 def test_a_strong_effect_is_told_from_noise(tmp_path, config):
@@ -63,20 +63,20 @@ def test_a_strong_effect_is_told_from_noise(tmp_path, config):
     assert len(found.runs) == 5
     assert found.scores["objective"].icc > 0.8
     assert found.scores["objective"].icc == pytest.approx(found.scores["choice_logprob"].icc)
-    assert not found.floor.drowned
+    assert not found.floor.below_noise
     assert found.seconds == 3.0
     assert found.left == (10 - 5) + 4 * (2 + 1)
 
 
-def test_no_effect_drowns(tmp_path, config):
+def test_no_effect_is_below_the_noise(tmp_path, config):
     def noisy(allocation, seed):
         return planted(allocation, seed, between=0.0)
 
-    drowned = [
-        measured(tmp_path / str(i), dataclasses.replace(config, seed=i), noisy).floor.drowned
+    below = [
+        measured(tmp_path / str(i), dataclasses.replace(config, seed=i), noisy).floor.below_noise
         for i in range(12)
     ]
-    assert sum(drowned) >= 7
+    assert sum(below) >= 7
 
 
 def test_finished_runs_are_read_back(tmp_path, config):
@@ -103,17 +103,7 @@ def test_runs_with_the_seed_of_the_search_become_its_first_trials(tmp_path, conf
 
 def test_uniform_ranks_outside_the_space_are_measured_but_are_no_trial(tmp_path, config):
     space = dataclasses.replace(SPACE, default_rank=5)
-    found = measure(
-        space,
-        planted,
-        RunFolder(tmp_path),
-        config,
-        METRICS,
-        "choice_logprob",
-        {"toy": 1.0},
-        {"toy": 40},
-        lambda *_: None,
-    )
+    found = measured(tmp_path, config, space=space)
     assert space.uniform() in found.runs
     assert space.uniform() not in [trial.allocation for trial in found.trials(space)]
 
@@ -208,17 +198,7 @@ def test_what_a_seed_does_to_all_answers_does_not():
 
 
 def test_of_other_tasks_than_the_verdicts_no_floor_is_known(tmp_path, config):
-    found = measure(
-        SPACE,
-        planted,
-        RunFolder(tmp_path),
-        config,
-        METRICS,
-        "choice_logprob",
-        {"toy": 1.0},
-        {"other": 40},
-        lambda *_: None,
-    )
+    found = measured(tmp_path, config, report_documents={"other": 40})
     assert found.floor is None
-    assert not found.is_drowned
+    assert not found.is_below_noise
     assert "of other tasks" in found.sentence()

@@ -172,11 +172,11 @@ def test_floor_reports_its_parts() -> None:
 
 
 @pytest.mark.parametrize(("icc", "low", "high"), [(0.0, 0.6, 0.8), (0.54, 0.13, 0.27)])
-def test_how_often_a_search_is_called_drowned(icc: float, low: float, high: float) -> None:
+def test_how_often_a_search_is_called_below_the_noise(icc: float, low: float, high: float) -> None:
     # At an icc of 0.54 the expected gain equals the detectable one: 20 % at most, by `level`.
     rng = np.random.default_rng(4)
-    drowned = np.mean([floor(table(icc, 4, 3, rng)).drowned for _ in range(300)])
-    assert low < drowned < high
+    below = np.mean([floor(table(icc, 4, 3, rng)).below_noise for _ in range(300)])
+    assert low < below < high
 
 
 def test_a_better_objective_raises_the_gain() -> None:
@@ -201,13 +201,13 @@ def test_without_noise_any_gain_is_detectable() -> None:
 def test_documents_alone_can_be_the_floor() -> None:
     exact = reliability([[0.1, 0.1], [0.2, 0.2], [0.4, 0.4]])
     assert floor(exact, document_sd=0.01).outcome == "detectable"
-    assert floor(exact, document_sd=10.0).outcome == "drowned"
+    assert floor(exact, document_sd=10.0).outcome == "below the noise"
 
 
 def test_objective_without_any_difference_finds_nothing() -> None:
     rng = np.random.default_rng(6)
     result = floor(table(0.9, 4, 3, rng), reliability(np.zeros((4, 3))))
-    assert (result.plausible_gain_high, result.outcome) == (0.0, "drowned")
+    assert (result.plausible_gain_high, result.outcome) == (0.0, "below the noise")
 
 
 @settings(max_examples=30)
@@ -216,9 +216,9 @@ def test_floor_properties(seed: int, icc: float, documents: float) -> None:
     found = table(icc, 4, 3, np.random.default_rng(seed))
     result, stricter = (floor(found, document_sd=documents, level=level) for level in (0.8, 0.95))
     assert 0 <= result.plausible_gain <= result.plausible_gain_high <= stricter.plausible_gain_high
-    assert result.drowned == (result.plausible_gain_high <= result.detectable_gain)
-    assert result.drowned or not stricter.drowned
-    assert floor(found, document_sd=documents, seeds=10).drowned <= result.drowned
+    assert result.below_noise == (result.plausible_gain_high <= result.detectable_gain)
+    assert result.below_noise or not stricter.below_noise
+    assert floor(found, document_sd=documents, seeds=10).below_noise <= result.below_noise
 
 
 def made(gain: float, high: float, detectable: float) -> Floor:
@@ -226,7 +226,7 @@ def made(gain: float, high: float, detectable: float) -> Floor:
         plausible_gain=gain,
         plausible_gain_high=high,
         detectable_gain=detectable,
-        drowned=high <= detectable,
+        below_noise=high <= detectable,
         trials=30,
         seeds=5,
         confidence=0.95,
@@ -235,7 +235,7 @@ def made(gain: float, high: float, detectable: float) -> Floor:
     )
 
 
-def test_sentence_of_a_drowned_search() -> None:
+def test_sentence_of_a_search_below_the_noise() -> None:
     assert made(0.003, 0.0091, 0.0142).sentence() == (
         "A search of 30 trials is expected to gain 0.3 points over the average allocation "
         "(at most 0.91 points, with 80 % confidence); the final comparison with 5 seeds can tell "

@@ -7,6 +7,7 @@ per-document results of each model.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,20 +16,29 @@ from rankadaptor_plugin.config.run_file import run_folder
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError
 from rankadaptor_plugin.core.registry import suggestion
 from rankadaptor_plugin.core.run_folder import RunFolder
+from rankadaptor_plugin.verdict.race import DEFAULT_RANK, RECOVERED, SEARCHED, UNIFORM
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-MODELS = ("base", "pruned", "uniform", "searched", "recovered")
-"""Models that most runs have, ``recovered`` being the delivered one; others are methods."""
+    from rankadaptor_plugin.core.document_results import TaskDocuments
+
+Results = Mapping[int | None, Mapping[str, "TaskDocuments"]]
+"""Documents by seed and task."""
+
+SEEDLESS = ("base", "pruned")
+"""Models that no seed changes."""
+
+MODELS = (*SEEDLESS, UNIFORM, DEFAULT_RANK, SEARCHED, RECOVERED)
+"""Models that runs have, ``recovered`` being the delivered one; others are methods."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class RunModel:
     """A model of a run that is to be compared.
 
     Attributes:
-        label: What it is called in tables: the run and the model.
+        label: Its name in tables: the run and the model.
         folder: Run folder, an absolute path.
         model: One of `MODELS`, or a recovery method.
         report: The run's report.json.
@@ -42,10 +52,15 @@ class Choice:
     files: Mapping[int | None, Path]
 
     @property
+    def is_seedless(self) -> bool:
+        """True if no seed changes the model."""
+        return self.model in SEEDLESS
+
+    @property
     def trainable(self) -> int | None:
         """Trainable parameters; None for a model without adapter."""
-        found = self.report.get("parameters", {}).get("trainable", {}).get(self.model)
-        return found if isinstance(found, int) else None
+        count = self.report.get("parameters", {}).get("trainable", {}).get(self.model)
+        return count if isinstance(count, int) else None
 
     @property
     def metric(self) -> str:
@@ -60,12 +75,23 @@ class Choice:
     @property
     def confidence(self) -> float:
         """Confidence of the run's own intervals, in (0, 1)."""
-        found = self.report.get("confirm", {}).get("confidence", 0.95)
-        return float(found)
+        return float(self.report.get("confirm", {}).get("confidence", 0.95))
+
+    def raced(self, other: RunModel) -> int | None:
+        """Returns the number of comparisons of the race in which two models met; None if none."""
+        if self.folder != other.folder:
+            return None
+        results, race = self.report["results"], self.report.get("confirm", {})
+        pair = [results[self.model], results[other.model]]
+        for entry in race.get("competitors", []):
+            met = [results.get(entry.get(name)) for name in ("model", "baseline_model")]
+            if None not in met and met in (pair, pair[::-1]):
+                return int(race["comparisons"])
+        return None
 
 
-def choose(runs: Sequence[str], *, every_model: bool = False) -> list[Choice]:
-    """Finds the models to compare.
+def run_models(runs: Sequence[str], *, every_model: bool = False) -> list[RunModel]:
+    """Returns the models to compare.
 
     Args:
         runs: ``RUN`` or ``RUN:MODEL`` each. Without a model the delivered one is meant; of one and
@@ -82,30 +108,30 @@ def choose(runs: Sequence[str], *, every_model: bool = False) -> list[Choice]:
     named = [_split(run) for run in runs]
     folders = [run_folder(path).path.resolve() for path, _ in named]
     reports = {folder: _report(folder) for folder in dict.fromkeys(folders)}
-    alone = len(reports) == 1 and not any(model for _, model in named)
+    alone = len(reports) == 1 and not any(name for _, name in named)
     wanted: list[tuple[Path, str]] = []
-    for folder, (_, model) in zip(folders, named, strict=True):
-        if model or not (alone or every_model):
-            wanted.append((folder, model or "recovered"))
+    for folder, (_, name) in zip(folders, named, strict=True):
+        if name or not (alone or every_model):
+            wanted.append((folder, name or RECOVERED))
         else:
-            pairs = [(folder, name) for name in _distinct(reports[folder])]
+            pairs = [(folder, distinct) for distinct in _distinct(reports[folder])]
             wanted += [pair for pair in pairs if pair not in wanted]
-    names = _names(list(reports))
-    choices = [_choice(folder, model, reports[folder], names[folder]) for folder, model in wanted]
-    if len(choices) < 2:  # noqa: PLR2004  (a comparison takes two)
+    labels = _labels(list(reports))
+    models = [_model(folder, name, reports[folder], labels[folder]) for folder, name in wanted]
+    if len(models) < 2:  # noqa: PLR2004  (a comparison takes two)
         raise ConfigError(
-            f"There is only {choices[0].label} to compare. Name another run, or a model after a "
-            f"colon: {', '.join(reports[choices[0].folder]['results'])}."
+            f"There is only {models[0].label} to compare. Name another run, or a model after a "
+            f"colon: {', '.join(reports[models[0].folder]['results'])}."
         )
     seen: dict[tuple[Path, ...], str] = {}
-    for choice in choices:
-        files = tuple(choice.files.values())
+    for model in models:
+        files = tuple(model.files.values())
         if files in seen:
             raise ConfigError(
-                f"{seen[files]} and {choice.label} are the same model. Name two models that differ."
+                f"{seen[files]} and {model.label} are the same model. Name two models that differ."
             )
-        seen[files] = choice.label
-    return choices
+        seen[files] = model.label
+    return models
 
 
 def _split(run: str) -> tuple[Path, str]:
@@ -129,7 +155,7 @@ def _report(folder: Path) -> dict[str, Any]:
                 "rankadaptor-plugin run RUN.toml"
             )
         raise ArtifactError(
-            f"{folder} is no run folder. Give one that rankadaptor-plugin run has written."
+            f"{folder} is not a run folder. Give one that rankadaptor-plugin run has written."
         )
     results = report.get("results")
     if results is None:
@@ -162,25 +188,23 @@ def _report(folder: Path) -> dict[str, Any]:
 
 
 def _distinct(report: Mapping[str, Any]) -> list[str]:
-    """Returns the recovered models of a run, without those that are the same as one before."""
-    seen: list[Any] = []
-    out = []
-    for name in ("uniform", "searched", *report.get("methods", []), "recovered"):
-        files = report["results"].get(name)
-        if files is not None and files not in seen:
-            seen.append(files)
-            out.append(name)
-    return out
+    """Returns the recovered models of a run, each once, and what others are compared with last."""
+    results = report["results"]
+    names = [SEARCHED, *report.get("methods", []), DEFAULT_RANK, UNIFORM]
+    names = [name for name in names if name in results]
+    if RECOVERED in results and results[RECOVERED] not in [results[name] for name in names]:
+        names.insert(0, RECOVERED)
+    return names
 
 
-def _choice(folder: Path, model: str, report: Mapping[str, Any], name: str) -> Choice:
+def _model(folder: Path, model: str, report: Mapping[str, Any], name: str) -> RunModel:
     results = report["results"]
     if model not in results:
         raise ConfigError(
             f"The run {folder} has no model {model!r}.{suggestion(model, list(results))} It has: "
             f"{', '.join(results) or 'none'}."
         )
-    return Choice(
+    return RunModel(
         label=f"{name}:{model}" if name else model,
         folder=folder,
         model=model,
@@ -189,13 +213,13 @@ def _choice(folder: Path, model: str, report: Mapping[str, Any], name: str) -> C
     )
 
 
-def _names(folders: Sequence[Path]) -> dict[Path, str]:
+def _labels(folders: Sequence[Path]) -> dict[Path, str]:
     """Returns the last parts of each path, as many as it takes to tell them apart."""
     if len(folders) == 1:
         return {folders[0]: ""}
     longest = max(len(folder.parts) for folder in folders)
     for count in range(1, longest + 1):
-        names = {folder: "/".join(folder.parts[-count:]) for folder in folders}
-        if len(set(names.values())) == len(folders):
+        labels = {folder: "/".join(folder.parts[-count:]) for folder in folders}
+        if len(set(labels.values())) == len(folders):
             break
-    return names
+    return labels
