@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
 
-from rankadaptor_plugin import search
+from rankadaptor_plugin import search, verdict
 from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.run_file import corpus_file, model_folder
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError
@@ -113,6 +113,7 @@ def prepare(
     manager.hook.rankadaptor_on_progress(stage="load", done=0, total=1)
     found = plugin_list.registries(manager)
     plugin_list.check_names(found, config)
+    verdict.check(config)
     device = given.model.device if given else resolve_device(config.device)
     source = model_folder(config.model)
     check_folder(source)

@@ -353,9 +353,8 @@ def test_adapters_on_disk_have_the_ranks_and_load_with_plain_peft(which, request
     found = request.getfixturevalue(which)
     competitors = found.report["confirm"]["competitors"]
     raced = {
-        RankAllocation(tuple(c[ranks]), tuple(sorted(c[settings].items())))
-        for c in competitors
-        for ranks, settings in (("ranks", "settings"), ("baseline", "baseline_settings"))
+        RankAllocation(tuple(c["ranks"]), tuple(sorted(c["settings"].items())))
+        for c in [*competitors, *found.report["confirm"]["baselines"]]
     }
     folders = {found.folder / "adapters" / run_name(a, 1_000_000): a for a in raced}
     assert set((found.folder / "adapters").iterdir()) == set(folders)
