@@ -62,7 +62,7 @@ def test_every_artefact_is_there_and_nothing_half_written(finished):
         *("report.json", "report.md", "report.html", "timings.json", ".lock"),
     }
     assert not [p for p in finished.folder.rglob("*") if p.name.endswith((".partial", ".tmp"))]
-    assert len(list((finished.folder / "evaluations").iterdir())) == 2 * (2 + 2 * 2)
+    assert len(list((finished.folder / "evaluations").iterdir())) == 2 * (2 + 3 * 2)
     assert len(list((finished.folder / "adapters").iterdir())) == 2
 
 
@@ -155,7 +155,7 @@ def test_plain_optuna_reads_every_trial(finished):
         assert record["seconds"].keys() == {"search", "recovery", "oracle"}
     confirmed = optuna.load_study(study_name="confirm", storage=url)
     assert sorted(t.user_attrs[RECORD]["seed"] for t in confirmed.trials) == sorted(
-        [1_000_000, 1_000_001] * 2
+        [1_000_000, 1_000_001, 1_000_002] * 2
     )
     for study_ in (study, confirmed):
         study_._storage.remove_session()
@@ -257,7 +257,7 @@ def test_off_a_terminal_progress_is_plain_lines(finished):
         assert f"ranks {trial.allocation} measured {trial.objective:.4f}" in line
         assert ", best " in line
         assert " left" in line
-    assert sum("] confirm " in line for line in lines) == 5
+    assert sum("] confirm " in line for line in lines) == 7
     assert "\x1b" not in finished.stderr
 
 

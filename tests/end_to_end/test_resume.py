@@ -144,9 +144,9 @@ def test_a_run_killed_at_four_stages_ends_as_if_it_had_not_been(
     assert len(before) < 6
 
     finalist = RankAllocation(tuple(finished.report["allocations"]["searched"]))
-    last = evaluations / f"{run_name(finalist, 1_000_001)}.json"
+    last = evaluations / f"{run_name(finalist, 1_000_000)}.json"
     with blocked(partial(last)), session(run_file) as third:
-        third.wait_for_line("] confirm 1/4")
+        third.wait_for_line("] confirm 1/6")
         third.kill()
     # One interrupted trial, and none of the finished ones a second time.
     searched = trial_states(out / "study.db")
@@ -159,7 +159,7 @@ def test_a_run_killed_at_four_stages_ends_as_if_it_had_not_been(
         fourth.wait_for_line("] report")
         fourth.kill()
     assert not (out / "report.json").exists()
-    assert trial_states(out / "study.db", "confirm") == ["COMPLETE"] * 4
+    assert trial_states(out / "study.db", "confirm") == ["COMPLETE"] * 6
     # As if it had been killed between two moves while it delivered the adapter.
     (out / "adapter").rename(out / ".adapter.partial")
 
