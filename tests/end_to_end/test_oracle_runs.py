@@ -157,8 +157,8 @@ def test_runs_are_compared_by_log_likelihood(perplexity_alone, command):
         perplexity_alone.report["scores"][name]["mean"]["log_likelihood"]["mean"]
         for name in ("uniform", "searched")
     )
-    assert (pair["first"], pair["second"]) == ("uniform", "searched")
-    assert abs(pair["estimate"]) == pytest.approx(abs(searched - uniform))
+    assert (pair["first"], pair["second"]) == ("searched", "uniform")
+    assert pair["estimate"] == pytest.approx(searched - uniform)
 
 
 def test_a_comparison_in_a_metric_that_the_run_lacks_is_one_line(perplexity_alone, command):

@@ -430,7 +430,7 @@ def test_a_limit_below_the_smallest_allocation_is_one_line(tmp_path, start, key)
 
 @pytest.mark.parametrize(("key", "method"), [("max_hours", "bayes"), ("max_gpu_hours", "random")])
 def test_time_ends_a_search_and_says_so(run, key, method):
-    hours = 0.002
+    hours = 0.003
     found = run(oracle={"name": "slow"}, search={"method": method, key: hours, "n_trials": 60})
     assert found.report["search"]["stop_reason"] == key
     assert 2 <= len(found.report["trials"]) < 60
