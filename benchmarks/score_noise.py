@@ -50,7 +50,6 @@ from rankadaptor_plugin.corpus.rows import prompt_and_response, read_rows
 from rankadaptor_plugin.models.base_model import load_model
 from rankadaptor_plugin.oracle.contract import OracleSettings
 from rankadaptor_plugin.oracle.documents import choose
-from rankadaptor_plugin.oracle.oracle import Objective, spreads
 from rankadaptor_plugin.oracle.perplexity import PerplexityOracle
 from rankadaptor_plugin.oracle.tasks import Tasks
 from rankadaptor_plugin.pipeline.preparation import Prepared, prepare
@@ -71,7 +70,7 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "lm-eval", "numpy", "scipy")
 PER_TASK = 100  # lines of the text "other", where the world has so many
-PREFERRED, SCALED = "choice_logprob", "choice_logprob, spread"
+PREFERRED = "choice_logprob"
 TARGETS = {"accuracy": "report accuracy", "choice_logprob": "report choice_logprob"}
 
 
@@ -187,9 +186,7 @@ def measure(allocations: int, seeds: int, seed: int) -> dict[str, Any]:
         texts = held_out_texts(prepared)
         held_out = {n: perplexity_oracle(t, prepared, texts_folder) for n, t in texts.items()}
     oracle, corpus = prepared.context.oracle, prepared.context.corpus
-    scales = spreads(oracle.score(pruned.model, "search"), PREFERRED)
     weights = oracle.weights("search")
-    scaled = Objective(metric=PREFERRED, weights=weights, scales=scales)
     space = adapters.rank_space(pruned.model, pruned.pruned_layers, config.rank_space)
     drawn = noise_allocations(space, allocations, config.seed)
     numbers = noise_seeds(config.seed, seeds)
@@ -202,7 +199,6 @@ def measure(allocations: int, seeds: int, seed: int) -> dict[str, Any]:
             model = recover(model, None, allocation, corpus, config.recovery, seed=number).model
             search, report = (oracle.score(model, purpose) for purpose in ("search", "report"))
             values = {metric: search.mean(metric, weights) for metric in METRICS}
-            values[SCALED] = scaled(search)
             for name, asked in held_out.items():
                 score = asked.score(model, "search")
                 values[f"perplexity, {name}"] = score.mean(LOG_LIKELIHOOD)

@@ -114,7 +114,7 @@ class Peers:
         recovery["steps"] = config.recovery.steps_for(len(context.corpus.sequences))
         self._requests = context.oracle._requests["search"]._tasks  # type: ignore[attr-defined]
         paths = [Path(p) for p in plugin_manager().hook.rankadaptor_lm_eval_task_paths()]
-        paths += [Path(config.oracle.task_path)] if config.oracle.task_path else []
+        paths += [Path(config.oracle.include_path)] if config.oracle.include_path else []
         job = {
             "pruned": str(pruned.resolve()),
             "corpus": str(corpus_file(corpus.path).resolve()),

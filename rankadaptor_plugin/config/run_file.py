@@ -55,7 +55,7 @@ def load(path: Path) -> RunConfig:
         corpus=dataclasses.replace(config.corpus, path=_corpus(config.corpus.path, folder)),
         oracle=dataclasses.replace(
             config.oracle,
-            task_path=_seen_from(folder, config.oracle.task_path),
+            include_path=_seen_from(folder, config.oracle.include_path),
             data_dir=_seen_from(folder, config.oracle.data_dir),
             text=_seen_from(folder, config.oracle.text),
         ),

@@ -306,7 +306,11 @@ class OracleConfig:
         "tasks with the search documents; empty: TASK_search of each task where there is one, "
         "else the documents of the task are cut in two",
     )
-    task_path: str = _f("", "folder with more task YAML files; empty for none")
+    include_path: str = _f(
+        "",
+        "folder with more task YAML files, which also say num_fewshot; empty for none",
+        aliases=("task_path", "tasks_path", "num_fewshot"),
+    )
     data_dir: str = _f(
         "", "folder with local copies of the data of rankadaptor_commonsense7; empty: the hub"
     )
@@ -330,12 +334,6 @@ class OracleConfig:
     weights: dict[str, float] = field(
         default_factory=dict,
         metadata={"help": "weight per task in the mean; tasks left out weigh 1", "low": 0},
-    )
-    normalize: str = _f(
-        "none",
-        "scale of a task in the objective: none, or spread (one standard deviation over the "
-        "documents of the pruned model counts as 1)",
-        choices=("none", "spread"),
     )
     batch_tokens: int = _f(8192, "tokens per forward pass, padding included", low=1)
     batch_size: int = _f(0, "most requests per forward pass; 0 sets no limit", low=0)

@@ -98,10 +98,6 @@ class TaskScore:
         """Tells whether every mean is a finite number."""
         return all(math.isfinite(value) for value in self.values.values())
 
-    def spread(self, metric: str) -> float:
-        """Returns the standard deviation of a metric over the documents, in its unit."""
-        return self.stderr[metric] * math.sqrt(self.documents)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Score:

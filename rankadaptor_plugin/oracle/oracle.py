@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rankadaptor_plugin.core.errors import ConfigError
@@ -28,25 +28,15 @@ class Objective:
         metric: Name of the metric.
         target: The one task; empty for the mean.
         weights: Weight per task in the mean.
-        scales: What a task's values are divided by; 1 for tasks left out.
     """
 
     metric: str
     target: str = ""
     weights: Mapping[str, float]
-    scales: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, score: Score) -> float:
         """Returns the value of a score on the search documents."""
-        weights = {self.target: 1.0} if self.target else self.weights
-        total = sum(weights.values())
-        return (
-            sum(
-                weight * score.tasks[task].values[self.metric] / self.scales.get(task, 1.0)
-                for task, weight in weights.items()
-            )
-            / total
-        )
+        return score.mean(self.metric, {self.target: 1.0} if self.target else self.weights)
 
 
 def objective_metric(config: OracleConfig, oracle: Oracle) -> str:
@@ -96,8 +86,3 @@ def reported_target(config: OracleConfig, oracle: Oracle) -> str:
     A target that only the search documents have guides the search alone.
     """
     return config.target if config.target in oracle.weights("report") else ""
-
-
-def spreads(score: Score, metric: str) -> dict[str, float]:
-    """Returns the standard deviation of each task over its documents, 1 where there is none."""
-    return {name: task.spread(metric) or 1.0 for name, task in score.tasks.items()}

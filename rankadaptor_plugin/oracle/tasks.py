@@ -121,7 +121,7 @@ class Tasks:
             if name not in self._manager.all_tasks:
                 raise ConfigError(
                     f"Unknown lm-eval task {name!r}.{suggestion(name, self._manager.all_tasks)} "
-                    f"Correct [oracle] {key}, or name the folder of its YAML file in task_path."
+                    f"Correct [oracle] {key}, or name the folder of its YAML file in include_path."
                 )
         found: dict[str, Any] = {}
         for name in names:

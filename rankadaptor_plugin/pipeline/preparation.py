@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 _FREE = {
     "corpus": ("path",),
-    "oracle": ("task_path", "data_dir", "text", "batch_tokens", "batch_size"),
+    "oracle": ("include_path", "data_dir", "text", "batch_tokens", "batch_size"),
     "recovery": (
         "micro_batch_size",
         "layout",
@@ -156,7 +156,7 @@ def prepare(
             "calibration, or leave it empty."
         )
     search.check(config, *_shape(config, source, given))
-    for key, what in (("task_path", "task YAML files"), ("data_dir", "local copies")):
+    for key, what in (("include_path", "task YAML files"), ("data_dir", "local copies")):
         value = getattr(config.oracle, key)
         if value and not Path(value).is_dir():
             raise ConfigError(
@@ -171,8 +171,8 @@ def prepare(
                     "one word."
                 )
     paths = list(manager.hook.rankadaptor_lm_eval_task_paths())
-    if config.oracle.task_path:
-        paths.append(Path(config.oracle.task_path))  # last: lm-eval lets later folders win
+    if config.oracle.include_path:
+        paths.append(Path(config.oracle.include_path))  # last: lm-eval lets later folders win
     oracle = _oracle(
         found.oracles,
         OracleSettings(

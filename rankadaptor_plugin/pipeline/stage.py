@@ -9,8 +9,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.core.run_folder import RunFolder
-from rankadaptor_plugin.core.scores import Score
-from rankadaptor_plugin.oracle.oracle import Objective, objective_metric, reported_target, spreads
+from rankadaptor_plugin.oracle.oracle import Objective, objective_metric, reported_target
 from rankadaptor_plugin.pipeline.context import Recovered, RunContext
 from rankadaptor_plugin.pipeline.fine_tuning import FineTuner
 from rankadaptor_plugin.pipeline.method_race import (
@@ -124,17 +123,7 @@ class _Stage:
     def _objective(self) -> Objective:
         config, oracle = self.config.oracle, self.context.oracle
         metric = objective_metric(config, oracle)
-        scales: dict[str, float] = {}
-        if config.normalize == "spread":
-            name = "evaluations/pruned-search"
-            score = self.folder.read_result(name, Score.from_json, documents=False)
-            if score is None:
-                score = oracle.score(self.pruned.model, "search")
-                self.folder.write_json(f"{name}.json", score.to_json())
-            scales = spreads(score, metric)
-        return Objective(
-            metric=metric, target=config.target, weights=oracle.weights("search"), scales=scales
-        )
+        return Objective(metric=metric, target=config.target, weights=oracle.weights("search"))
 
     def _confirm(
         self,

@@ -131,7 +131,6 @@ def stage_summary(
         "objective": {
             "metric": objective.metric,
             "target": objective.target or "mean",
-            **({"normalized": True} if objective.scales else {}),
         },
         "search": {
             "stop_reason": found.stop.value,

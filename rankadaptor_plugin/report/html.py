@@ -119,10 +119,8 @@ def _ranks(data: ReportData) -> str:
 
 def _pictures(data: ReportData) -> str:
     metric = data["objective"]["metric"]
-    normalized = data["objective"].get("normalized", False)
-    percent = metric == "accuracy" and not normalized
-    scale, digits = (100.0, 1) if percent else (1.0, 3)
-    unit = f"{metric} in spreads" if normalized else metric_label(metric)
+    scale, digits = (100.0, 1) if metric == "accuracy" else (1.0, 3)
+    unit = metric_label(metric)
     points = []
     for trial in data["trials"]:
         values = (trial.get("objective"), trial.get("predicted"))
@@ -147,7 +145,7 @@ def _pictures(data: ReportData) -> str:
 def _front(data: ReportData) -> str:
     if not data["front"]:
         return ""
-    percent = search_tables.objective_metric(data) == "accuracy"
+    percent = data["objective"]["metric"] == "accuracy"
     scale, digits = (100.0, 1) if percent else (1.0, 3)
 
     def points(trials: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def trials(data: ReportData) -> Table:
     """Tabulates the trials in the order of the search."""
-    metric = objective_metric(data)
+    metric = data["objective"]["metric"]
     rows = []
     held_out = any(trial.get("validation_loss") is not None for trial in data["trials"])
     for trial in data["trials"]:
@@ -64,7 +64,7 @@ def front(data: ReportData) -> Table | None:
     """Tabulates the front of score against parameters, smallest first; None without one."""
     if not data["front"]:
         return None
-    metric = objective_metric(data)
+    metric = data["objective"]["metric"]
     rows = tuple(
         (
             str(trial["parameters"]),
@@ -157,8 +157,3 @@ def ranks_text(entry: Mapping[str, Any]) -> str:
         return "no adapter"
     settings = (f"{name} {value:g}" for name, value in entry.get("settings", {}).items())
     return ", ".join(["-".join(map(str, entry["ranks"])), *settings])
-
-
-def objective_metric(data: ReportData) -> str:
-    """Returns the metric that objective values are written as; in spreads they have no unit."""
-    return "" if data["objective"].get("normalized") else data["objective"]["metric"]

@@ -63,14 +63,10 @@ class Footprint(TypedDict):
 
 
 class Objective(TypedDict):
-    """What the search maximized: a metric, of the ``mean`` over the tasks or of one task.
-
-    ``normalized`` if each task counts in units of its spread.
-    """
+    """What the search maximized: a metric, of the ``mean`` over the tasks or of one task."""
 
     metric: str
     target: str
-    normalized: NotRequired[bool]
 
 
 class SearchSummary(TypedDict):

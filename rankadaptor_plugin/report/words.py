@@ -72,9 +72,8 @@ def objective_label(data: ReportData) -> str:
     """Names what the search maximized, such as ``choice_logprob, mean of the tasks (nats)``."""
     metric, target = data["objective"]["metric"], data["objective"]["target"]
     place = "mean of the tasks" if target in ("", "mean") else f"task {target}"
-    scaled = ", in units of each task's spread" if data["objective"].get("normalized") else ""
     unit = METRIC_UNITS.get(metric)
-    return f"{metric}, {place}{scaled}{f' ({unit})' if unit and not scaled else ''}"
+    return f"{metric}, {place}{f' ({unit})' if unit else ''}"
 
 
 def config_text(config: Mapping[str, Any]) -> str:

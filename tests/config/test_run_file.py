@@ -199,20 +199,20 @@ def test_relative_paths_are_seen_from_the_run_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = 'model = "m"\noutput = "../out"\n[corpus]\npath = "/c.txt"\n'
     text += '[search]\nmeta = "m.safetensors"\n'
-    (tmp_path / "a" / "run.toml").write_text(text + TASKS + 'task_path = "t"\n')
+    (tmp_path / "a" / "run.toml").write_text(text + TASKS + 'include_path = "t"\n')
     config = run_file.load(tmp_path / "a" / "run.toml")
     assert config == run_file.load((tmp_path / "a" / "run.toml").relative_to(tmp_path))
     assert config.model == str(tmp_path / "a" / "m")
     assert config.output == str(tmp_path / "a" / ".." / "out")
     assert config.corpus.path == "/c.txt"
     assert config.search.meta == str(tmp_path / "a" / "m.safetensors")
-    assert config.oracle.task_path == str(tmp_path / "a" / "t")
+    assert config.oracle.include_path == str(tmp_path / "a" / "t")
 
 
 def test_what_is_embedded_is_no_path(tmp_path):
     (tmp_path / "run.toml").write_text(TASKS)
     config = run_file.load(tmp_path / "run.toml")
-    assert (config.model, config.corpus.path, config.oracle.task_path) == (
+    assert (config.model, config.corpus.path, config.oracle.include_path) == (
         "embedded",
         "embedded",
         "",

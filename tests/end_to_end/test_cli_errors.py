@@ -58,7 +58,7 @@ def task_without_data(folder):
     yaml = yaml.replace("!function tiny.load", "!function lost.load").replace("tiny_boolq", "lost")
     (folder / "lost.yaml").write_text(yaml, "utf-8")
     shutil.copy(task_dir() / "tiny" / "tiny.py", folder / "lost.py")
-    return {"tasks": ["lost"], "task_path": str(folder)}
+    return {"tasks": ["lost"], "include_path": str(folder)}
 
 
 # What is changed in a small run (perhaps with files in its folder), the exit code, and what the
@@ -104,7 +104,7 @@ BAD = {
     "a rank twice": ({"rank_space": {"candidates": [2, 2]}}, 2, "distinct", "remove rep"),
     "no budget": ({"rank_space": {"default_rank": 1}}, 2, "budget", "Add a smaller candidate"),
     "task path that is no folder": (
-        {"oracle": {"task_path": "nowhere"}},
+        {"oracle": {"include_path": "nowhere"}},
         *(2, "is no folder", "Name the folder"),
     ),
     "rank above a matrix": (

@@ -170,20 +170,6 @@ def test_a_comparison_in_a_metric_that_the_run_lacks_is_one_line(perplexity_alon
 # ------------------------------------------------------------------------------------- objectives
 
 
-def test_a_spread_gives_tasks_of_unlike_scale_the_same_say(run):
-    found = run(oracle={"tasks": TASKS, "normalize": "spread", "objective": "margin"})
-    report = found.report
-    assert report["objective"] == {"metric": "margin", "target": "mean", "normalized": True}
-    pruned = json.loads((found.folder / "evaluations" / "pruned-search.json").read_text("utf-8"))
-    scales = {
-        name: task["stderr"]["margin"] * task["documents"] ** 0.5 for name, task in pruned.items()
-    }
-    assert min(scales.values()) > 0
-    for trial in report["trials"]:
-        parts = [trial["score"][t]["values"]["margin"] / scales[t] for t in TASKS]
-        assert trial["objective"] == pytest.approx(sum(parts) / len(parts))
-
-
 def test_another_objective_is_searched_for(run):
     metric = "gold_logprob"
     report = run(oracle={"tasks": ["tiny_piqa"], "objective": metric}).report
@@ -309,7 +295,7 @@ def own_task(folder, **changes):
         **changes,
     }
     (folder / "toy.yaml").write_text(yaml.safe_dump(task))
-    return {"oracle": {"tasks": ["toy"], "task_path": str(folder), "search_documents": 2}}
+    return {"oracle": {"tasks": ["toy"], "include_path": str(folder), "search_documents": 2}}
 
 
 GENERATES = {"output_type": "generate_until", "doc_to_choice": None, "metric_list": None}

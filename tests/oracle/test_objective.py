@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rankadaptor_plugin.config.tables import OracleConfig
 from rankadaptor_plugin.core.errors import ConfigError, OracleError
 from rankadaptor_plugin.core.scores import Score, TaskScore
-from rankadaptor_plugin.oracle.oracle import Objective, objective_metric, spreads
+from rankadaptor_plugin.oracle.oracle import Objective, objective_metric
 
 numbers = st.floats(-100, 100)
 
@@ -39,16 +39,6 @@ def test_the_mean_follows_the_weights(first, second, weight):
 def test_a_target_counts_alone():
     objective = Objective(metric="choice_logprob", target="b", weights={"a": 1.0, "b": 0.0})
     assert objective(score(a=[1.0], b=[2.0])) == 2.0
-
-
-def test_scales_bring_tasks_to_one_spread():
-    before = score(a=[0.0, 2.0], b=[0.0, 20.0], c=[1.0, 1.0])
-    scales = spreads(before, "choice_logprob")
-    assert scales["b"] == pytest.approx(10 * scales["a"])
-    assert scales["c"] == 1.0  # nothing to scale by
-    objective = Objective(metric="choice_logprob", weights={"a": 1.0, "b": 1.0}, scales=scales)
-    gained = [score(a=[1.0, 3.0], b=[0.0, 20.0]), score(a=[0.0, 2.0], b=[10.0, 30.0])]
-    assert objective(gained[0]) == pytest.approx(objective(gained[1]))
 
 
 def test_the_metric_is_choice_logprob_or_what_the_oracle_has():
