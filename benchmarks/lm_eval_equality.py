@@ -134,7 +134,7 @@ def stock_task(benchmark: str, data_dir: Path) -> ConfigurableTask:
 def random_adapter(model: Any, seed: int = 0) -> Any:
     """Puts a LoRA adapter of uneven ranks on a model, as far from zero as a trained one."""
     ranks = tuple(islice(cycle((2, 12, 6, 8)), len(decoder_layers(model))))
-    wrapped = adapters.attach(model, RankAllocation(ranks), seed=seed, alpha_over_rank=2.0)
+    wrapped = adapters.attach(model, RankAllocation(ranks), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in wrapped.named_parameters():

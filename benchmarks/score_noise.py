@@ -54,8 +54,8 @@ from rankadaptor_plugin.oracle.perplexity import PerplexityOracle
 from rankadaptor_plugin.oracle.tasks import Tasks
 from rankadaptor_plugin.pipeline.preparation import Prepared, prepare
 from rankadaptor_plugin.plugins import plugin_manager
-from rankadaptor_plugin.recovery import adapters
 from rankadaptor_plugin.recovery.recover import recover
+from rankadaptor_plugin.recovery.slots import rank_space
 from rankadaptor_plugin.tasks import task_dir
 from rankadaptor_plugin.verdict.noise import noise_allocations, noise_seeds
 from rankadaptor_plugin.verdict.reliability import reliability
@@ -187,7 +187,7 @@ def measure(allocations: int, seeds: int, seed: int) -> dict[str, Any]:
         held_out = {n: perplexity_oracle(t, prepared, texts_folder) for n, t in texts.items()}
     oracle, corpus = prepared.context.oracle, prepared.context.corpus
     weights = oracle.weights("search")
-    space = adapters.rank_space(pruned.model, pruned.pruned_layers, config.rank_space)
+    space = rank_space(pruned.model, pruned.pruned_layers, config.rank_space)
     drawn = noise_allocations(space, allocations, config.seed)
     numbers = noise_seeds(config.seed, seeds)
     model: Any = pruned.model

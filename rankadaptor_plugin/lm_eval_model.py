@@ -28,7 +28,7 @@ from rankadaptor_plugin.models.pruned_model import RECORD
 from rankadaptor_plugin.pipeline.export import MARK
 from rankadaptor_plugin.pipeline.registries import register_families, registries
 from rankadaptor_plugin.plugins import plugin_manager
-from rankadaptor_plugin.recovery import adapters
+from rankadaptor_plugin.recovery.files import load as load_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,7 +107,7 @@ class RankAdaptorLM(HFLM):  # type: ignore[misc]
         """
         super()._create_model(pretrained, **options)
         if peft is not None:
-            self._model: Any = adapters.load(self._model, Path(peft))
+            self._model: Any = load_adapter(self._model, Path(peft))
 
 
 def locate(pretrained: object, adapter: object | None) -> tuple[Path, Path | None]:

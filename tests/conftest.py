@@ -85,7 +85,6 @@ SMALL = {
         "micro_batch_size": 8,
         "learning_rate": 5e-3,
         "warmup_steps": 1,
-        "candidates_per_pass": 1,  # the choice of a calibration depends on the clock
     },
     "oracle": {
         "tasks": ["tiny_boolq", "tiny_piqa"],

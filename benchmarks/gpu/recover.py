@@ -41,10 +41,10 @@ from rankadaptor_plugin.corpus.sequences import IGNORED, TrainingSequence
 from rankadaptor_plugin.models.structures import decoder_layers, structure_of
 from rankadaptor_plugin.pruning.width import prune_width
 from rankadaptor_plugin.recovery import training
-from rankadaptor_plugin.recovery.adapters import module_ranks
 from rankadaptor_plugin.recovery.batches import batches
 from rankadaptor_plugin.recovery.candidates import train_together
 from rankadaptor_plugin.recovery.methods import methods as recovery_methods
+from rankadaptor_plugin.recovery.slots import module_ranks
 from rankadaptor_plugin.recovery.training import MicroBatch
 from rankadaptor_plugin.testing.testing_models import tiny_tokenizer
 

@@ -259,33 +259,6 @@ class RecoveryConfig:
         low=0,
     )
     gradient_checkpointing: bool = _f(False, "save memory, compute activations twice")
-    layout: str = _f(
-        "sorted",
-        "how an optimizer step's sequences are laid out in passes: padded, sorted by length, "
-        "packed (no padding, attention stays within a sequence), or auto, the fastest of them",
-        choices=("padded", "sorted", "packed", "auto"),
-    )
-    candidates_per_pass: int = _f(
-        0,
-        "fine-tunes trained in one pass where several are due; 1: one by one; 0: whatever a short "
-        "calibration finds fastest",
-        low=0,
-    )
-    engine: str = _f(
-        "own", "training loop: own, or trainer (transformers.Trainer)", choices=("own", "trainer")
-    )
-    trainer_arguments: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "further arguments of transformers.TrainingArguments, such as report_to"},
-    )
-
-    def __post_init__(self) -> None:
-        if self.trainer_arguments and self.engine != "trainer":
-            raise ConfigError(
-                f"[recovery.trainer_arguments] {', '.join(self.trainer_arguments)} is for Trainer, "
-                f'but engine is "{self.engine}". Set [recovery] engine = "trainer", or leave them '
-                "out."
-            )
 
     def steps_for(self, sequences: int) -> int:
         """Returns the optimizer steps of a whole fine-tune on a corpus of so many sequences."""

@@ -31,8 +31,7 @@ from rankadaptor_plugin.models.families import BUILT_IN
 from rankadaptor_plugin.models.pruned_classes import is_pruned, stock_class
 from rankadaptor_plugin.models.pruned_loading import load_pruned, read_record
 from rankadaptor_plugin.models.structures import structure_of
-from rankadaptor_plugin.recovery import adapters
-from rankadaptor_plugin.recovery.fingerprint import RECORD
+from rankadaptor_plugin.recovery.files import RECORD, merged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,7 +114,7 @@ def _fill(partial: Path, run: RunFolder, form: Format) -> PreTrainedModel:
     read_record(run.pruned)
     if form == "merged":
         pruned = load_pruned(run.pruned)
-        pruned.model = adapters.merged(pruned.model, run.adapter)
+        pruned.model = merged(pruned.model, run.adapter)
         pruned.provenance = {**pruned.provenance, "merged_adapter": True}
         pruned.save(partial)
     else:

@@ -11,17 +11,14 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
-
 from rankadaptor_plugin.core.trials import Outcome
-from rankadaptor_plugin.pipeline.planned import PlannedFineTunes
-from rankadaptor_plugin.recovery.module_adapters import bare_model
-from rankadaptor_plugin.recovery.packing import check_packing
-from rankadaptor_plugin.recovery.recover import adopt, recover
+from rankadaptor_plugin.recovery.adapters import bare_model
+from rankadaptor_plugin.recovery.methods.methods import LORA
+from rankadaptor_plugin.recovery.recover import recover
 from rankadaptor_plugin.verdict.race import ConfirmationRun, run_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from rankadaptor_plugin.core.ranks import RankAllocation
     from rankadaptor_plugin.core.run_folder import RunFolder
@@ -51,17 +48,11 @@ class FineTuner:
         delivered_seed: int,
     ) -> None:
         self._context, self._folder = context, folder
+        self._settings = context.config.recovery
         self._tokenizer = pruned.tokenizer
-        if context.config.recovery.layout == "packed":
-            check_packing(pruned.model)
-        self._planned = PlannedFineTunes(context, folder)
         self._objective, self._delivered_seed = objective, delivered_seed
         self._resident: Any = pruned.model  # wrapped by PEFT from the first adapter on
         self._last: RecoveredAdapter  # the last fine-tune, whose adapter is on the model
-
-    def expect(self, jobs: Sequence[tuple[RankAllocation, int]]) -> None:
-        """Takes the fine-tunes that are due next; some may be made together."""
-        self._planned.expect(jobs)
 
     @contextlib.contextmanager
     def cleared(self) -> Iterator[None]:
@@ -69,18 +60,29 @@ class FineTuner:
         try:
             yield
         finally:
-            if isinstance(self._resident, PeftModel):
-                self._resident.unload()
+            self._resident = bare_model(self._resident)
 
     def evaluate(self, allocation: RankAllocation, seed: int) -> Outcome:
         """Fine-tunes an allocation and scores it on the search documents."""
+        searched: dict[str, Any] = dict(allocation.settings)
         try:
-            recovered = self._recovered(allocation, seed)
+            recovered = recover(
+                self._resident,
+                self._tokenizer,
+                allocation,
+                self._context.corpus,
+                replace(self._settings, **searched),
+                seed,
+                method=allocation.method or LORA,
+                teacher=self._context.teacher,
+            )
         except BaseException:
             self._resident = bare_model(self._resident)
             raise
         self._last = recovered
         self._resident = recovered.model
+        # Memory that ran out once would run out again.
+        self._settings = replace(self._settings, micro_batch_size=recovered.micro_batch_size)
         began = time.perf_counter()
         score = self._context.oracle.score(recovered.model, "search")
         return Outcome(
@@ -89,34 +91,6 @@ class FineTuner:
             train_loss=recovered.train_loss,
             seconds={"recovery": recovered.seconds, "oracle": time.perf_counter() - began},
             validation_loss=recovered.validation_loss,
-        )
-
-    def _recovered(self, allocation: RankAllocation, seed: int) -> RecoveredAdapter:
-        searched: dict[str, Any] = dict(allocation.settings)
-        config = replace(self._context.config.recovery, **searched)
-        corpus, micro = self._context.corpus, self._planned.micro
-        self._planned.choice(self._resident, (allocation, seed))
-        made = self._planned.take(self._resident, allocation, seed)
-        if made is not None:
-            return adopt(
-                self._resident,
-                allocation,
-                made[0],
-                corpus,
-                config,
-                seed,
-                seconds=made[1],
-                micro=micro,
-            )
-        return recover(
-            self._resident,
-            self._tokenizer,
-            allocation,
-            corpus,
-            config,
-            seed,
-            teacher=self._context.teacher,
-            micro=micro,
         )
 
     def search_run(self, allocation: RankAllocation, seed: int) -> ConfirmationRun:

@@ -57,8 +57,6 @@ _FREE = {
     "oracle": ("include_path", "data_dir", "text", "batch_tokens", "batch_size"),
     "recovery": (
         "micro_batch_size",
-        "layout",
-        "candidates_per_pass",
         "gradient_checkpointing",
     ),
     # A search may be prolonged.
@@ -272,11 +270,6 @@ def _check_recovery(
     """Says what is wrong with the fine-tunes before weights are loaded."""
     table = config.recovery
     check_methods(table)
-    if table.engine == "trainer":
-        # Only here: the import of Trainer takes as long as that of the whole program.
-        from rankadaptor_plugin.recovery.trainer.arguments import check_arguments
-
-        check_arguments(table.trainer_arguments)
     quantization_config(config.quantize, device, dtype)
     if given is None:
         return

@@ -22,7 +22,7 @@ from rankadaptor_plugin.pipeline.preparation import Prepared, prepare
 from rankadaptor_plugin.pipeline.sample_texts import sample_texts
 from rankadaptor_plugin.pipeline.stage import measure_noise
 from rankadaptor_plugin.pipeline.summary import report_data
-from rankadaptor_plugin.recovery import adapters
+from rankadaptor_plugin.recovery.files import load as load_adapter
 from rankadaptor_plugin.recovery.teacher import LiveTeacher, with_teacher
 from rankadaptor_plugin.report.report import write_report
 
@@ -181,7 +181,7 @@ class _Session:
         wrapped: list[PeftModel] = []
 
         def load() -> PeftModel:
-            wrapped.append(adapters.load(pruned.model, adapter))
+            wrapped.append(load_adapter(pruned.model, adapter))
             return wrapped[0]
 
         try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rankadaptor_plugin.config.tables import EMBEDDED
 from rankadaptor_plugin.pipeline.generation_quality import entries, perplexities
 from rankadaptor_plugin.pipeline.texts import EMBEDDED_PROMPTS, PROMPTS, Prompt, Settings, generate
-from rankadaptor_plugin.recovery.adapters import load
+from rankadaptor_plugin.recovery.files import load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -19,7 +19,7 @@ from rankadaptor_plugin.pipeline.method_race import (
 )
 from rankadaptor_plugin.pipeline.search_step import SearchStep, own_seconds
 from rankadaptor_plugin.pipeline.summary import stage_summary
-from rankadaptor_plugin.recovery import adapters
+from rankadaptor_plugin.recovery.slots import rank_space
 from rankadaptor_plugin.search.study import TrialStore
 from rankadaptor_plugin.verdict.confirmation import Confirmation, fresh_seeds
 from rankadaptor_plugin.verdict.noise import Noise, Question, measure
@@ -66,7 +66,7 @@ class _Stage:
         self.context = context
         self.config = context.config
         self.folder = RunFolder(context.folder)
-        self.space = adapters.rank_space(
+        self.space = rank_space(
             pruned.model, pruned.pruned_layers, self.config.rank_space, self.config.recovery
         )
         self.methods = given_entrants(self.config.recovery.methods, self.space)

@@ -1,9 +1,7 @@
-"""The batches of a fine-tune, and how each is laid out in forward passes.
+"""The batches of a fine-tune, and the forward passes that each is cut into.
 
-Which sequences an optimizer step sees depends on the corpus and the seed alone. A layout only says
-how they lie in memory, so it changes a result no further than rounding: `padded` takes them in
-their order, `sorted` by length, which leaves less padding, and `packed` puts them end to end in
-one row, where attention keeps to its sequence and no token is wasted.
+Which sequences an optimizer step sees depends on the corpus and the seed alone. Within a step they
+are sorted by length, which leaves little padding and changes a result no further than rounding.
 """
 
 from __future__ import annotations
@@ -19,43 +17,32 @@ from rankadaptor_plugin.corpus.sequences import IGNORED, TeacherTokens, Training
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-LAYOUTS = ("padded", "sorted", "packed")
-
-_LONGEST = 2**24  # tokens of a sequence, beyond any context
-
 
 @dataclass(frozen=True, eq=False)
 class Pass:
     """The sequences of one forward pass.
 
     Attributes:
-        inputs: Arguments of the model: ``input_ids`` and, where sequences are packed,
-            ``position_ids``; each of shape (b, t), int64. All padding is on the right.
+        input_ids: Shape (b, t), int64. All padding is on the right.
         positions: Index into the (b * t) predictions of each that is trained, shape (n,), int64.
         targets: The tokens that they should have predicted, shape (n,), int64.
-        places: Of each of the (b * t) tokens, a number that tells its sequence in the optimizer
-            step and its position there, whatever the layout; -1 for padding. int64.
-        teacher: What the unpruned model predicts there; None without distillation.
+        lengths: Tokens of each sequence, shape (b,), int64.
+        teacher: Predictions of the unpruned model there; None without distillation.
     """
 
-    inputs: dict[str, torch.Tensor]
+    input_ids: torch.Tensor
     positions: torch.Tensor
     targets: torch.Tensor
-    places: torch.Tensor
+    lengths: torch.Tensor
     teacher: TeacherTokens | None = None
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether all sequences lie in one row."""
-        return "position_ids" in self.inputs
 
     def to(self, device: torch.device) -> Pass:
         """Returns the same on a device."""
         return Pass(
-            {name: tensor.to(device) for name, tensor in self.inputs.items()},
+            self.input_ids.to(device),
             self.positions.to(device),
             self.targets.to(device),
-            self.places.to(device),
+            self.lengths.to(device),
             self.teacher and self.teacher.to(device),
         )
 
@@ -114,100 +101,34 @@ def trained_tokens(batch: Sequence[TrainingSequence]) -> int:
     return sum(int((sequence.labels[1:] != IGNORED).sum()) for sequence in batch)
 
 
-def passes(
-    batch: Sequence[TrainingSequence],
-    layout: str,
-    micro_batch_size: int,
-    numbers: Sequence[int] | None = None,
-) -> list[Pass]:
-    """Lays out the sequences of an optimizer step.
-
-    Args:
-        batch: The sequences.
-        layout: One of `LAYOUTS`.
-        micro_batch_size: Most sequences per pass; packed ones as many as take no more tokens than
-            so many of the longest would.
-        numbers: Place of each sequence in the optimizer step; None counts from 0.
-    """
-    rows = list(zip(numbers or range(len(batch)), batch, strict=True))
-    if layout == "packed":
-        return [_packed(part) for part in _filled(rows, micro_batch_size)]
-    if layout == "sorted":
-        rows.sort(key=lambda row: -len(row[1].tokens))
-    return [
-        _padded(rows[start : start + micro_batch_size])
-        for start in range(0, len(rows), micro_batch_size)
-    ]
+def passes(batch: Sequence[TrainingSequence], size: int) -> list[Pass]:
+    """Cuts the sequences of an optimizer step, longest first, into passes of at most `size`."""
+    ordered = sorted(batch, key=lambda sequence: -len(sequence.tokens))
+    return [padded(ordered[start : start + size]) for start in range(0, len(ordered), size)]
 
 
-_Row = tuple[int, TrainingSequence]  # with its place in the optimizer step
-
-
-def _filled(rows: Sequence[_Row], micro_batch_size: int) -> Iterator[list[_Row]]:
-    room = micro_batch_size * max(len(sequence.tokens) for _, sequence in rows)
-    part: list[_Row] = []
-    used = 0
-    for number, sequence in rows:
-        if used + len(sequence.tokens) > room:
-            yield part
-            part, used = [], 0
-        part.append((number, sequence))
-        used += len(sequence.tokens)
-    yield part
-
-
-def _padded(rows: Sequence[_Row]) -> Pass:
+def padded(batch: Sequence[TrainingSequence]) -> Pass:
     """Pads on the right to the longest; causal attention never looks at what comes after.
 
     So no mask is needed, without which attention has its fastest kernels.
     """
-    longest = max(len(sequence.tokens) for _, sequence in rows)
-    input_ids = torch.empty(len(rows), longest, dtype=torch.int64)
-    places = torch.full_like(input_ids, -1)
-    for row, (number, sequence) in enumerate(rows):
+    longest = max(len(sequence.tokens) for sequence in batch)
+    input_ids = torch.empty(len(batch), longest, dtype=torch.int64)
+    positions, targets = [], []
+    for row, sequence in enumerate(batch):
         length = len(sequence.tokens)
         input_ids[row, :length] = sequence.tokens
         # A token of its own: some models warn of their padding token without a mask.
         input_ids[row, length:] = sequence.tokens[-1]
-        places[row, :length] = _places(number, length)
-    starts = [row * longest for row in range(len(rows))]
-    inputs = {"input_ids": input_ids}
-    return _trained([sequence for _, sequence in rows], starts, inputs, places.flatten())
-
-
-def _packed(rows: Sequence[_Row]) -> Pass:
-    lengths = [len(sequence.tokens) for _, sequence in rows]
-    starts = [sum(lengths[:i]) for i in range(len(rows))]
-    # Where positions begin anew, transformers takes it for another sequence and masks attention.
-    inputs = {
-        "input_ids": torch.cat([sequence.tokens for _, sequence in rows])[None],
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-    }
-    places = torch.cat([_places(number, len(sequence.tokens)) for number, sequence in rows])
-    return _trained([sequence for _, sequence in rows], starts, inputs, places)
-
-
-def _places(number: int, length: int) -> torch.Tensor:
-    return torch.arange(length) + number * _LONGEST
-
-
-def _trained(
-    batch: Sequence[TrainingSequence],
-    starts: Sequence[int],
-    inputs: dict[str, torch.Tensor],
-    places: torch.Tensor,
-) -> Pass:
-    positions, targets = [], []
-    for start, sequence in zip(starts, batch, strict=True):
         labels = sequence.labels[1:]
         trained = (labels != IGNORED).nonzero()[:, 0]
-        positions.append(trained + start)
+        positions.append(trained + row * longest)
         targets.append(labels[trained])
     taught = [sequence.teacher for sequence in batch if sequence.teacher is not None]
     return Pass(
-        inputs,
+        input_ids,
         torch.cat(positions),
         torch.cat(targets),
-        places,
+        torch.tensor([len(sequence.tokens) for sequence in batch]),
         TeacherTokens.joined(taught) if taught else None,
     )

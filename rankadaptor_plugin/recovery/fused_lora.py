@@ -41,21 +41,21 @@ def adapted_product(
     x: torch.Tensor,
     down: torch.Tensor,
     up: torch.Tensor,
-    scale: torch.Tensor | float,
+    scale: float,
     dropped: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Computes a frozen matrix with an adapter, or with one of each of k candidates.
+    """Computes a frozen matrix with an adapter.
 
     Args:
-        matrix: What the adapters are added to; see `can_fuse`.
-        x: Its input, shape (n, ..., in); of candidates k * n, one after the other, as many of each.
-        down: A, shape (r, in) or (k, r, in).
-        up: B, shape (out, r) or (k, out, r).
-        scale: What an adapter is multiplied by; of candidates shape (k, 1, 1).
-        dropped: Input of the adapters after dropout; None takes that of the matrix.
+        matrix: The matrix; see `can_fuse`.
+        x: Its input, shape (..., in).
+        down: A, shape (r, in).
+        up: B, shape (out, r).
+        scale: Factor of the adapter's product.
+        dropped: Input of the adapter after dropout; None takes that of the matrix.
 
     Returns:
-        Shape (n, ..., out) or (k * n, ..., out), in the type of the matrix.
+        Shape (..., out), in the type of the matrix.
     """
     found: torch.Tensor = _AdaptedProduct.apply(  # type: ignore[no-untyped-call]
         x, dropped, matrix.weight, matrix.bias, down, up, scale
@@ -123,15 +123,15 @@ class _AdaptedProduct(torch.autograd.Function):
         bias: torch.Tensor | None,
         down: torch.Tensor,
         up: torch.Tensor,
-        scale: torch.Tensor | float,
+        scale: float,
     ) -> torch.Tensor:
         """Returns x W^T + bias + scale * (dropped or x) A^T B^T."""
         # Casts as autocast does, which knows nothing of operations in place.
         down, up, rows = (tensor.to(weight.dtype) for tensor in (down, up, x))
-        fed = _blocks(rows if dropped is None else dropped.to(weight.dtype), down)
+        fed = _rows(rows if dropped is None else dropped.to(weight.dtype))
         inner = (fed @ down.mT).mul_(scale)
         found = functional.linear(rows, weight, bias)
-        _add_product(_blocks(found, down), inner, up.mT)
+        _rows(found).addmm_(inner, up.mT)
         # The gradient of A alone asks for the input.
         kept = fed if ctx.needs_input_grad[4] else None
         ctx.save_for_backward(kept, inner, weight, down, up)
@@ -144,28 +144,22 @@ class _AdaptedProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Returns the gradients of x, dropped, A and B."""
         fed, inner, weight, down, up = ctx.saved_tensors
-        blocks = _blocks(gradient, down)
-        of_inner = (blocks @ up).mul_(ctx.scale)
+        rows = _rows(gradient)
+        of_inner = (rows @ up).mul_(ctx.scale)
         of_x = of_dropped = of_down = None
         if ctx.needs_input_grad[0]:
             of_x = gradient @ weight
             if not ctx.is_dropped:
-                _add_product(_blocks(of_x, down), of_inner, down)
+                _rows(of_x).addmm_(of_inner, down)
             of_x = of_x.to(ctx.dtype)
         if ctx.needs_input_grad[1]:
             of_dropped = (of_inner @ down).to(ctx.dtype).view(ctx.shape)
         if ctx.needs_input_grad[4]:
             of_down = of_inner.mT @ fed
-        of_up = blocks.mT @ inner
+        of_up = rows.mT @ inner
         return of_x, of_dropped, None, None, of_down, of_up, None
 
 
-def _blocks(rows: torch.Tensor, adapters: torch.Tensor) -> torch.Tensor:
-    """Returns rows of shape (..., m) as (n, m), or as (k, n, m) for k adapters."""
-    return rows.reshape(*adapters.shape[:-2], -1, rows.shape[-1])
-
-
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Adds a matrix product, or several, in place."""
-    is_stack = total.ndim > 2  # noqa: PLR2004 - not a matrix
-    (total.baddbmm_ if is_stack else total.addmm_)(left, right)
+def _rows(states: torch.Tensor) -> torch.Tensor:
+    """Returns states of shape (..., m) as rows, shape (n, m)."""
+    return states.reshape(-1, states.shape[-1])

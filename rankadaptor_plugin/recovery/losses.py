@@ -15,7 +15,6 @@ from torch.nn import functional
 from rankadaptor_plugin.models.logits import logits_at
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from rankadaptor_plugin.corpus.sequences import TeacherTokens
@@ -25,25 +24,18 @@ LEAST = math.log(torch.finfo(torch.float32).tiny)
 """In place of the logarithm of 0: an infinite one would make a loss that is not a number."""
 
 
-def forward_logits(
-    model: PreTrainedModel, given: Pass, *, called: nn.Module | None = None
-) -> torch.Tensor:
+def forward_logits(model: PreTrainedModel, given: Pass) -> torch.Tensor:
     """Returns the predictions that are trained; no others are computed.
 
     Args:
         model: The bare model; adapter layers inside it count.
         given: The sequences, on the model's device.
-        called: What wraps the model, such as FSDP; None calls the model itself.
 
     Returns:
         Shape (n, v), in the model's type.
     """
     logits, _ = logits_at(
-        called or model,
-        model.get_output_embeddings(),
-        given.positions,
-        **given.inputs,
-        use_cache=False,
+        model, model.get_output_embeddings(), given.positions, given.input_ids, use_cache=False
     )
     return logits
 

@@ -7,61 +7,42 @@ a search see the same batches in the same order, and the global random state is 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rankadaptor_plugin.core.errors import ConfigError, RecoveryError
+from rankadaptor_plugin.config.recipes import RECIPES, Recipe
+from rankadaptor_plugin.config.recipes import recipe as preset
+from rankadaptor_plugin.config.tables import (
+    SEARCHED_RANKS,
+    CorpusConfig,
+    RecoveryConfig,
+)
+from rankadaptor_plugin.core.errors import ConfigError, RankSpaceError, RecoveryError
+from rankadaptor_plugin.core.ranks import RankAllocation
+from rankadaptor_plugin.corpus.corpus import load_corpus
+from rankadaptor_plugin.corpus.sequences import Corpus
 from rankadaptor_plugin.models.device import seeded_devices
 from rankadaptor_plugin.recovery import training
-from rankadaptor_plugin.recovery.batches import batches
-from rankadaptor_plugin.recovery.candidates import put
-from rankadaptor_plugin.recovery.dropout import install
-from rankadaptor_plugin.recovery.methods import methods as recovery_methods
-from rankadaptor_plugin.recovery.module_adapters import restored_on_failure
-from rankadaptor_plugin.recovery.packing import check_packing
+from rankadaptor_plugin.recovery.adapters import restored_on_failure
+from rankadaptor_plugin.recovery.batches import batches, check_sequences
+from rankadaptor_plugin.recovery.methods import methods
 from rankadaptor_plugin.recovery.recovered import HeldOut, RecoveredAdapter
-from rankadaptor_plugin.recovery.recovery_inputs import (
-    as_allocation,
-    as_corpus,
-    as_settings,
-    check_numbers,
-)
 from rankadaptor_plugin.recovery.teacher import check_predictions
 from rankadaptor_plugin.recovery.training import MicroBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rankadaptor_plugin.config.recipes import Recipe
-    from rankadaptor_plugin.config.tables import RecoveryConfig
-    from rankadaptor_plugin.core.ranks import RankAllocation
-    from rankadaptor_plugin.corpus.sequences import Corpus
-    from rankadaptor_plugin.recovery.candidates import Trained
     from rankadaptor_plugin.recovery.teacher import LiveTeacher
 
-
-_UNRECORDED = ("methods", "steps", "epochs", "trainer_arguments", "candidates_per_pass")
-"""What of the settings says nothing of one fine-tune, or may be no plain value."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rung:
-    """A look at a fine-tune on its way.
-
-    Attributes:
-        fidelity: Share of the steps after which it is looked at, in (0, 1).
-        goes_on: Told the model, in evaluation mode; False ends the fine-tune there. Whatever it
-            draws from torch's random numbers, the rest of the fine-tune is as without it.
-    """
-
-    fidelity: float
-    goes_on: Callable[[PeftModel], bool]
+_SEEDS = 2**63  # as many as torch takes
+_UNRECORDED = ("methods", "steps", "epochs")  # settings that say nothing of one fine-tune
 
 
 @torch.enable_grad()
@@ -74,220 +55,173 @@ def recover(
     seed: int = 0,
     *,
     method: str = "",
-    fidelity: float = 1.0,
-    rung: Rung | None = None,
     teacher: LiveTeacher | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-    micro: MicroBatch | None = None,
 ) -> RecoveredAdapter:
     """Fine-tunes a fresh adapter with the given ranks.
 
     Args:
         model: The pruned model, or the `RecoveredAdapter.model` of an earlier call on it.
-        tokenizer: Its tokenizer; of use where the corpus is not tokenized yet.
+        tokenizer: Its tokenizer; used where the corpus is not tokenized yet.
         allocation: One rank per decoder layer, group or projection.
         corpus: Training sequences; or rows, a file, or a hub name, which are tokenized first.
         recipe: Name of a preset, a preset with changes
             (`rankadaptor_plugin.config.recipes.recipe`), or a ``[recovery]`` table.
         seed: Seed of initial weights, batches and dropout.
         method: A recovery method (`rankadaptor_plugin.recovery.methods.methods`); empty takes that
-            of the allocation, LoRA if it has none.
-        fidelity: Share of the steps to run, in (0, 1]; the schedule is that of the full run.
-        rung: Where to look at the model on the way. Going on from there costs no step twice.
-        teacher: The unpruned model, for distillation without kept predictions.
-        callbacks: For ``engine = "trainer"``.
-        micro: How much goes through the model at once, kept from one call to the next; None takes
-            what the recipe says.
+            of the allocation, else the one that the recipe names, else LoRA.
+        teacher: The unpruned model, for distillation without cached predictions.
 
     Raises:
         RankSpaceError: If the ranks do not fit the model.
-        ConfigError: If method or settings do not go together, or with the model.
+        ConfigError: If method or settings do not go together, or with the model, or the recipe
+            names several methods.
         CorpusError: If there is nothing to train on.
-        RecoveryError: If the fine-tune diverges, memory does not suffice, or the call is made under
+        RecoveryError: If the fine-tune diverges, memory runs out, or the call is made under
             ``torch.inference_mode()``.
     """
     if torch.is_inference_mode_enabled():
         raise RecoveryError(
             "recover() trains, which torch.inference_mode() does not allow. Call it outside of it."
         )
-    began, paused = time.perf_counter(), 0.0
-    check_numbers(seed, fidelity)
-    allocation = as_allocation(allocation)
-    config, table = as_settings(recipe)
-    corpus = as_corpus(corpus, tokenizer, table, model)
+    began = time.perf_counter()
+    _check_seed(seed)
+    allocation = _as_allocation(allocation)
+    config, table = _as_settings(recipe)
+    corpus = _as_corpus(corpus, tokenizer, table, model)
     config = replace(config, steps=config.steps_for(len(corpus.sequences)), epochs=0.0)
-    text = method or allocation.method or recovery_methods.LORA
-    spec = recovery_methods.parse_method(text).with_switches(config)
-    steps = 0 if spec.name == recovery_methods.NONE else steps_of(config, fidelity)
-    look = steps_of(config, rung.fidelity) if rung else steps
-    micro = micro or MicroBatch.of(config)
-    if callbacks and config.engine != "trainer":
-        raise ConfigError(
-            f'callbacks are told by Trainer, but the engine is "{config.engine}". Set [recovery] '
-            'engine = "trainer", or leave them out.'
-        )
+    spec = methods.parse_method(method or allocation.method or _method(config))
+    spec = spec.with_switches(config)
+    steps = 0 if spec.name == methods.NONE else config.steps
+    micro = MicroBatch(min(config.micro_batch_size, config.batch_size))
     if config.distill_weight:
         check_predictions(model.config, corpus.sequences, teacher)
     else:
         teacher = None
     devices = seeded_devices(model.device)
-    looks = HeldOut(corpus, config, steps, micro)
+    held_out = HeldOut(corpus, config, steps, micro)
     with restored_on_failure(model), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)  # PEFT's own first weights and dropout draw from it
-        tuned = recovery_methods.begin(
+        torch.manual_seed(seed)  # PEFT's own first weights draw from it
+        tuned = methods.begin(
             model, spec, allocation, config, seed=seed, steps=steps, sequences=corpus.sequences
         )
-        install(tuned.model, seed)
         torch.manual_seed(seed)  # as many numbers as PEFT drew depend on the ranks
-        if micro.layout == "packed":
-            check_packing(tuned.model.get_base_model())
-
-        def on_step(done: int, loss: float) -> bool:
-            nonlocal paused, fidelity
-            looks.after(tuned, done)
-            if rung is None or done != look or look == steps:
-                return True
-            looked = time.perf_counter()
-            tuned.model.eval()
-            with torch.random.fork_rng(devices=devices):
-                goes_on = rung.goes_on(tuned.model)
-            tuned.model.train()
-            paused = time.perf_counter() - looked
-            if not goes_on:
-                fidelity = rung.fidelity
-            return goes_on
-
         order = batches(corpus.sequences, config.batch_size, seed)
-        if config.engine == "trainer" and steps:
-            # Only here: the import of Trainer takes as long as that of the whole program.
-            from rankadaptor_plugin.recovery.trainer import engine as trainer_engine
-
-            losses = trainer_engine.train(
-                tuned,
-                order,
-                config,
-                steps,
-                micro=micro,
-                teacher=teacher,
-                on_step=on_step,
-                callbacks=callbacks,
-            )
-        else:
-            losses = training.train(
-                tuned, order, config, steps, micro=micro, teacher=teacher, on_step=on_step
-            )
-        looks.restore(tuned)
+        losses = training.train(
+            tuned,
+            order,
+            config,
+            steps,
+            micro=micro,
+            teacher=teacher,
+            on_step=lambda done: held_out.after(tuned, done),
+        )
+        held_out.restore(tuned)
         if not losses:  # nothing was trained: what the losses are as it is
-            looks.after(tuned, 0)
+            held_out.after(tuned, 0)
             losses = [training.mean_loss(tuned.model.get_base_model(), next(order), micro)]
         finished = tuned.finish()
-    finished.eval()
-    return _recovered(
-        finished,
-        allocation,
-        spec,
-        corpus,
-        config,
-        seed,
-        losses,
-        steps=len(losses) if steps else 0,
-        validation_loss=looks.loss,
-        seconds=time.perf_counter() - began - paused,
-        fidelity=fidelity,
-    )
-
-
-def adopt(
-    model: PreTrainedModel | PeftModel,
-    allocation: RankAllocation,
-    trained: Trained,
-    corpus: Corpus,
-    config: RecoveryConfig,
-    seed: int,
-    *,
-    seconds: float,
-    micro: MicroBatch,
-) -> RecoveredAdapter:
-    """Puts an adapter on a model that was trained together with others.
-
-    Args:
-        model: The pruned model, or the `RecoveredAdapter.model` of an earlier fine-tune of it.
-        allocation: The ranks.
-        trained: What `rankadaptor_plugin.recovery.candidates.train_together` returned for them.
-        corpus: What was trained on; the loss on its held-out rows is measured.
-        config: The ``[recovery]`` table.
-        seed: Seed of the fine-tune.
-        seconds: Its share of the training, in seconds.
-        micro: How much goes through the model at once.
-
-    Raises:
-        RecoveryError: If it failed.
-    """
-    if trained.failed is not None:
-        raise RecoveryError(trained.failed)
-    began = time.perf_counter()
-    spec = recovery_methods.parse_method(recovery_methods.LORA).with_switches(config)
-    steps = len(trained.losses)
-    looks = HeldOut(corpus, config, steps, micro)
-    with restored_on_failure(model):
-        tuned = recovery_methods.begin(
-            model, spec, allocation, config, seed=seed, steps=steps, sequences=corpus.sequences
-        )
-        put(tuned.model, trained)
-        looks.after(tuned, steps)
-        finished = tuned.finish()
-    return _recovered(
-        finished,
-        allocation,
-        spec,
-        corpus,
-        config,
-        seed,
-        trained.losses,
-        steps=steps,
-        validation_loss=looks.loss,
-        seconds=seconds + time.perf_counter() - began,
-    )
-
-
-def _recovered(
-    model: PeftModel,
-    allocation: RankAllocation,
-    method: recovery_methods.Method,
-    corpus: Corpus,
-    config: RecoveryConfig,
-    seed: int,
-    losses: list[float],
-    *,
-    steps: int,
-    validation_loss: float | None,
-    seconds: float,
-    fidelity: float = 1.0,
-) -> RecoveredAdapter:
     last = losses[-max(1, len(losses) // 10) :]
     train_loss = sum(last) / len(last)
     return RecoveredAdapter(
-        model=model,
+        model=finished.eval(),
         allocation=allocation,
-        method=str(method),
+        method=str(spec),
         train_loss=train_loss,
         losses=losses,
-        validation_loss=validation_loss,
-        seconds=seconds,
-        fidelity=fidelity,
+        validation_loss=held_out.loss,
+        seconds=time.perf_counter() - began,
+        micro_batch_size=micro.size,
         provenance={
-            "method": str(method),
+            "method": str(spec),
             "ranks": list(allocation.ranks),
             "seed": seed,
             "steps": steps,
             "sequences": len(corpus.sequences),
             "settings": {k: v for k, v in asdict(config).items() if k not in _UNRECORDED},
             "train_loss": train_loss,
-            "validation_loss": validation_loss,
+            "validation_loss": held_out.loss,
         },
     )
 
 
-def steps_of(config: RecoveryConfig, fidelity: float) -> int:
-    """Returns the optimizer steps of a share of a fine-tune, at least one."""
-    return max(1, round(config.steps * fidelity))
+def _method(config: RecoveryConfig) -> str:
+    """Returns the method that a recipe names; the ranks of an allocation are trained by LoRA.
+
+    Raises:
+        ConfigError: If it names several.
+    """
+    if len(config.methods) > 1:
+        raise ConfigError(
+            f"The recipe names the methods {', '.join(config.methods)}, but one fine-tune has one. "
+            "Name one, or give recover() a method."
+        )
+    only = config.methods[0] if config.methods else methods.LORA
+    return methods.LORA if only == SEARCHED_RANKS else only
+
+
+def _check_seed(seed: int) -> None:
+    if type(seed) is not int or not 0 <= seed < _SEEDS:
+        raise ConfigError(f"The seed is {seed!r}; it must be a whole number of 0 or more.")
+
+
+def _as_allocation(allocation: RankAllocation | Sequence[int]) -> RankAllocation:
+    """Returns ranks as an allocation.
+
+    Raises:
+        RankSpaceError: If they are no list of whole numbers.
+    """
+    if isinstance(allocation, RankAllocation):
+        return allocation
+    is_list = isinstance(allocation, Sequence) and not isinstance(allocation, str)
+    if not is_list or not all(type(rank) is int for rank in allocation):
+        raise RankSpaceError(
+            f"The allocation is {allocation!r}; it must be a list of whole numbers, one rank per "
+            "decoder layer, as in [8, 8, 4, 8]."
+        )
+    return RankAllocation(tuple(allocation))
+
+
+def _as_settings(recipe: RecoveryConfig | Recipe | str) -> tuple[RecoveryConfig, CorpusConfig]:
+    """Returns the two tables of a recipe.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    if isinstance(recipe, RecoveryConfig):
+        return recipe, CorpusConfig()
+    if isinstance(recipe, str):
+        recipe = preset(recipe)
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(
+            f"The recipe is of type {type(recipe).__name__}. Give a name ({', '.join(RECIPES)}), "
+            'recipe("quick", steps=100) with changes, or a RecoveryConfig.'
+        )
+    return recipe.recovery, recipe.corpus
+
+
+def _as_corpus(
+    corpus: Corpus | Sequence[dict[str, Any]] | str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    table: CorpusConfig,
+    model: PreTrainedModel,
+) -> Corpus:
+    """Returns a tokenized corpus that the model can be trained on.
+
+    Args:
+        corpus: That, or rows, a file, or a name on the hub.
+        tokenizer: Of use for the latter.
+        table: The ``[corpus]`` table, of which `path` is not used.
+        model: The model, or a PEFT model of it.
+
+    Raises:
+        ConfigError: If it is something else, or cannot be read.
+        CorpusError: If there is nothing to train on, or a sequence does not fit the model.
+    """
+    if not isinstance(corpus, Corpus):
+        corpus = load_corpus(corpus, tokenizer, table)
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    check_sequences(corpus.sequences, window, vocabulary)
+    if corpus.validation:
+        check_sequences(corpus.validation, window, vocabulary)
+    return corpus

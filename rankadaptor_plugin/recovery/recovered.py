@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rankadaptor_plugin.core.errors import RecoveryError
+from rankadaptor_plugin.recovery.adapters import adapter_ranks, adapter_weights
 from rankadaptor_plugin.recovery.files import save_adapter
-from rankadaptor_plugin.recovery.module_adapters import adapter_ranks, adapter_weights
 from rankadaptor_plugin.recovery.training import mean_loss
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ class RecoveredAdapter:
         train_loss: Mean loss over the last tenth of the steps, in nats per trained token.
         losses: Loss of each step.
         validation_loss: Loss on the held-out rows, None where there are none.
-        seconds: Wall time, that of a rung left out.
-        fidelity: Share of the steps that were run; that of the rung where it ended there.
-        provenance: What it was made from: seed, settings, sizes.
+        seconds: Wall time.
+        micro_batch_size: Sequences per pass; fewer than were asked for if memory ran out.
+        provenance: Its seed, settings and sizes.
     """
 
     model: PeftModel
@@ -48,7 +48,7 @@ class RecoveredAdapter:
     losses: list[float] = field(default_factory=list)
     validation_loss: float | None = None
     seconds: float
-    fidelity: float = 1.0
+    micro_batch_size: int = 0
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.corpus.sequences import TeacherTokens
-from rankadaptor_plugin.recovery.batches import passes, trained_tokens
+from rankadaptor_plugin.recovery.batches import padded, trained_tokens
 from rankadaptor_plugin.recovery.losses import LEAST, forward_logits
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def _predict(
     )
     with torch.inference_mode():
         for group in _groups(sequences, batch_tokens):
-            (given,) = passes([sequences[i] for i in group], "padded", len(group))
+            given = padded([sequences[i] for i in group])
             logits = forward_logits(model, given.to(model.device))
             rows = torch.cat([torch.arange(starts[i], ends[i]) for i in group])
             chunks = (torch.split(tensor, _ROWS) for tensor in (logits, rows))

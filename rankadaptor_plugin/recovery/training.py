@@ -1,7 +1,7 @@
 """The training loop: optimizer steps on the resident model, and what may go wrong in one.
 
-Memory that does not suffice halves the sequences per pass, with the same effective batch. A loss
-that is no number, or that stays far above that of guessing, ends the fine-tune with the step.
+Running out of memory halves the sequences per pass, with the same effective batch. A loss that is
+not a number, or that stays far above that of guessing, ends the fine-tune with the step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 from rankadaptor_plugin.core.errors import RecoveryError
 from rankadaptor_plugin.models.device import is_out_of_memory
 from rankadaptor_plugin.recovery.batches import passes, trained_tokens
-from rankadaptor_plugin.recovery.dropout import tell
 from rankadaptor_plugin.recovery.fused_lora import fused
 from rankadaptor_plugin.recovery.losses import forward_logits, token_loss
 
@@ -40,21 +39,13 @@ _FAR = 2.0  # times the loss of guessing, or of the first step where that is hig
 
 @dataclass
 class MicroBatch:
-    """How much goes through the model at once; remembered from one fine-tune to the next.
+    """Sequences that go through the model at once.
 
     Attributes:
-        size: Most sequences per pass; halved where memory does not suffice.
-        layout: See `rankadaptor_plugin.recovery.batches.passes`.
+        size: Most sequences per pass; halved when memory runs out.
     """
 
     size: int
-    layout: str = "sorted"
-
-    @classmethod
-    def of(cls, config: RecoveryConfig) -> MicroBatch:
-        """Returns what a run file asks for."""
-        layout = "sorted" if config.layout == "auto" else config.layout
-        return cls(min(config.micro_batch_size, config.batch_size), layout)
 
     def halve(self) -> None:
         """Makes room.
@@ -64,7 +55,7 @@ class MicroBatch:
         """
         if self.size == 1:
             raise RecoveryError(
-                "Memory does not suffice for a single training sequence. Set [recovery] "
+                "Out of memory with a single training sequence. Set [recovery] "
                 "gradient_checkpointing = true, lower [corpus] max_length, or quantize the model."
             )
         self.size //= 2
@@ -131,7 +122,7 @@ def train(
     *,
     micro: MicroBatch,
     teacher: LiveTeacher | None = None,
-    on_step: Callable[[int, float], bool] = lambda done, loss: True,
+    on_step: Callable[[int], object] = lambda done: None,
 ) -> list[float]:
     """Runs the steps of a fine-tune.
 
@@ -142,13 +133,13 @@ def train(
         steps: Steps to run.
         micro: How much goes through at once; changed where memory does not suffice.
         teacher: The unpruned model, where it predicts on the way.
-        on_step: Told the number of steps done and the loss of the last; False ends the fine-tune.
+        on_step: Called with the number of steps done after each.
 
     Returns:
         The loss of each step, in nats per trained token.
 
     Raises:
-        RecoveryError: If the fine-tune diverges, or memory does not suffice in any way.
+        RecoveryError: If the fine-tune diverges, or memory does not suffice for one sequence.
     """
     model: PreTrainedModel = tuned.model.get_base_model()
     optimizer = tuned.optimizer(config.learning_rate, config.weight_decay)
@@ -162,7 +153,7 @@ def train(
     tuned.model.train()
     with checkpointed(model, config.gradient_checkpointing), fused(model):
         for step in range(steps):
-            loss = _accumulated(tuned, next(batches), step, config, micro, scaler, teacher)
+            loss = _accumulated(tuned, next(batches), config, micro, scaler, teacher)
             scaler.unscale_(optimizer)
             limit = config.max_grad_norm or math.inf
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
@@ -180,15 +171,13 @@ def train(
             tuned.after_step(step)
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss)
-            if not on_step(step + 1, loss):
-                break
+            on_step(step + 1)
     return losses
 
 
 def _accumulated(
     tuned: Tuned,
     batch: Sequence[TrainingSequence],
-    step: int,
     config: RecoveryConfig,
     micro: MicroBatch,
     scaler: torch.amp.GradScaler,
@@ -199,7 +188,7 @@ def _accumulated(
     states = torch.get_rng_state(), _device_state(device)
     while True:
         try:
-            return _gradients(tuned, batch, step, config, micro, scaler, teacher)
+            return _gradients(tuned, batch, config, micro, scaler, teacher)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -214,7 +203,6 @@ def _accumulated(
 def _gradients(
     tuned: Tuned,
     batch: Sequence[TrainingSequence],
-    step: int,
     config: RecoveryConfig,
     micro: MicroBatch,
     scaler: torch.amp.GradScaler,
@@ -223,9 +211,8 @@ def _gradients(
     model = tuned.model.get_base_model()
     count = trained_tokens(batch)
     total = torch.zeros((), device=model.device)
-    for part in passes(batch, micro.layout, micro.size):
+    for part in passes(batch, micro.size):
         given = part.to(model.device)
-        tell(model, given, step)
         with mixed_precision(model):
             logits = forward_logits(model, given)
         loss = token_loss(
@@ -266,7 +253,7 @@ def mean_loss(
     while True:
         try:
             total = 0.0
-            for part in passes(sequences, micro.layout, micro.size):
+            for part in passes(sequences, micro.size):
                 given = part.to(model.device)
                 with mixed_precision(model):
                     logits = forward_logits(model, given)

@@ -167,7 +167,7 @@ class FamilyConformance:
         self._pruned().save(tmp_path / "pruned")
         base = _load(tmp_path / "pruned")
         ranks = RankAllocation(tuple(i % 3 + 1 for i in range(len(decoder_layers(base)))))
-        adapted = attach(base, ranks, seed=0, alpha_over_rank=2.0)
+        adapted = attach(base, ranks, seed=0)
         adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "pruned")
         optimizer = torch.optim.AdamW(trainable_parameters(adapted), lr=1e-2)
         losses = []

@@ -148,10 +148,3 @@ def test_a_wrong_run_file_is_refused_as_without_a_recipe(data, message):
     with pytest.raises(ConfigError) as error:
         run(data)
     assert message in str(error.value)
-
-
-def test_arguments_of_the_trainer_may_be_anything():
-    given_ = {"fsdp": "full_shard", "torch_compile": True, "fsdp_config": {"min": [1, 2]}}
-    config = run({"recovery": {"engine": "trainer", "trainer_arguments": given_}})
-    assert config.recovery.trainer_arguments == given_
-    assert run_file.from_dict(run_file.to_dict(config)) == config

@@ -74,10 +74,6 @@ REFUSED = [
         "[search] n_startup_trials 9 is more than n_trials 8. Raise n_trials or lower",
     ),
     (
-        TASKS + "[recovery.trainer_arguments]\nlogging_steps = 5",
-        '[recovery.trainer_arguments] logging_steps is for Trainer, but engine is "own". Set',
-    ),
-    (
         TASKS + "[recovery]\nalpha = 16\n[rank_space]\nalpha_over_rank = [1.0, 2.0]",
         "[rank_space] alpha_over_rank is searched, but [recovery] alpha 16 takes its place.",
     ),
@@ -167,7 +163,6 @@ def configs(cls):
             lambda names: "rankadaptor" not in names
         )
         fields["methods"] = further.map(lambda names: ("rankadaptor", *names))
-        fields["engine"] = st.just("trainer")  # for any of its arguments
         fields["alpha"] = st.just(0.0)  # beside a searched alpha_over_rank
     if "floor" in fields:
         fields["floor"] = st.just(0.0)  # at most the ceiling

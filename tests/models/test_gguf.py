@@ -43,7 +43,7 @@ def merged(tmp_path_factory, make_llama, make_tokenizer):
     model = make_llama(num_hidden_layers=6)
     pruned = prune_depth(model, make_tokenizer(), [TOKENS[0]], settings)
     pruned.save(run / "pruned")
-    adapted = attach(pruned.model, RankAllocation((2, 3, 4)), seed=0, alpha_over_rank=2.0)
+    adapted = attach(pruned.model, RankAllocation((2, 3, 4)), seed=0)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:

@@ -20,8 +20,8 @@ from rankadaptor_plugin.models.structures import (
     structure_of,
 )
 from rankadaptor_plugin.pruning.cutting import remove
-from rankadaptor_plugin.recovery.adapters import rank_costs
-from rankadaptor_plugin.recovery.fingerprint import fingerprint
+from rankadaptor_plugin.recovery.files import fingerprint
+from rankadaptor_plugin.recovery.slots import rank_costs
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -57,7 +57,7 @@ pytestmark = pytest.mark.filterwarnings(OLD_NAME)
 
 def save_adapter(model, folder: Path, ranks, seed: int = 0):
     """Puts an adapter that changes much on a model, and saves it."""
-    adapted = attach(model, RankAllocation(tuple(ranks)), seed=seed, alpha_over_rank=2.0)
+    adapted = attach(model, RankAllocation(tuple(ranks)), seed=seed)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         for name, parameter in adapted.named_parameters():

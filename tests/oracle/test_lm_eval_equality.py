@@ -75,7 +75,7 @@ def samples(tokenizer):
 
 def with_adapter(base):
     """An adapter of uneven ranks that changes answers."""
-    model = attach(copy.deepcopy(base), RankAllocation(RANKS), seed=0, alpha_over_rank=2.0)
+    model = attach(copy.deepcopy(base), RankAllocation(RANKS), seed=0)
     generator = torch.Generator().manual_seed(0)
     for parameter in trainable_parameters(model):
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)

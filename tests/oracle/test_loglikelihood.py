@@ -166,7 +166,7 @@ def test_an_uneven_model_with_an_adapter_is_scored_and_still_trains(name):
     assert len(set(layer_widths(model))) > 1
     model.config.use_cache = False
     layers = len(decoder_layers(model))
-    adapted = attach(model, RankAllocation((2,) * layers), seed=0, alpha_over_rank=2.0)
+    adapted = attach(model, RankAllocation((2,) * layers), seed=0)
     requests = make_requests(model)
     adapted.eval()
     before = loglikelihoods(adapted, planned(requests))[0]

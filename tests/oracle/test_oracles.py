@@ -415,7 +415,7 @@ def test_a_torn_data_file_is_named_by_its_cause(tasks, oracle, capfd):
 def test_an_adapter_counts_only_while_it_is_on(tasks, oracle, make_llama):
     ours, base = oracle(tasks()), make_llama()
     before = ours.score(base, "search")
-    model = attach(base, RankAllocation((4, 2)), seed=0, alpha_over_rank=2.0).train()
+    model = attach(base, RankAllocation((4, 2)), seed=0).train()
     for parameter in trainable_parameters(model):
         parameter.data.fill_(0.1)
     after = ours.score(model, "search")

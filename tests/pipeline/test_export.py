@@ -34,7 +34,8 @@ from rankadaptor_plugin.pipeline import export as export_module
 from rankadaptor_plugin.pipeline.export import MARK, export
 from rankadaptor_plugin.pruning.cutting import remove
 from rankadaptor_plugin.pruning.depth import prune_depth
-from rankadaptor_plugin.recovery.adapters import attach, merged
+from rankadaptor_plugin.recovery.adapters import attach
+from rankadaptor_plugin.recovery.files import merged
 
 TOKENS = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(1))
 CODE = "modeling_rankadaptor.py"
@@ -85,7 +86,7 @@ def make_run(folder: Path, pruned: PrunedModel) -> SimpleNamespace:
     bare = logits(pruned.model)
     pruned.save(folder / "pruned")
     ranks = RankAllocation(tuple(range(1, len(pruned.widths) + 1)))
-    model = attach(pruned.model, ranks, seed=0, alpha_over_rank=2.0)
+    model = attach(pruned.model, ranks, seed=0)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         for name, parameter in model.named_parameters():

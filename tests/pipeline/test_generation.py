@@ -241,7 +241,7 @@ def test_dropout_is_off(make_llama, make_tokenizer):
 def test_an_adapter_counts(make_llama, make_tokenizer, warned):
     tokenizer, base = make_tokenizer(), make_llama()
     bare = generate(base, tokenizer, WORDS, settings())
-    model = attach(base, RankAllocation((2, 4)), seed=0, alpha_over_rank=2.0)
+    model = attach(base, RankAllocation((2, 4)), seed=0)
     assert generate(model, tokenizer, WORDS, settings()) == bare
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -62,7 +62,7 @@ class Foreign(Watcher):
     def rankadaptor_post_prune(self, pruned, context):
         self.pruned = pruned
         allocation = RankAllocation((1,) * len(pruned.widths))
-        model = attach(pruned.model, allocation, seed=0, alpha_over_rank=2.0)
+        model = attach(pruned.model, allocation, seed=0)
         for parameter in trainable_parameters(model):
             parameter.data.fill_(self.fill)
         model.save_pretrained(context.folder / "adapter")

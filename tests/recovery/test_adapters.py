@@ -24,19 +24,13 @@ from rankadaptor_plugin.core.errors import ArtifactError, ConfigError, RankSpace
 from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
 from rankadaptor_plugin.models.families import GPT2, LLAMA
 from rankadaptor_plugin.recovery.adapters import (
+    LoraSettings,
     attach,
-    cut,
-    load,
-    module_ranks,
     nested_rows,
-    rank_costs,
-    rank_space,
-    save_adapter,
     trainable_parameters,
-    whole_adapter,
 )
-from rankadaptor_plugin.recovery.fingerprint import RECORD, fingerprint
-from rankadaptor_plugin.recovery.slots import target_matrices
+from rankadaptor_plugin.recovery.files import RECORD, fingerprint, load, save_adapter
+from rankadaptor_plugin.recovery.slots import module_ranks, rank_costs, rank_space, target_matrices
 
 THIRTEEN = RankAllocation((2, 8, 4, 6, 8, 7, 2, 4, 6, 8, 3, 5, 7))
 
@@ -65,7 +59,7 @@ def first_weights(model) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("alpha_over_rank", [2.0, 0.5])
 def test_every_layer_has_its_rank_and_one_scaling_on_seven_projections(deep, alpha_over_rank):
-    model = attach(deep, THIRTEEN, seed=0, alpha_over_rank=alpha_over_rank)
+    model = attach(deep, THIRTEEN, LoraSettings(alpha_over_rank=alpha_over_rank), seed=0)
     try:
         modules = adapted(model)
         expected = {
@@ -98,14 +92,14 @@ def test_the_costs_are_those_of_uneven_layers(deep):
 def test_a_fresh_adapter_changes_nothing(make_llama):
     base, tokens = make_llama(), torch.arange(9)[None]
     before = base(tokens).logits
-    model = attach(base, RankAllocation((4, 2)), seed=0, alpha_over_rank=2.0).eval()
+    model = attach(base, RankAllocation((4, 2)), seed=0).eval()
     assert model(tokens).logits.equal(before)
 
 
 def test_a_layer_starts_from_the_first_rows_whatever_the_other_ranks(make_llama):
     starts = []
     for ranks in ((4, 8), (8, 2), (8, 8)):
-        model = attach(make_llama(), RankAllocation(ranks), seed=3, alpha_over_rank=2.0)
+        model = attach(make_llama(), RankAllocation(ranks), seed=3)
         starts.append(first_weights(model))
     for name, full in starts[2].items():
         for start in starts[:2]:
@@ -138,15 +132,15 @@ def test_other_seeds_and_other_modules_draw_otherwise():
 def test_swapping_replaces_the_adapter_and_leaves_the_base(make_llama):
     base = make_llama()
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    first = attach(base, RankAllocation((4, 2)), seed=0, alpha_over_rank=2.0)
+    first = attach(base, RankAllocation((4, 2)), seed=0)
     old = trainable_parameters(first)
-    second = attach(first, RankAllocation((2, 6)), seed=0, alpha_over_rank=2.0)
+    second = attach(first, RankAllocation((2, 6)), seed=0)
     assert second is first
     new = trainable_parameters(second)
     assert {id(p) for p in old}.isdisjoint({id(p) for p in second.parameters()})
     assert len(new) == 2 * 2 * len(LLAMA.matrices)
     assert second.active_adapters == ["default"]
-    alone = attach(make_llama(), RankAllocation((2, 6)), seed=0, alpha_over_rank=2.0)
+    alone = attach(make_llama(), RankAllocation((2, 6)), seed=0)
     assert all(a.equal(b) for a, b in zip(new, trainable_parameters(alone), strict=True))
     after = second.unload().state_dict()
     assert after.keys() == before.keys()
@@ -158,13 +152,13 @@ def test_an_allocation_for_another_depth_is_refused(make_llama, ranks):
     base = make_llama()
     text = f"The allocation {RankAllocation(ranks)} has {len(ranks)} ranks for 2 layers"
     with pytest.raises(RankSpaceError, match=text):
-        attach(base, RankAllocation(ranks), seed=0, alpha_over_rank=2.0)
+        attach(base, RankAllocation(ranks), seed=0)
     assert not any("lora" in name for name, _ in base.named_parameters())
 
 
 def test_a_half_precision_base_keeps_full_precision_adapters(make_llama):
     base = make_llama().to(torch.bfloat16)
-    model = attach(base, RankAllocation((2, 2)), seed=0, alpha_over_rank=2.0)
+    model = attach(base, RankAllocation((2, 2)), seed=0)
     assert {p.dtype for p in trainable_parameters(model)} == {torch.float32}
     assert base.lm_head.weight.dtype == torch.bfloat16
 
@@ -177,7 +171,7 @@ def test_a_half_precision_base_keeps_full_precision_adapters(make_llama):
 )
 def test_a_fixed_alpha_is_divided_by_each_rank(make_llama, rslora, expected):
     ranks = RankAllocation((4, 2))
-    model = attach(make_llama(), ranks, seed=0, alpha_over_rank=2.0, alpha=6.0, rslora=rslora)
+    model = attach(make_llama(), ranks, LoraSettings(lora_alpha=6.0, use_rslora=rslora), seed=0)
     for name, module in adapted(model).items():
         rank = ranks.ranks[int(name.split(".")[1])]
         assert module.scaling["default"] == pytest.approx(expected(rank))
@@ -185,7 +179,7 @@ def test_a_fixed_alpha_is_divided_by_each_rank(make_llama, rslora, expected):
 
 def test_rslora_scales_alpha_over_rank_by_the_root(make_llama):
     ranks = RankAllocation((4, 2))
-    model = attach(make_llama(), ranks, seed=0, alpha_over_rank=2.0, rslora=True)
+    model = attach(make_llama(), ranks, LoraSettings(use_rslora=True), seed=0)
     scaling = {n.split(".")[1]: m.scaling["default"] for n, m in adapted(model).items()}
     assert scaling == pytest.approx({"0": 2 * math.sqrt(4), "1": 2 * math.sqrt(2)})
 
@@ -196,8 +190,8 @@ def test_rslora_scales_alpha_over_rank_by_the_root(make_llama):
 def test_dora_starts_from_the_base_and_from_the_same_rows(make_llama):
     base, tokens, ranks = make_llama(), torch.arange(9)[None], RankAllocation((4, 2))
     before = base(tokens).logits
-    plain = first_weights(attach(make_llama(), ranks, seed=3, alpha_over_rank=2.0))
-    model = attach(base, ranks, seed=3, alpha_over_rank=2.0, dora=True).eval()
+    plain = first_weights(attach(make_llama(), ranks, seed=3))
+    model = attach(base, ranks, LoraSettings(use_dora=True), seed=3).eval()
     torch.testing.assert_close(model(tokens).logits, before)
     assert all(weight.equal(plain[name]) for name, weight in first_weights(model).items())
     for module in adapted(model).values():
@@ -207,11 +201,11 @@ def test_dora_starts_from_the_base_and_from_the_same_rows(make_llama):
 
 def test_nothing_of_dora_is_left_after_a_swap(make_llama):
     ranks = RankAllocation((4, 2))
-    model = attach(make_llama(), ranks, seed=0, alpha_over_rank=2.0, dora=True)
-    model = attach(model, ranks, seed=0, alpha_over_rank=2.0)
+    model = attach(make_llama(), ranks, LoraSettings(use_dora=True), seed=0)
+    model = attach(model, ranks, seed=0)
     assert not [name for name, _ in model.named_parameters() if "magnitude" in name]
     assert not any(module.lora_variant for module in adapted(model).values())
-    again = attach(model, ranks, seed=0, alpha_over_rank=2.0, dora=True)
+    again = attach(model, ranks, LoraSettings(use_dora=True), seed=0)
     assert sum("magnitude" in n for n, p in again.named_parameters() if p.requires_grad) == 14
 
 
@@ -221,7 +215,7 @@ def test_nothing_of_dora_is_left_after_a_swap(make_llama):
 def test_targets_alone_get_adapters(make_llama):
     targets = ("q_proj", "mlp.down_proj")
     model = attach(
-        make_llama(), RankAllocation((4, 2)), seed=0, alpha_over_rank=2.0, targets=targets
+        make_llama(), RankAllocation((4, 2)), LoraSettings(target_modules=targets), seed=0
     )
     expected = {
         f"layers.{i}.{name}": rank
@@ -236,18 +230,18 @@ def test_targets_alone_get_adapters(make_llama):
 
 def test_other_targets_leave_nothing_of_the_ones_before(make_llama):
     base, ranks = make_llama(), RankAllocation((4, 2))
-    model = attach(base, ranks, seed=0, alpha_over_rank=2.0)
+    model = attach(base, ranks, seed=0)
     for targets in (("q_proj",), ("mlp.up_proj", "v_proj"), ()):
-        swapped = attach(model, ranks, seed=0, alpha_over_rank=2.0, targets=targets)
-        fresh = attach(make_llama(), ranks, seed=0, alpha_over_rank=2.0, targets=targets)
+        swapped = attach(model, ranks, LoraSettings(target_modules=targets), seed=0)
+        fresh = attach(make_llama(), ranks, LoraSettings(target_modules=targets), seed=0)
         assert swapped is model
         assert adapted(swapped).keys() == adapted(fresh).keys()
         assert all(a.equal(b) for a, b in zip(*map(trainable_parameters, (swapped, fresh))))  # noqa: B905
 
 
 def test_a_rank_of_0_leaves_no_layer_of_the_adapter_before(make_llama):
-    model = attach(make_llama(), RankAllocation((4, 2)), seed=0, alpha_over_rank=2.0)
-    model = attach(model, RankAllocation((0, 2)), seed=0, alpha_over_rank=2.0)
+    model = attach(make_llama(), RankAllocation((4, 2)), seed=0)
+    model = attach(model, RankAllocation((0, 2)), seed=0)
     assert {name.split(".")[1] for name in adapted(model)} == {"1"}
 
 
@@ -280,9 +274,8 @@ def test_an_unknown_target_is_one_line_with_a_suggestion(make_llama):
         attach(
             make_llama(),
             RankAllocation((4, 2)),
+            LoraSettings(target_modules=("q_proj", "qkv_proj")),
             seed=0,
-            alpha_over_rank=2.0,
-            targets=("q_proj", "qkv_proj"),
         )
     assert str(caught.value) == (
         '[recovery] targets names "qkv_proj", which no layer of a model of type "llama" has. Did '
@@ -300,7 +293,7 @@ def test_a_group_without_targets_is_not_searched(make_llama):
     assert space.searchable == (True, False, True, False)
     assert space.budget == 4 * 2 * cost
     model = attach(
-        make_llama(), space.uniform(), seed=0, alpha_over_rank=2.0, targets=recovery.targets
+        make_llama(), space.uniform(), LoraSettings(target_modules=recovery.targets), seed=0
     )
     parameters = sum(p.numel() for p in trainable_parameters(model))
     assert parameters == space.parameters(space.uniform())
@@ -319,7 +312,7 @@ def test_a_rank_may_be_as_high_as_the_smaller_side_and_no_higher(make_llama):
     assert max(module_ranks(base, RankAllocation((8, 8))).values()) == 8
     text = "Rank 9 is too high for Layer 1: self_attn.k_proj, which has shape (8, 16) and full rank"
     with pytest.raises(RankSpaceError, match=re.escape(text)) as caught:
-        attach(base, RankAllocation((8, 9)), seed=0, alpha_over_rank=2.0)
+        attach(base, RankAllocation((8, 9)), seed=0)
     assert "\n" not in str(caught.value)
     assert not any("lora" in name for name, _ in base.named_parameters())
 
@@ -360,8 +353,8 @@ def test_an_adapter_of_another_kind_gives_way(make_llama):
         other = get_peft_model(
             base, AdaLoraConfig(target_modules=["q_proj", "down_proj"], total_step=9)
         )
-    model = attach(other, ranks, seed=0, alpha_over_rank=2.0).eval()
-    alone = attach(make_llama(), ranks, seed=0, alpha_over_rank=2.0)
+    model = attach(other, ranks, seed=0).eval()
+    alone = attach(make_llama(), ranks, seed=0)
     assert model.get_base_model() is base
     assert {type(module) for module in adapted(model).values()} == {
         type(module) for module in adapted(alone).values()
@@ -370,29 +363,12 @@ def test_an_adapter_of_another_kind_gives_way(make_llama):
     assert fingerprint(model) == bare
 
 
-def test_a_cut_adapter_adds_what_its_first_ranks_did(make_llama):
-    targets = ("q_proj",)
-    model = attach(
-        make_llama(), RankAllocation((12, 12)), seed=0, alpha_over_rank=2.0, targets=targets
-    )
-    with torch.no_grad():
-        for parameter in trainable_parameters(model):
-            parameter.copy_(torch.randn(parameter.shape))
-    whole = whole_adapter(model)
-    cut(model, whole, RankAllocation((12, 3)))
-    for name, module in adapted(model).items():
-        kept = (12, 3)[int(name.split(".")[1])]
-        up, first = module.lora_B["default"].weight, f"base_model.model.model.{name}.lora_B.default"
-        assert up[:, :kept].equal(whole[f"{first}.weight"][:, :kept])
-        assert not up[:, kept:].any()
-
-
 # ----------------------------------------------------------------------------------------- saving
 
 
 @pytest.fixture
 def trained(make_llama):
-    model = attach(make_llama(), RankAllocation((4, 2)), seed=0, alpha_over_rank=2.0)
+    model = attach(make_llama(), RankAllocation((4, 2)), seed=0)
     with torch.no_grad():
         for parameter in trainable_parameters(model):
             parameter.copy_(torch.randn(parameter.shape))
@@ -453,13 +429,14 @@ def test_a_write_that_the_system_cuts_off_leaves_nothing(tmp_path):
         import resource, signal, sys
         from pathlib import Path
         from transformers import LlamaConfig, LlamaForCausalLM
-        from rankadaptor_plugin.recovery.adapters import attach, save_adapter
+        from rankadaptor_plugin.recovery.adapters import attach
+        from rankadaptor_plugin.recovery.files import save_adapter
         from rankadaptor_plugin.core.errors import ArtifactError
         from rankadaptor_plugin.core.ranks import RankAllocation
 
         sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
         base = LlamaForCausalLM(LlamaConfig(vocab_size=9, num_hidden_layers=2, **sizes))
-        model = attach(base, RankAllocation((8, 8)), seed=0, alpha_over_rank=2.0)
+        model = attach(base, RankAllocation((8, 8)), seed=0)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
         try:

@@ -1,4 +1,4 @@
-"""Layouts say how sequences lie in memory: loss and gradients are the same in all of them."""
+"""Passes cut an optimizer step: loss and gradients are the same however it is cut."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 from rankadaptor_plugin.core.errors import CorpusError
 from rankadaptor_plugin.corpus.sequences import IGNORED, TeacherTokens, TrainingSequence
 from rankadaptor_plugin.recovery.batches import (
-    LAYOUTS,
     batches,
     check_sequences,
+    padded,
     passes,
     trained_tokens,
 )
 from rankadaptor_plugin.recovery.losses import forward_logits, token_loss
-from rankadaptor_plugin.recovery.packing import supports_packing
 
 SIZES = {
     "vocab_size": 60,
@@ -33,7 +32,7 @@ SIZES = {
 GQA = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
 GEMMA = {**GQA, "head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window": 5}
 SHORT_NAMES = {"vocab_size": 60, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
-PACKED = {
+FAMILIES = {
     "Llama": GQA,
     "Mistral": {**GQA, "sliding_window": 5},
     "Qwen2": GQA,
@@ -44,13 +43,10 @@ PACKED = {
     "Phi3": {**GQA, "pad_token_id": 0},
     "GPTNeoX": SIZES,
     "GPT2": {**SHORT_NAMES, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-}
-PADDED = {
     "OPT": {**SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0},
     "Bloom": {**SIZES, "n_layer": 2, "n_head": 2},
     "Falcon": {**SIZES, "ffn_hidden_size": 24},
 }
-FAMILIES = {**PACKED, **PADDED}
 
 
 def tiny(name, noise=0.1, **changes):
@@ -78,10 +74,10 @@ def sequence(length, masked=0, seed=0, top_k=3):
 BATCH = [sequence(5), sequence(9, 4), sequence(2), sequence(8, 7), sequence(6, 1)]
 
 
-def loss_and_gradients(model, layout, size):
+def loss_and_gradients(model, size):
     model.zero_grad()
     loss = 0.0
-    for given_ in passes(BATCH, layout, size):
+    for given_ in passes(BATCH, size):
         part = token_loss(forward_logits(model, given_), given_, weight=0.5, temperature=2.0)
         part.backward()
         loss += part.item()
@@ -90,98 +86,45 @@ def loss_and_gradients(model, layout, size):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_all_layouts_give_the_same_loss_and_gradients(name, attention):
+def test_loss_and_gradients_do_not_depend_on_the_passes(name, attention):
     if attention == "sdpa" and name in ("Bloom", "Gemma2"):
         pytest.skip("the family takes eager attention alone, or by choice")
     model = tiny(name, attn_implementation=attention)
-    loss, gradients = loss_and_gradients(model, "padded", 1)
-    for layout in LAYOUTS:
-        for size in (2, 5):
-            if layout == "packed" and name in PADDED:
-                continue
-            other_loss, others = loss_and_gradients(model, layout, size)
-            assert other_loss == pytest.approx(loss, rel=1e-5)
-            assert others.keys() == gradients.keys()
-            for key, gradient in gradients.items():
-                torch.testing.assert_close(others[key], gradient, rtol=1e-3, atol=2e-5)
+    loss, gradients = loss_and_gradients(model, 1)
+    for size in (2, 5):
+        other_loss, others = loss_and_gradients(model, size)
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        assert others.keys() == gradients.keys()
+        for key, gradient in gradients.items():
+            torch.testing.assert_close(others[key], gradient, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("noise", [0.0, 0.1])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_packing_is_found_out_to_keep_sequences_apart_or_not(name, noise, dtype):
-    model = tiny(name, noise).to(dtype)
-    assert supports_packing(model) == (name in PACKED)
-    assert model.training
-
-
-def test_a_model_without_position_ids_is_not_packed(make_llama, monkeypatch):
-    model = make_llama()
-    forward = model.forward
-
-    def refusing(input_ids, use_cache):
-        return forward(input_ids=input_ids, use_cache=use_cache)
-
-    monkeypatch.setattr(model, "forward", refusing)
-    assert not supports_packing(model)
-    assert not model.training
-
-
-def test_positions_that_are_not_counted_anew_are_noticed(make_llama, monkeypatch):
-    """Attention within the sequences alone is not enough."""
-    model = make_llama()
-    rotary = model.model.rotary_emb
-    forward = rotary.forward
-
-    def stretched(x, position_ids):
-        return forward(x, position_ids * torch.arange(1, 1 + position_ids.shape[1]))
-
-    monkeypatch.setattr(rotary, "forward", stretched)
-    assert not supports_packing(model)
-
-
-@given(
-    lengths=st.lists(st.integers(2, 12), min_size=1, max_size=12),
-    size=st.integers(1, 5),
-    layout=st.sampled_from(LAYOUTS),
-)
-def test_every_trained_token_is_in_one_pass(lengths, size, layout):
+@given(lengths=st.lists(st.integers(2, 12), min_size=1, max_size=12), size=st.integers(1, 5))
+def test_every_trained_token_is_in_one_pass(lengths, size):
     batch = [sequence(n, seed=i) for i, n in enumerate(lengths)]
     expected, found = [], []
     for s in batch:
         expected += zip(s.tokens[:-1].tolist(), s.labels[1:].tolist(), s.teacher.rest, strict=True)
-    for given_ in passes(batch, layout, size):
-        before = given_.inputs["input_ids"].flatten()[given_.positions]
+    for given_ in passes(batch, size):
+        before = given_.input_ids.flatten()[given_.positions]
         found += zip(before.tolist(), given_.targets.tolist(), given_.teacher.rest, strict=True)
-        if layout == "packed":
-            assert given_.is_packed
-            assert given_.inputs["input_ids"].numel() <= size * max(lengths)
-        else:
-            assert len(given_.inputs["input_ids"]) <= size
+        assert len(given_.input_ids) == len(given_.lengths) <= size
     assert sorted(found) == sorted(expected)
 
 
-@pytest.mark.parametrize("layout", ["padded", "sorted"])
-def test_padding_is_marked_and_repeats_a_token_of_its_row(layout):
+def test_padding_repeats_a_token_of_its_row():
     batch = [sequence(n, seed=n) for n in (3, 7, 5)]
-    (given_,) = passes(batch, layout, 3)
-    rows, real = given_.inputs["input_ids"], given_.places.view(3, 7) >= 0
-    assert given_.inputs.keys() == {"input_ids"}  # no mask: attention is causal
-    lengths = {n: sequence(n, seed=n) for n in (3, 7, 5)}
-    for row, own in zip(rows, real, strict=True):
-        length = int(own.sum())
-        assert torch.equal(row[:length], lengths[length].tokens)
-        assert own[:length].all()
+    given_ = padded(batch)
+    assert given_.lengths.tolist() == [3, 7, 5]
+    for row, own in zip(given_.input_ids, batch, strict=True):
+        length = len(own.tokens)
+        assert torch.equal(row[:length], own.tokens)
         assert (row[length:] == row[length - 1]).all()
 
 
-def test_sorting_pads_no_more_than_the_order_that_was_drawn():
+def test_passes_are_sorted_by_length():
     batch = [sequence(n) for n in (2, 12, 3, 11)]
-    padded, in_order = (
-        sum(p.inputs["input_ids"].numel() for p in passes(batch, layout, 2))
-        for layout in ("padded", "sorted")
-    )
-    assert (padded, in_order) == (46, 30)
+    assert [given_.lengths.tolist() for given_ in passes(batch, 2)] == [[12, 11], [3, 2]]
 
 
 def test_batches_are_a_new_order_of_all_sequences_in_every_pass_over_them():

@@ -13,11 +13,14 @@ from peft import AdaLoraConfig, get_peft_model
 
 from rankadaptor_plugin.core.errors import ArtifactError
 from rankadaptor_plugin.core.ranks import RankAllocation
-from rankadaptor_plugin.recovery.adapters import attach, load, merged, save_adapter
-from rankadaptor_plugin.recovery.fingerprint import (
+from rankadaptor_plugin.recovery.adapters import LoraSettings, attach
+from rankadaptor_plugin.recovery.files import (
     RECORD,
     check_base,
     fingerprint,
+    load,
+    merged,
+    save_adapter,
     write_provenance,
 )
 
@@ -27,7 +30,7 @@ RANKS = RankAllocation((4, 2))
 @pytest.fixture
 def saved(make_llama, tmp_path):
     """An adapter that was trained on the model with seed 0."""
-    model = attach(make_llama(), RANKS, seed=0, alpha_over_rank=2.0)
+    model = attach(make_llama(), RANKS, seed=0)
     save_adapter(model, tmp_path / "adapter", {"recipe": "quick"})
     return tmp_path / "adapter"
 
@@ -54,7 +57,7 @@ def test_another_width_has_other_shapes(make_llama):
 def test_an_adapter_changes_nothing(make_llama, dora):
     base = make_llama()
     bare = fingerprint(base)
-    model = attach(base, RANKS, seed=0, alpha_over_rank=2.0, dora=dora)
+    model = attach(base, RANKS, LoraSettings(use_dora=dora), seed=0)
     assert fingerprint(model) == fingerprint(model.get_base_model()) == bare
 
 

@@ -1,6 +1,6 @@
-"""What only a GPU runs: half precision, memory that does not suffice, quantized weights.
+"""What only a GPU runs: half precision, too little memory, quantized weights.
 
-pytest -m gpu tests/test_gpu.py
+pytest -m gpu tests/recovery/test_gpu.py
 """
 
 from __future__ import annotations
@@ -17,12 +17,8 @@ from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.corpus.sequences import IGNORED, Corpus, TrainingSequence
 from rankadaptor_plugin.models.device import peak_memory_bytes
 from rankadaptor_plugin.recovery import training
-from rankadaptor_plugin.recovery.adapters import ADAPTER, attach
-from rankadaptor_plugin.recovery.candidates import put, train_together
 from rankadaptor_plugin.recovery.losses import forward_logits
 from rankadaptor_plugin.recovery.recover import recover
-from rankadaptor_plugin.recovery.trainer import engine as trainer_engine
-from rankadaptor_plugin.recovery.training import MicroBatch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -109,12 +105,6 @@ def test_sdpa_gives_the_losses_of_eager_attention(make_base, tuned_on):
     torch.testing.assert_close(fused.losses, plain.losses, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_layouts_give_the_same_losses(make_base, tuned_on, layout):
-    one, other = (tuned_on(make_base(), settings(layout=name)) for name in ("sorted", layout))
-    torch.testing.assert_close(one.losses, other.losses, rtol=1e-3, atol=1e-3)
-
-
 def test_checkpointing_takes_less_memory_for_the_same_losses(make_llama, tuned_on):
     peaks, losses = [], []
     for wanted in (False, True):
@@ -127,43 +117,17 @@ def test_checkpointing_takes_less_memory_for_the_same_losses(make_llama, tuned_o
     assert peaks[1] < 0.8 * peaks[0]
 
 
-@pytest.mark.parametrize("engine", ["own", "trainer"])
-def test_too_little_memory_halves_the_pass(make_base, tuned_on, monkeypatch, engine):
-    def hungry(model, given, **called):
-        if len(given.inputs["input_ids"]) > 2:
+def test_too_little_memory_halves_the_pass(make_base, tuned_on, monkeypatch):
+    def hungry(model, given):
+        if len(given.input_ids) > 2:
             torch.empty(2**50, dtype=torch.uint8, device=CUDA)  # more than any GPU has
-        return forward_logits(model, given, **called)
+        return forward_logits(model, given)
 
-    whole = tuned_on(make_base(), settings(engine=engine))
-    monkeypatch.setattr(training if engine == "own" else trainer_engine, "forward_logits", hungry)
-    micro = MicroBatch(8)
-    less = tuned_on(make_base(), settings(engine=engine), micro=micro)
-    assert micro.size == 2
+    whole = tuned_on(make_base(), settings())
+    monkeypatch.setattr(training, "forward_logits", hungry)
+    less = tuned_on(make_base(), settings())
+    assert less.micro_batch_size == 2
     torch.testing.assert_close(less.losses, whole.losses, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_trainer_gives_the_losses_of_the_own_loop(make_base, tuned_on, dtype):
-    own, trainer = (tuned_on(make_base(dtype), settings(engine=e)) for e in ("own", "trainer"))
-    # Two scalers of float16 gradients may begin with different scales and so skip other steps.
-    tolerance = 1e-3 if dtype == torch.float32 else 0.1
-    torch.testing.assert_close(trainer.losses, own.losses, rtol=tolerance, atol=tolerance)
-    assert trainer.model.device == CUDA
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_candidates_in_one_pass_are_as_one_by_one(make_base, tuned_on, corpus, dtype):
-    base, config = make_base(dtype), settings()
-    allocations = [ALLOCATION, RankAllocation((2, 8))]
-    candidates = [(allocation, 0) for allocation in allocations]
-    both = train_together(base, candidates, corpus.sequences, config, steps=config.steps)
-    alone = tuned_on(base, config)
-    tolerance = 1e-3 if dtype == torch.float32 else 0.05
-    torch.testing.assert_close(both[0].losses, alone.losses, rtol=tolerance, atol=tolerance)
-    model = attach(alone.model, allocations[1], seed=0, alpha_over_rank=config.alpha_over_rank)
-    put(model, both[1])
-    assert model.active_adapter == ADAPTER
-    assert model.device == CUDA
 
 
 def test_a_seed_fixes_dropout_on_the_gpu(make_base, tuned_on):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankadaptor_plugin.corpus.sequences import IGNORED, TeacherTokens, TrainingSequence
-from rankadaptor_plugin.recovery.batches import LAYOUTS, Pass, passes
+from rankadaptor_plugin.recovery.batches import Pass, padded
 from rankadaptor_plugin.recovery.losses import LEAST, forward_logits, token_loss
 
 
@@ -20,7 +20,8 @@ def kept(teacher_logits, k, temperature=1.0):
 
 
 def a_pass(targets, teacher=None):
-    return Pass({}, torch.arange(len(targets)), targets, torch.arange(len(targets)), teacher)
+    positions = torch.arange(len(targets))
+    return Pass(positions[None], positions, targets, positions, teacher)
 
 
 def logits(n, v, seed, scale=3.0):
@@ -120,18 +121,16 @@ def test_distillation_without_predictions_is_refused():
         token_loss(logits(1, 3, 0), a_pass(torch.tensor([0])), weight=0.5)
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_predictions_are_those_of_the_trained_positions(make_llama, layout):
+def test_predictions_are_those_of_the_trained_positions(make_llama):
     model = make_llama()
     tokens = torch.arange(3, 12)
     labels = torch.where(torch.arange(9) < 4, IGNORED, tokens)
-    (one,) = passes([TrainingSequence(tokens, labels)], layout, 1)
+    one = padded([TrainingSequence(tokens, labels)])
     whole = model(input_ids=tokens[None]).logits[0]
     torch.testing.assert_close(forward_logits(model, one), whole[3:8])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_no_prediction_is_computed_that_is_not_trained(make_llama, layout):
+def test_no_prediction_is_computed_that_is_not_trained(make_llama):
     model, seen = make_llama(), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     sequences = []
@@ -139,8 +138,8 @@ def test_no_prediction_is_computed_that_is_not_trained(make_llama, layout):
         tokens = torch.randint(40, (length,), generator=torch.Generator().manual_seed(length))
         labels = torch.where(torch.arange(length) < 2, IGNORED, tokens)
         sequences.append(TrainingSequence(tokens, labels))
-    (given_,) = passes(sequences, layout, 3)
+    given_ = padded(sequences)
     found = forward_logits(model, given_)
-    whole = model(**given_.inputs, use_cache=False).logits
+    whole = model(input_ids=given_.input_ids, use_cache=False).logits
     assert seen == [(1, 13, 40), whole.shape]
     torch.testing.assert_close(found, whole.flatten(0, 1)[given_.positions])

@@ -83,10 +83,10 @@ def test_the_global_random_states_are_left_as_they_were(make_llama, corpus):
 def test_all_allocations_see_the_same_batches_and_dropout(make_llama, corpus, monkeypatch):
     seen, masks = [], []
 
-    def noting(batch, layout, size):
+    def noting(batch, size):
         seen[-1].append([s.tokens.tolist() for s in batch])
         masks[-1].append(torch.get_rng_state())
-        return passes(batch, layout, size)
+        return passes(batch, size)
 
     monkeypatch.setattr(training, "passes", noting)
     base = make_llama()
@@ -127,20 +127,6 @@ def test_the_loss_is_that_of_the_responses_alone(make_llama, corpus):
     )
     recovered = recover(base, None, ALLOCATION, corpus, config, seed=0)
     assert recovered.train_loss == pytest.approx(total / count, rel=1e-5)
-
-
-@pytest.mark.parametrize(("fidelity", "steps"), [(1.0, 6), (0.5, 3), (0.01, 1)])
-def test_a_fidelity_runs_its_share_of_the_steps(make_llama, corpus, monkeypatch, fidelity, steps):
-    rates = []
-
-    def noting(step, config):
-        rates.append(learning_rate_factor(step, config))
-        return rates[-1]
-
-    monkeypatch.setattr(training, "learning_rate_factor", noting)
-    recover(make_llama(), None, ALLOCATION, corpus, CONFIG, seed=0, fidelity=fidelity)
-    # The schedule is the full run's; torch asks for the rate before each step and after the last.
-    assert rates == [learning_rate_factor(step, CONFIG) for step in range(steps + 1)]
 
 
 def test_the_learning_rate_rises_and_falls_in_straight_lines():

@@ -29,8 +29,8 @@ from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.corpus.sequences import IGNORED, Corpus, TeacherTokens, TrainingSequence
 from rankadaptor_plugin.lm_eval_model import RankAdaptorLM
 from rankadaptor_plugin.pipeline.context import Recovered
-from rankadaptor_plugin.recovery.fingerprint import RECORD
-from rankadaptor_plugin.recovery.recover import Rung, recover
+from rankadaptor_plugin.recovery.files import RECORD
+from rankadaptor_plugin.recovery.recover import recover
 from rankadaptor_plugin.recovery.teacher import LiveTeacher
 from rankadaptor_plugin.search.study import TrialStore
 
@@ -271,13 +271,6 @@ def test_quantized_weights_are_refused_on_a_cpu(tmp_path, write_run_file, comman
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_arguments_of_trainer_are_refused_before_a_run(tmp_path, write_run_file, command):
-    table = {"engine": "trainer", "trainer_arguments": {"max_steps": 3}}
-    result = command("run", write_run_file(tmp_path / "r.toml", recovery=table))
-    assert_error(result, 2, "[recovery.trainer_arguments] max_steps", "set [recovery] steps")
-    assert not (tmp_path / "out").exists()
-
-
 # ------------------------------------------------------------------------------------- packing
 
 
@@ -301,16 +294,6 @@ def mixing(name):
         torch.manual_seed(0)
         config = getattr(transformers, f"{name}Config")(**sizes)
         return getattr(transformers, f"{name}ForCausalLM")(config).eval()
-
-
-@pytest.mark.parametrize("name", ["OPT", "Falcon"])
-@pytest.mark.parametrize("engine", ["own", "trainer"])
-def test_a_model_that_mixes_packed_sequences_is_refused(refused, name, engine):
-    refused(
-        *(ConfigError, f"{name}ForCausalLM mixes the sequences of a row", 'layout = "sorted"'),
-        model=mixing(name),
-        recipe=dataclasses.replace(CONFIG, layout="packed", engine=engine),
-    )
 
 
 # ---------------------------------------------------------------------------------- distillation
@@ -358,12 +341,11 @@ def test_distillation_without_a_teacher_is_refused(refused):
 WILD = dataclasses.replace(CONFIG, learning_rate=1e30, warmup_steps=0, max_grad_norm=0.0)
 
 
-@pytest.mark.parametrize("engine", ["own", "trainer"])
 @pytest.mark.parametrize("method", ["adalora", "eva", "lora-fa", "pissa"])
-def test_a_learning_rate_beyond_all_measure_is_named_with_the_step(refused, method, engine):
+def test_a_learning_rate_beyond_all_measure_is_named_with_the_step(refused, method):
     refused(
         *(RecoveryError, "at step 2 of 4", "Lower [recovery] learning_rate (now 1e+30)"),
-        recipe=dataclasses.replace(WILD, engine=engine),
+        recipe=WILD,
         method=method,
     )
 
@@ -374,14 +356,6 @@ def test_after_a_fine_tune_that_diverged_the_model_is_in_the_mode_it_was_in(make
     with pytest.raises(RecoveryError):
         recover(base, None, ALLOCATION, corpus, WILD)
     assert not base.training
-
-
-def test_a_fine_tune_that_diverges_after_its_rung_is_refused(refused):
-    refused(
-        *(RecoveryError, "at step 2 of 4"),
-        recipe=WILD,
-        rung=Rung(fidelity=0.25, goes_on=lambda model: True),
-    )
 
 
 # ------------------------------------------------------------------------- adapters of another base
@@ -521,8 +495,6 @@ def assert_error(result, code, *fragments):
         ({"targets": ["qkv_proj"]}, 2, ('targets names "qkv_proj"', "There are: q_proj")),
         ({"methods": ["pattern:1-2-3-4-5-6-7-8-9"]}, 2, ("9", "8")),
         ({"methods": ["lora", "eva+pissa"]}, 2, ("eva cannot be combined with pissa",)),
-        ({"layout": "heaped"}, 2, ("recovery.layout is 'heaped'", "sorted")),
-        ({"candidates_per_pass": -1}, 2, ("candidates_per_pass is -1", "at least 0")),
         ({"distill_weight": 1.5}, 2, ("distill_weight is 1.5", "at most 1")),
     ],
     ids=str,
@@ -545,7 +517,7 @@ def test_trials_that_fail_in_a_row_are_kept_and_end_the_run_with_advice(
 ):
     file = write_run_file(
         tmp_path / "r.toml",
-        recovery={"learning_rate": 1e30, "candidates_per_pass": 3},
+        recovery={"learning_rate": 1e30},
         corpus={"max_train_samples": 32},
         prune={"importance": "magnitude"},
     )
@@ -557,3 +529,19 @@ def test_trials_that_fail_in_a_row_are_kept_and_end_the_run_with_advice(
     assert [trial.state.value for trial in observer.trials] == ["failed"] * 3
     with TrialStore.open(RunFolder(tmp_path / "out").study_url, "search") as store:
         assert [trial.state.value for trial in store.trials()] == ["failed"] * 3
+
+
+# ------------------------------------------------------------------------- the method of a recipe
+
+
+def test_a_recipe_that_names_one_method_is_trained_by_it(make_llama, corpus):
+    changes = {"steps": 2, "methods": ["lora-fa"]}
+    found = recover(make_llama(), None, ALLOCATION, corpus, recipe("quick", **changes))
+    assert found.method == "lora-fa"
+
+
+def test_a_recipe_that_names_several_methods_is_refused(refused):
+    refused(
+        *(ConfigError, "names the methods adalora, eva", "Name one, or give recover() a method"),
+        recipe=recipe("quick", methods=["adalora", "eva"]),
+    )

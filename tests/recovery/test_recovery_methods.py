@@ -17,19 +17,26 @@ from rankadaptor_plugin.core.errors import ConfigError, CorpusError, RankSpaceEr
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.corpus.sequences import TrainingSequence
 from rankadaptor_plugin.pruning.depth import keep_layers
-from rankadaptor_plugin.recovery.adapters import ADAPTER, attach, load, module_ranks
-from rankadaptor_plugin.recovery.batches import batches, passes, trained_tokens
+from rankadaptor_plugin.recovery.adapters import (
+    ADAPTER,
+    adapted_modules,
+    adapter_ranks,
+    attach,
+    bare_model,
+    weight_of,
+)
+from rankadaptor_plugin.recovery.batches import batches, padded, passes, trained_tokens
+from rankadaptor_plugin.recovery.files import load
 from rankadaptor_plugin.recovery.losses import forward_logits, token_loss
 from rankadaptor_plugin.recovery.methods.methods import (
     METHODS,
     Method,
-    adapter_ranks,
     begin,
     parse_method,
     pattern_allocation,
 )
 from rankadaptor_plugin.recovery.methods.pissa import principal
-from rankadaptor_plugin.recovery.module_adapters import adapted_modules, bare_model, weight_of
+from rankadaptor_plugin.recovery.slots import module_ranks
 from rankadaptor_plugin.testing.testing_models import choose_cuts, logits_of, remove_units
 
 TRAINED = (
@@ -105,7 +112,7 @@ def train(tuned, steps=12, config=CONFIG):
     stream = batches(sequences(), config.batch_size, 0)
     for step in range(steps):
         batch = next(stream)
-        for part in passes(batch, "sorted", config.micro_batch_size):
+        for part in passes(batch, config.micro_batch_size):
             loss = token_loss(forward_logits(bare, part), part) / trained_tokens(batch)
             loss.backward()
         extra = tuned.extra_loss()
@@ -120,7 +127,7 @@ def train(tuned, steps=12, config=CONFIG):
 @torch.no_grad()
 def loss_of(model) -> float:
     """The loss on all sequences, in nats per token."""
-    whole = passes(sequences(), "padded", 99)[0]
+    whole = padded(sequences())
     loss = token_loss(forward_logits(model, whole), whole)
     return loss.item() / trained_tokens(sequences())
 
@@ -612,6 +619,6 @@ def test_a_pattern_longer_than_the_model_is_refused():
 
 
 def test_lora_is_the_adapter_that_has_always_been(make):
-    expected = attach(make["uneven"](), RankAllocation((4, 2, 3)), seed=5, alpha_over_rank=2.0)
+    expected = attach(make["uneven"](), RankAllocation((4, 2, 3)), seed=5)
     for name in ("lora", "rankadaptor"):
         assert same(weights(start(make["uneven"](), name, seed=5).model), weights(expected))

@@ -12,7 +12,7 @@ from transformers import GemmaConfig, LlamaConfig
 from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.corpus.sequences import IGNORED, Corpus, TrainingSequence
 from rankadaptor_plugin.recovery import teacher as teacher_module
-from rankadaptor_plugin.recovery.batches import passes, trained_tokens
+from rankadaptor_plugin.recovery.batches import padded, trained_tokens
 from rankadaptor_plugin.recovery.losses import LEAST, forward_logits, token_loss
 from rankadaptor_plugin.recovery.teacher import LiveTeacher, check_teacher, with_teacher
 
@@ -106,7 +106,7 @@ def test_longer_sequences_come_first_and_fill_a_pass():
 def test_with_all_tokens_kept_the_loss_is_that_of_a_live_teacher(loads, make_llama, top_k):
     found, student = taught(loads, top_k=top_k), make_llama(seed=2)
     assert tensors(found)[0].shape == (5, SIZE)
-    (given,) = passes(found.sequences, "padded", 4)
+    given = padded(found.sequences)
     logits = forward_logits(student, given)
     options = {"weight": 1.0, "temperature": 2.0}
     live = token_loss(logits, given, teacher_logits=LiveTeacher(loads.model)(given), **options)
@@ -227,7 +227,7 @@ def test_a_folder_that_cannot_be_made_is_a_warning(loads, tmp_path, caplog):
 
 def test_a_live_teacher_predicts_without_gradients_what_it_would_alone(loads):
     teacher = LiveTeacher(loads())
-    (given,) = passes(CORPUS.sequences, "packed", 4)
+    given = padded(CORPUS.sequences)
     found = teacher(given)
     assert not found.requires_grad
     assert not loads.model.training

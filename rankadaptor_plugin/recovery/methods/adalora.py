@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 
-from rankadaptor_plugin.recovery.adapters import ADAPTER, trainable_parameters
-from rankadaptor_plugin.recovery.files import without_old_name
-from rankadaptor_plugin.recovery.methods.tuning import adamw
-from rankadaptor_plugin.recovery.module_adapters import (
+from rankadaptor_plugin.recovery.adapters import (
+    ADAPTER,
+    LoraSettings,
     Pair,
-    Scaling,
     adapted_modules,
     attach_pairs,
     bare_model,
-    transposed_matrices,
+    has_transposed_matrices,
+    trainable_parameters,
 )
+from rankadaptor_plugin.recovery.files import without_old_name
+from rankadaptor_plugin.recovery.methods.tuning import adamw
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,23 +45,21 @@ class AdaLora:
     Args:
         bare: The model, without adapter layers.
         ranks: The ranks that uniform LoRA would have, by module.
-        scaling: How uniform LoRA would be scaled.
+        settings: How uniform LoRA would be scaled, and its dropout.
         seed: Seed of the initial weights.
         steps: Optimizer steps; ranks are final after half of them.
-        dropout: LoRA dropout.
     """
 
     def __init__(
         self,
         bare: PreTrainedModel,
         ranks: Mapping[str, int],
-        scaling: Scaling,
+        settings: LoraSettings,
         *,
         seed: int,
         steps: int,
-        dropout: float,
     ) -> None:
-        self.budget, self._dropout = sum(ranks.values()), dropout
+        self.budget, self._dropout = sum(ranks.values()), settings.lora_dropout
         mean = self.budget / len(ranks)
         first = math.ceil(_MORE * mean)
         self._last_move = steps - steps // 2
@@ -73,10 +72,10 @@ class AdaLora:
             total_step=steps,
             orth_reg_weight=_ORTHOGONALITY,
             # PEFT divides by the first rank throughout.
-            lora_alpha=cast("int", scaling.of(round(mean)) * first),
+            lora_alpha=cast("int", settings.scaling(round(mean)) * first),
             target_modules=list(ranks),
-            fan_in_fan_out=transposed_matrices(bare),
-            lora_dropout=dropout,
+            fan_in_fan_out=has_transposed_matrices(bare),
+            lora_dropout=settings.lora_dropout,
             task_type="CAUSAL_LM",
         )
         with without_old_name(), torch.random.fork_rng(devices=[]):

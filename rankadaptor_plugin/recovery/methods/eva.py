@@ -16,13 +16,13 @@ from peft.utils.incremental_pca import IncrementalPCA
 from rankadaptor_plugin.core.errors import CorpusError, RecoveryError
 from rankadaptor_plugin.models.device import is_out_of_memory
 from rankadaptor_plugin.models.structures import matrix_shape
-from rankadaptor_plugin.recovery.batches import batches, passes
-from rankadaptor_plugin.recovery.module_adapters import (
-    Scaling,
+from rankadaptor_plugin.recovery.adapters import (
+    LoraSettings,
     adapted_modules,
     attach_ranks,
     weight_of,
 )
+from rankadaptor_plugin.recovery.batches import batches, padded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -43,27 +43,23 @@ _PROBE = 8  # tokens that tell which matrices get the same input
 def attach_eva(
     bare: PreTrainedModel,
     ranks: Mapping[str, int],
-    scaling: Scaling,
+    settings: LoraSettings,
     sequences: Sequence[TrainingSequence],
     *,
     seed: int,
-    dropout: float = 0.0,
-    dora: bool = False,
 ) -> PeftModel:
     """Puts an adapter on a model whose ranks and A matrices come from the model's inputs.
 
     Args:
         bare: The model, without adapter layers.
         ranks: The ranks to redistribute, by module; their sum stays.
-        scaling: How to scale it.
+        settings: Scaling, dropout and the like.
         sequences: What the model is fine-tuned on.
         seed: Seed of the order of the sequences.
-        dropout: LoRA dropout.
-        dora: Whether it is a DoRA adapter.
 
     Raises:
         CorpusError: If there are no sequences.
-        RecoveryError: If memory does not suffice for its batches.
+        RecoveryError: If memory runs out.
     """
     if not sequences:
         raise CorpusError("EVA reads the corpus, which is empty. Give at least one sequence.")
@@ -78,7 +74,7 @@ def attach_eva(
         if not is_out_of_memory(error):
             raise
         raise RecoveryError(
-            f"Memory does not suffice for {_SEQUENCES} sequences at once, which EVA reads. Lower "
+            f"Out of memory with {_SEQUENCES} sequences at once, which EVA reads. Lower "
             "[corpus] max_length, or leave eva out."
         ) from None
     finally:
@@ -87,10 +83,8 @@ def attach_eva(
     model = attach_ranks(
         bare,
         {name: rank for name, rank in chosen.items() if rank},
-        scaling,
+        settings,
         seed=seed,
-        dropout=dropout,
-        dora=dora,
     )
     with torch.no_grad():
         for name, module in adapted_modules(model).items():
@@ -116,10 +110,10 @@ class _Components:
     @torch.no_grad()
     def add(self, given: Pass) -> None:
         """Reads a batch."""
-        tokens = given.inputs["input_ids"].to(self._model.device)
+        tokens = given.input_ids.to(self._model.device)
         if not self._source:
             self._find_sources(tokens[:1, :_PROBE])
-        real = given.places >= 0
+        real = (torch.arange(given.input_ids.shape[1]) < given.lengths[:, None]).flatten()
         pending = self._pending()
 
         def read(name: str, states: torch.Tensor) -> None:
@@ -211,4 +205,4 @@ def _stream(sequences: Sequence[TrainingSequence], tokens: int, seed: int) -> It
         batch: list[TrainingSequence] = []
         while len(batch) < _SEQUENCES or sum(len(s.tokens) for s in batch) < tokens:
             batch += next(one_by_one)
-        yield passes(batch, "padded", len(batch))[0]
+        yield padded(batch)

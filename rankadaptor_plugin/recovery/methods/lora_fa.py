@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rankadaptor_plugin.recovery.adapters import ADAPTER
+from rankadaptor_plugin.recovery.adapters import ADAPTER, adapted_modules, weight_of
 from rankadaptor_plugin.recovery.methods.tuning import Tuning
-from rankadaptor_plugin.recovery.module_adapters import adapted_modules, weight_of
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -6,33 +6,22 @@ are untouched. So what is saved, merged, scored and swapped is always the same k
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from rankadaptor_plugin.core.errors import ConfigError, RecoveryError
+from rankadaptor_plugin.core.errors import ConfigError, RankSpaceError, RecoveryError
+from rankadaptor_plugin.core.ranks import RankAllocation
+from rankadaptor_plugin.core.registry import suggestion
 from rankadaptor_plugin.models.structures import decoder_layers
 from rankadaptor_plugin.recovery import adapters
 from rankadaptor_plugin.recovery.methods.adalora import AdaLora
 from rankadaptor_plugin.recovery.methods.eva import attach_eva
 from rankadaptor_plugin.recovery.methods.lora_fa import train_up_only
-from rankadaptor_plugin.recovery.methods.method_names import (
-    LORA,
-    METHODS,
-    NONE,
-    Method,
-    parse_method,
-    pattern_allocation,
-)
 from rankadaptor_plugin.recovery.methods.pissa import start_from_principal
 from rankadaptor_plugin.recovery.methods.tuning import Tuning
-from rankadaptor_plugin.recovery.module_adapters import (
-    Scaling,
-    adapter_ranks,
-    bare_model,
-    base_of,
-    has_adapters,
-)
+from rankadaptor_plugin.recovery.slots import module_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,20 +31,141 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rankadaptor_plugin.config.tables import RecoveryConfig
-    from rankadaptor_plugin.core.ranks import RankAllocation
     from rankadaptor_plugin.corpus.sequences import TrainingSequence
 
-__all__ = [
-    "LORA",
-    "METHODS",
-    "NONE",
-    "Method",
-    "Tuned",
-    "adapter_ranks",
-    "begin",
-    "parse_method",
-    "pattern_allocation",
-]
+LORA = "lora"
+"""LoRA with the ranks as they are given."""
+
+NONE = "none"
+"""The method that fine-tunes nothing."""
+
+SWITCHES = ("dora", "rslora", "pissa")
+"""What may be added to a method, in the order in which it is written."""
+
+METHODS = {
+    LORA: SWITCHES,
+    "rankadaptor": SWITCHES,
+    "pattern": SWITCHES,
+    "eva": ("dora", "rslora"),
+    "adalora": (),
+    "lora-fa": (),
+    NONE: (),
+}
+"""Each method with the switches that it can have."""
+
+_RANKS = "pattern:4-6-10-12"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Attributes:
+        name: One of `METHODS`.
+        ranks: The numbers of a pattern; empty for other methods.
+        dora: Weight-decomposed LoRA, arXiv 2402.09353.
+        rslora: Scaling by alpha / sqrt(r), arXiv 2312.03732.
+        pissa: First weights from singular vectors, arXiv 2404.02948.
+    """
+
+    name: str
+    ranks: tuple[int, ...] = ()
+    dora: bool = False
+    rslora: bool = False
+    pissa: bool = False
+
+    def __str__(self) -> str:
+        """Returns how it is written; ``lora`` with a switch is named by the switch alone."""
+        name = self.name + (":" + "-".join(map(str, self.ranks)) if self.ranks else "")
+        on = [switch for switch in SWITCHES if getattr(self, switch)]
+        return "+".join(on if on and name == LORA else [name, *on])
+
+    def with_switches(self, config: RecoveryConfig) -> Method:
+        """Returns the method with the switches that a run turns on for every fine-tune.
+
+        Raises:
+            ConfigError: If the method cannot have one of them.
+        """
+        if self.name == NONE:
+            return self
+        on = {name: getattr(self, name) or getattr(config, name) for name in SWITCHES}
+        return _checked(replace(self, **on))
+
+
+def parse_method(text: str) -> Method:
+    """Reads a method: a name, a switch, or names joined by ``+``, in upper or lower case.
+
+    Examples: ``adalora``, ``dora``, ``lora+rslora``, ``eva+dora``, ``pattern:4-6-10-12+pissa``.
+
+    Raises:
+        ConfigError: If it is none, or its parts do not go together.
+    """
+    first, *rest = (part.strip() for part in text.lower().split("+"))
+    if first in SWITCHES:
+        first, rest = LORA, [first, *rest]
+    name, colon, numbers = (part.strip() for part in first.partition(":"))
+    if name not in METHODS or (colon and name != "pattern"):
+        known = [*(n for n in METHODS if n != "pattern"), _RANKS, *SWITCHES]
+        near = suggestion(first, known) if first else ""
+        raise ConfigError(
+            f"Unknown recovery method {text!r}.{near} Give one of: {', '.join(known)}; "
+            "switches may be added, such as eva+dora."
+        )
+    for switch in rest:
+        if switch not in SWITCHES:
+            raise ConfigError(
+                f"Unknown switch {switch!r} in the recovery method {text!r}."
+                f"{suggestion(switch, list(SWITCHES))} After + give one of: {', '.join(SWITCHES)}."
+            )
+    ranks = _numbers(numbers, text) if name == "pattern" else ()
+    on = {switch: switch in rest for switch in SWITCHES}
+    return _checked(Method(name, ranks, **on))
+
+
+def _numbers(numbers: str, text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in numbers.split("-")]
+    # isdecimal alone takes digits of all scripts, which are no way to write ranks here.
+    if not all(part.isascii() and part.isdecimal() for part in parts) or not any(map(int, parts)):
+        raise ConfigError(
+            f"The recovery method {text!r} has no list of ranks. Write whole numbers of 0 or more, "
+            f"one of them above 0, as in {_RANKS}."
+        )
+    return tuple(map(int, parts))
+
+
+def _checked(method: Method) -> Method:
+    able = METHODS[method.name]
+    for switch in SWITCHES:
+        if getattr(method, switch) and switch not in able:
+            can = f"only {' or '.join(able)}" if able else "no switch"
+            raise ConfigError(
+                f"The recovery method {method.name} cannot be combined with {switch}: it takes "
+                f"{can}. Leave {switch} out, also of [recovery]."
+            )
+    if method.dora and method.pissa:
+        raise ConfigError(
+            f"The recovery method {method} starts its magnitudes from the base weights (dora) and "
+            "replaces these (pissa). Choose one of the two."
+        )
+    return method
+
+
+def pattern_allocation(ranks: Sequence[int], layers: int) -> RankAllocation:
+    """Spreads ranks over the layers of a model, bottom first, in blocks as equal as can be.
+
+    The paper's example (section 2) has 4, 6, 10 and 12 in the quarters of a model.
+
+    Raises:
+        RankSpaceError: If there are more ranks than layers, or none above 0.
+    """
+    if len(ranks) > layers:
+        raise RankSpaceError(
+            f"The pattern {'-'.join(map(str, ranks))} has {len(ranks)} ranks for {layers} layers. "
+            f"Give at most {layers}."
+        )
+    if not ranks:
+        raise RankSpaceError("The pattern has no ranks. Give at least one.")
+    return RankAllocation(tuple(ranks[i * len(ranks) // layers] for i in range(layers)))
 
 
 class Tuned(Protocol):
@@ -137,16 +247,16 @@ def begin(
         CorpusError: If EVA has no sequences.
     """
     method = method.with_switches(config)
-    scaling = Scaling(
-        alpha_over_rank=config.alpha_over_rank, alpha=config.alpha, rslora=method.rslora
+    settings = replace(
+        adapters.LoraSettings.of(config), use_dora=method.dora, use_rslora=method.rslora
     )
     check_scaling(method, config)
-    if base is base_of(base) and has_adapters(base_of(base)):
+    if base is adapters.base_of(base) and adapters.has_adapters(adapters.base_of(base)):
         raise RecoveryError(
             "The model has the adapter of an earlier fine-tune on it. Give RecoveredAdapter.model "
             "in its place, or call its unload() first."
         )
-    bare = bare_model(base)
+    bare = adapters.bare_model(base)
     if method.name == "adalora" and len(set(getattr(bare, "hf_device_map", {}).values())) > 1:
         raise ConfigError(
             "The recovery method adalora compares ranks on one device, but the model is spread "
@@ -154,32 +264,14 @@ def begin(
         )
     if method.ranks:
         allocation = pattern_allocation(method.ranks, len(decoder_layers(bare)))
-    ranks = adapters.module_ranks(bare, allocation, config.targets)
+    ranks = module_ranks(bare, allocation, config.targets)
     if method.name == "adalora":
-        return AdaLora(bare, ranks, scaling, seed=seed, steps=steps, dropout=config.dropout)
+        return AdaLora(bare, ranks, settings, seed=seed, steps=steps)
     if method.name == "eva":
-        model = attach_eva(
-            bare,
-            ranks,
-            scaling,
-            sequences,
-            seed=seed,
-            dropout=config.dropout,
-            dora=method.dora,
-        )
+        model = attach_eva(bare, ranks, settings, sequences, seed=seed)
         return Tuning(model=model, trained=adapters.trainable_parameters(model))
     with torch.random.fork_rng(devices=[]):
-        model = adapters.attach(
-            base,
-            allocation,
-            seed=seed,
-            alpha_over_rank=config.alpha_over_rank,
-            dropout=config.dropout,
-            alpha=config.alpha,
-            dora=method.dora,
-            rslora=method.rslora,
-            targets=config.targets,
-        )
+        model = adapters.attach(base, allocation, settings, seed=seed)
     if method.name == NONE:
         model.requires_grad_(False)
         return Tuning(model=model, trained=[])

@@ -17,15 +17,16 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 
 from rankadaptor_plugin.models.units import is_transposed
-from rankadaptor_plugin.recovery.adapters import ADAPTER, trainable_parameters
-from rankadaptor_plugin.recovery.methods.tuning import Tuning
-from rankadaptor_plugin.recovery.module_adapters import (
+from rankadaptor_plugin.recovery.adapters import (
+    ADAPTER,
     Pair,
     adapted_modules,
     attach_pairs,
     bare_model,
+    trainable_parameters,
     weight_of,
 )
+from rankadaptor_plugin.recovery.methods.tuning import Tuning
 
 if TYPE_CHECKING:
     from peft import PeftModel
