@@ -2,13 +2,15 @@
 
     OMP_NUM_THREADS=1 python benchmarks/training_step.py
 
-The cases are those of ``layouts.py``, each in float32 and in bfloat16 with adapters in float32.
-Both loops see the same sequences in the same order and begin with the same adapter. The plain one
-calls PEFT's layers, gives the model an attention mask, lets it predict every token, leaves those
-out of the loss that are not trained, and takes torch's AdamW as it is. They take turns; in each
-turn a loop makes a few steps, the first of which only warms up, and the median of the others
-counts. Losses are compared, and what autograd keeps for the backward pass of the largest pass is
-counted. Printed and written to ``results/training_step-DATE.json``.
+Two cases: the embedded default, whose sequences are short and nearly alike, and the pruned story
+model of ``examples/stories260k.toml`` with rows of Alpaca, of very uneven lengths; the second one
+needs ``../shared`` and is left out without it. Each is run in float32, and in bfloat16 with
+adapters in float32. Both loops see the same sequences in the same order and begin with the same
+adapter. The plain one calls PEFT's layers, gives the model an attention mask, lets it predict every
+token, leaves those out of the loss that are not trained, and takes torch's AdamW as it is. They
+take turns; in each turn a loop makes a few steps, the first of which only warms up, and the median
+of the others counts. Losses are compared, and what autograd keeps for the backward pass of the
+largest pass is counted. Printed and written to ``results/training_step-DATE.json``.
 """
 
 from __future__ import annotations
@@ -21,19 +23,30 @@ import logging
 import os
 import platform
 import statistics
+import tempfile
+import time
 from datetime import date
 from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from embedded_default import processor
-from layouts import PACKAGES, RESULTS, Case, Clock, Turn, case, configs
 from torch.nn import functional
 from transformers.utils import logging as transformers_logging
 
+from rankadaptor_plugin.config import run_file
+from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.corpus.sequences import IGNORED
+from rankadaptor_plugin.models.base_model import load_model
+from rankadaptor_plugin.pipeline.preparation import prepare
+from rankadaptor_plugin.plugins import plugin_manager
 from rankadaptor_plugin.recovery.batches import batches, trained_tokens
 from rankadaptor_plugin.recovery.methods import methods as recovery_methods
+from rankadaptor_plugin.recovery.slots import rank_space
 from rankadaptor_plugin.recovery.training import (
     MicroBatch,
     learning_rate_factor,
@@ -44,19 +57,105 @@ from rankadaptor_plugin.recovery.training import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from transformers import PreTrainedModel
+
+    from rankadaptor_plugin.config.tables import RecoveryConfig, RunConfig
+    from rankadaptor_plugin.core.ranks import RankAllocation
     from rankadaptor_plugin.corpus.sequences import TrainingSequence
     from rankadaptor_plugin.recovery.methods.methods import Tuned
 
-    Loop = Callable[[Case, Tuned, int, Clock], list[float]]
+    Loop = Callable[["Case", Tuned, int, "Clock"], list[float]]
 
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+STORIES = ROOT / "examples" / "stories260k.toml"
+ALPACA = ROOT.parent / "shared" / "data" / "instruct" / "alpaca_random_9k.json"
+PACKAGES = ("torch", "transformers", "peft")
 _SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Seconds of a step in a turn, wall and CPU, and the losses."""
+
+    wall: float
+    cpu: float
+    losses: list[float]
+
+
+class Clock:
+    """Takes wall and CPU time at the end of each step."""
+
+    def __init__(self) -> None:
+        self._ticks: list[tuple[float, float]] = []
+
+    def tick(self, *_: object) -> None:
+        """Notes the end of a step."""
+        self._ticks.append((time.perf_counter(), time.process_time()))
+
+    def turn(self, losses: list[float]) -> Turn:
+        """Returns the medians of the steps, the first left out."""
+        steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(self._ticks)]
+        wall, cpu = (statistics.median(seconds) for seconds in zip(*steps, strict=True))
+        return Turn(wall, cpu, losses)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A pruned model, its ranks, and what it is fine-tuned on."""
+
+    model: PreTrainedModel
+    sequences: Sequence[TrainingSequence]
+    config: RecoveryConfig
+    allocation: RankAllocation
+
+
+def case(config: RunConfig) -> Case:
+    """Prunes as a run does, and draws an allocation within the budget of uniform LoRA."""
+    with tempfile.TemporaryDirectory() as scratch:
+        config = dataclasses.replace(config, output=str(Path(scratch) / "run"), device="cpu")
+        folder = RunFolder(Path(config.output))
+        with folder.opened():
+            manager = plugin_manager(third_party=False)
+            prepared = prepare(config, manager, folder, None, time.perf_counter())
+        torch.manual_seed(config.seed)
+        base = load_model(prepared.source, device=prepared.device, dtype=prepared.dtype)
+        pruned = prepared.pruner(base, prepared.tokenizer, prepared.calibration, config.prune)
+    space = rank_space(pruned.model, pruned.pruned_layers, config.rank_space, config.recovery)
+    (row,) = space.sample(1, np.random.default_rng(_SEED)).tolist()
+    return Case(
+        pruned.model,
+        prepared.context.corpus.sequences,
+        config.recovery,
+        space.within_budget(space.allocation(row), _SEED),
+    )
+
+
+def configs(batch_size: int) -> Iterator[tuple[str, RunConfig]]:
+    """Yields the embedded default, and the story model if it is there."""
+    for name, path in (("embedded", EMBEDDED_RUN_FILE), ("stories260K", STORIES)):
+        config = run_file.load(path)
+        if name == "stories260K":
+            if not ALPACA.is_file():
+                return
+            corpus = dataclasses.replace(
+                config.corpus,
+                path=str(ALPACA),
+                template="plain",
+                max_length=256,
+                max_train_samples=2000,
+            )
+            config = dataclasses.replace(config, corpus=corpus)
+        recovery = dataclasses.replace(config.recovery, batch_size=batch_size)
+        yield name, dataclasses.replace(config, recovery=recovery)
 
 
 def own(measured: Case, tuned: Tuned, steps: int, clock: Clock) -> list[float]:
     """Makes steps with the loop of this package."""
     config = measured.config
     order = batches(measured.sequences, config.batch_size, _SEED)
-    return train(tuned, order, config, steps, micro=MicroBatch.of(config), on_step=clock.tick)
+    micro = MicroBatch(config.micro_batch_size)
+    return train(tuned, order, config, steps, micro=micro, on_step=clock.tick)
 
 
 def plain(measured: Case, tuned: Tuned, steps: int, clock: Clock) -> list[float]:
@@ -106,7 +205,7 @@ def begun(measured: Case, steps: int) -> Iterator[Tuned]:
     tuned = recovery_methods.begin(
         measured.model,
         recovery_methods.parse_method(recovery_methods.LORA),
-        measured.allocations[0],
+        measured.allocation,
         measured.config,
         seed=_SEED,
         steps=steps,
@@ -123,7 +222,7 @@ def turn(measured: Case, loop: Loop, steps: int) -> Turn:
     clock = Clock()
     with begun(measured, steps) as tuned:
         losses = loop(measured, tuned, steps, clock)
-    return clock.turn(losses, 1)
+    return clock.turn(losses)
 
 
 def kept_bytes(measured: Case, loop: Loop) -> int:
@@ -178,7 +277,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = {}
     for name, config in configs(options.batch_size):
-        made = case(config, 1)
+        made = case(config)
         recovery = dataclasses.replace(made.config, micro_batch_size=options.micro)
         for dtype in (torch.float32, torch.bfloat16):
             one = dataclasses.replace(made, model=made.model.to(dtype), config=recovery)

@@ -1,26 +1,24 @@
 """What a trial costs: where its time goes, and beside a process per fine-tune and per evaluation.
 
     OMP_NUM_THREADS=1 python benchmarks/trial_cost.py
-    OMP_NUM_THREADS=1 python benchmarks/trial_cost.py --together 1
     OMP_NUM_THREADS=1 python benchmarks/trial_cost.py examples/stories260k.toml --peer-trials 6
 
 Ours is the search of the run file, the embedded default if left out, without noise floor and race:
 one process, one model that stays in memory. The time is split into
 
 * swap: the adapter is put in place of the one before,
-* train, of which trials that are trained together have equal shares,
+* train,
 * evaluate (the search documents),
-* calibration: a few steps, once,
 * bookkeeping: everything else, such as proposals, the study and what is written.
 
 The peers do the same work as it is done without this package: for each of the same allocations one
-process that loads the pruned model, tokenises the corpus, attaches LoRA with the same first
+process that loads the pruned model, tokenizes the corpus, attaches LoRA with the same first
 weights, trains on the same batches with transformers and PEFT and saves the adapter, and one that
 asks lm-eval's own model of model and adapter about the same documents
 (``trial_cost_peer.py``). Both take turns in blocks of trials; the clock of the search stands still
 while the peers run. Pruning is left out on both sides, and the two scores of each trial are
 compared. The peers know plain LoRA, and run files that search for nothing but ranks.
-Writes ``results/trial_cost-MODEL-DATE.json``, with the options in the name that are not default.
+Writes ``results/trial_cost-MODEL-DATE.json``.
 """
 
 from __future__ import annotations
@@ -55,7 +53,7 @@ from rankadaptor_plugin.pipeline.stage import _Stage
 from rankadaptor_plugin.plugins import plugin_manager
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from rankadaptor_plugin.config.tables import RunConfig
 
@@ -102,10 +100,8 @@ def measure(config: RunConfig, block: int, repeated: int, batch_size: int) -> di
         "swap": clocks.swap,
         "train": recovery - clocks.swap,
         "evaluate": evaluation,
-        "calibration": clocks.calibration["wall"],
-        "bookkeeping": wall - recovery - evaluation - clocks.calibration["wall"],
+        "bookkeeping": wall - recovery - evaluation,
     }
-    turns.cpu[0] -= clocks.calibration["cpu"]  # done on the way of the first trial
     return {
         "trials": len(trials),
         "failed": sum(trial.score is None for trial in trials),
@@ -113,14 +109,12 @@ def measure(config: RunConfig, block: int, repeated: int, batch_size: int) -> di
             "wall": wall,
             "cpu": cpu,
             "parts": parts,
-            "calibration_cpu": clocks.calibration["cpu"],
             "proposals": sum(trial.seconds.get("search", 0.0) for trial in trials),
             "start": start,
         },
         "by_trial": [
             {
                 "ranks": list(trial.allocation.ranks),
-                "together": clocks.together.get(trial.allocation, 1),
                 "wall": sum(trial.seconds.values()),
                 "cpu": spent,
             }
@@ -135,26 +129,11 @@ def peer_seconds(measured: dict[str, Any], clock: str) -> dict[int, float]:
     return {p["position"]: p["train"][clock] + p["evaluate"][clock] for p in measured["peers"]}
 
 
-def ratio_of(measured: dict[str, Any], chosen: Sequence[int]) -> dict[str, Any]:
-    """Returns the peers' seconds per trial as multiples of ours, over some trials.
-
-    Calibration, and of the wall time the bookkeeping beside proposals, belong to no trial.
-    """
-    found: dict[str, Any] = {"trials": len(chosen)}
-    for clock in ("wall", "cpu"):
-        theirs = [v for p, v in peer_seconds(measured, clock).items() if p in chosen]
-        if theirs:
-            ours = statistics.mean(measured["by_trial"][i][clock] for i in chosen)
-            found[clock] = statistics.mean(theirs) / ours
-    return found
-
-
 def ratios(measured: dict[str, Any]) -> dict[str, Any]:
     """Returns the peers' seconds per trial as multiples of ours."""
     wall, cpu = (peer_seconds(measured, clock) for clock in ("wall", "cpu"))
     theirs, trials = statistics.mean(wall.values()), measured["trials"]
     ours, by_trial = measured["ours"], measured["by_trial"]
-    together = [i for i, trial in enumerate(by_trial) if trial["together"] > 1]
     return {
         "peers_per_trial": theirs,
         "ours_per_trial": ours["wall"] / trials,
@@ -162,8 +141,6 @@ def ratios(measured: dict[str, Any]) -> dict[str, Any]:
         "ratio_with_start": theirs * trials / (ours["wall"] + ours["start"]),
         "ratio_cpu": statistics.mean(cpu.values()) * trials / ours["cpu"],
         "ratio_by_trial": [seconds / by_trial[p]["wall"] for p, seconds in wall.items()],
-        "trained_together": ratio_of(measured, together),
-        "trained_alone": ratio_of(measured, sorted(set(range(trials)) - set(together))),
         "accuracy_difference": max(p["accuracy_difference"] for p in measured["peers"]),
         "clp_difference": max(p["clp_difference"] for p in measured["peers"]),
     }
@@ -203,13 +180,6 @@ def show(measured: dict[str, Any], found: dict[str, Any]) -> None:
         f"task's accuracy {found['accuracy_difference']:.2g}, in its mean log-probability of the "
         f"right choice {found['clp_difference']:.2g} nats."
     )
-    for kind in ("together", "alone"):
-        own = found[f"trained_{kind}"]
-        if "wall" in own:
-            print(
-                f"The {own['trials']} trials trained {kind}: {own['wall']:.1f} times, in CPU time "
-                f"{own['cpu']:.1f} times."
-            )
 
 
 def main() -> None:
@@ -218,9 +188,6 @@ def main() -> None:
     parser.add_argument("run_file", type=Path, nargs="?", default=EMBEDDED_RUN_FILE)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--peer-trials", type=int, default=0, help="0: all")
-    parser.add_argument(
-        "--together", type=int, default=0, help="[recovery] candidates_per_pass; 0: calibrated"
-    )
     parser.add_argument("--block", type=int, default=1, help="trials between two turns")
     parser.add_argument("--batch-size", type=int, default=64, help="lm-eval's")
     options = parser.parse_args()
@@ -232,7 +199,6 @@ def main() -> None:
             config,
             output=str(Path(scratch) / "run"),
             device="cpu",
-            recovery=dataclasses.replace(config.recovery, candidates_per_pass=options.together),
             search=dataclasses.replace(config.search, n_trials=options.trials),
         )
         measured = measure(
@@ -253,8 +219,6 @@ def main() -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     model = EMBEDDED if config.model == EMBEDDED else Path(config.model).name
-    if options.together != parser.get_default("together"):
-        model += f"-together{options.together}"
     path = RESULTS / f"trial_cost-{model}-{date.today().isoformat()}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 

@@ -4,7 +4,7 @@
     python benchmarks/trial_cost_peer.py evaluate JOB ADAPTER RESULT
 
 Started by ``trial_cost.py``, which writes JOB and says what stands in it. The first process loads
-the pruned model, tokenises, attaches LoRA, trains and writes ADAPTER; the second one asks lm-eval's
+the pruned model, tokenizes, attaches LoRA, trains and writes ADAPTER; the second one asks lm-eval's
 own model of model and adapter, and writes RESULT. Each imports no more than it needs, and prints
 the seconds of its parts.
 """
@@ -58,9 +58,10 @@ def train(job: dict[str, Any], ranks: str, adapter: str) -> dict[str, float]:
     model = adapters.attach(
         base,
         RankAllocation(tuple(json.loads(ranks))),
+        adapters.LoraSettings(
+            alpha_over_rank=table["alpha_over_rank"], lora_dropout=table["dropout"]
+        ),
         seed=seed,
-        alpha_over_rank=table["alpha_over_rank"],
-        dropout=table["dropout"],
     )
     clock.lap("attach")
     torch.manual_seed(seed)

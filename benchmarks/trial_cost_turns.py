@@ -19,14 +19,12 @@ import numpy as np
 from rankadaptor_plugin import hookimpl
 from rankadaptor_plugin.config.run_file import corpus_file
 from rankadaptor_plugin.oracle.oracle_requests import choice_scores
-from rankadaptor_plugin.pipeline import planned
 from rankadaptor_plugin.plugins import plugin_manager
 from rankadaptor_plugin.recovery import adapters
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
-    from rankadaptor_plugin.core.ranks import RankAllocation
     from rankadaptor_plugin.core.trials import Trial
     from rankadaptor_plugin.pipeline.context import RunContext
     from rankadaptor_plugin.pipeline.preparation import Prepared
@@ -39,29 +37,19 @@ TRAINED_WITH = (
 
 
 class Clocks:
-    """Times what a search does inside, while the block lasts.
+    """Times the swaps of adapters inside a search, while the block lasts.
 
     Attributes:
-        swap: Seconds of `adapters.attach`, those of the calibration left out.
-        calibration: Wall and CPU seconds of the search for the fastest candidates per pass.
-        together: Candidates in the pass that made an allocation; those made alone are left out.
+        swap: Seconds of `adapters.attach`.
     """
 
     def __init__(self) -> None:
         self.swap = 0.0
-        self.calibration = {"wall": 0.0, "cpu": 0.0}
-        self.together: dict[RankAllocation, int] = {}
-        self._calibrates = False
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Clocks:
-        for module, name, timed in (
-            (adapters, "attach", self._attach),
-            (planned, "measure", self._measure),
-            (planned, "train_together", self._train_together),
-        ):
-            wrapped = partial(timed, getattr(module, name))
-            self._stack.enter_context(mock.patch.object(module, name, wrapped))
+        timed = partial(self._attach, adapters.attach)
+        self._stack.enter_context(mock.patch.object(adapters, "attach", timed))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,29 +60,7 @@ class Clocks:
         try:
             return attach(*args, **named)
         finally:
-            if not self._calibrates:
-                self.swap += time.perf_counter() - began
-
-    def _measure(self, measure: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        began, cpu = time.perf_counter(), time.process_time()
-        self._calibrates = True
-        try:
-            return measure(*args, **named)
-        finally:
-            self._calibrates = False
-            self.calibration["wall"] += time.perf_counter() - began
-            self.calibration["cpu"] += time.process_time() - cpu
-
-    def _train_together(
-        self,
-        train_together: Callable[..., Any],
-        base: Any,
-        candidates: Sequence[tuple[RankAllocation, int]],
-        *args: Any,
-        **named: Any,
-    ) -> Any:
-        self.together |= {allocation: len(candidates) for allocation, _ in candidates}
-        return train_together(base, candidates, *args, **named)
+            self.swap += time.perf_counter() - began
 
 
 class Peers:
@@ -176,9 +142,6 @@ class Peers:
 
 class Turns:
     """A plugin that lets the peers repeat the trials of a block when it is full.
-
-    Trials that are trained together are trained when the first of them is due, so that one has the
-    seconds of all.
 
     Args:
         peers: The peers.

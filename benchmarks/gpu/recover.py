@@ -1,7 +1,7 @@
 """How fast a pruned LLaMA-7B is fine-tuned on one GPU, and what that takes of its memory.
 
     python benchmarks/gpu/recover.py
-    python benchmarks/gpu/recover.py --only layout,candidates --folder results
+    python benchmarks/gpu/recover.py --only micro,checkpointing --folder results
     python benchmarks/gpu/recover.py --tiny --device cpu
 
 Random weights of the shape of LLaMA-7B in bfloat16, made on the device; a quarter of the KV groups
@@ -42,14 +42,13 @@ from rankadaptor_plugin.models.structures import decoder_layers, structure_of
 from rankadaptor_plugin.pruning.width import prune_width
 from rankadaptor_plugin.recovery import training
 from rankadaptor_plugin.recovery.batches import batches
-from rankadaptor_plugin.recovery.candidates import train_together
 from rankadaptor_plugin.recovery.methods import methods as recovery_methods
 from rankadaptor_plugin.recovery.slots import module_ranks
 from rankadaptor_plugin.recovery.training import MicroBatch
 from rankadaptor_plugin.testing.testing_models import tiny_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from peft import PeftModel
     from transformers import PreTrainedModel
@@ -143,19 +142,14 @@ def arguments() -> argparse.Namespace:
 def cells(*, tiny: bool) -> Iterator[Cell]:
     """Yields the groups and settings of all cells, those that matter most first."""
     size = 4 if tiny else 16
-    for layout in ("sorted", "padded", "packed"):
-        yield "layout", {"rows": "alpaca", "layout": layout, "micro": size}
+    yield "micro", {"rows": "alpaca", "micro": size}
     for micro in (size // 4, size // 2, size, 2 * size):
-        yield "micro", {"rows": "full", "layout": "sorted", "micro": micro}
-    for rows in ("alpaca", "full"):
-        for together in (1, 2, 4):
-            yield "candidates", {"rows": rows, "micro": size // 2, "candidates": together}
+        yield "micro", {"rows": "full", "micro": micro}
     for micro in (size, 4 * size):
         yield "checkpointing", {"rows": "full", "micro": micro, "checkpointing": True}
     yield "checkpointing", {"rows": "alpaca", "micro": 4 * size, "checkpointing": True}
-    yield "trainer", {"rows": "full", "micro": size, "engine": "trainer"}
-    yield "compile", {"rows": "full", "layout": "padded", "micro": size, "compile": False}
-    yield "compile", {"rows": "full", "layout": "padded", "micro": size, "compile": True}
+    yield "compile", {"rows": "full", "micro": size, "compile": False}
+    yield "compile", {"rows": "full", "micro": size, "compile": True}
 
 
 class Bench:
@@ -196,9 +190,7 @@ class Bench:
             steps=100,
             batch_size=self._batch,
             micro_batch_size=settings["micro"],
-            layout=settings.get("layout", "sorted"),
             gradient_checkpointing=settings.get("checkpointing", False),
-            engine=settings.get("engine", "own"),
         )
         steps = WARM_UP + self._steps
         sequences = rows(
@@ -206,37 +198,27 @@ class Bench:
         )
         marks: list[float] = []
 
-        def on_step(done: int, loss: Any) -> bool:
-            del done, loss
+        def on_step(_: int) -> None:
             if self._bare.device.type == "cuda":
                 torch.cuda.synchronize(self._bare.device)
             marks.append(time.perf_counter())
-            return True
 
-        together = settings.get("candidates", 0)
-        runs = max(together, 1)
-        allocations = mixed(runs, len(decoder_layers(self._bare)))
-        micro = MicroBatch.of(config)
+        allocation = RankAllocation((RANK,) * len(decoder_layers(self._bare)))
+        micro = MicroBatch(min(config.micro_batch_size, self._batch))
         with compiled(self._bare, settings.get("compile", False), tiny=self._tiny):
-            if together:
-                candidates = [(allocation, 0) for allocation in allocations]
-                trained = train_together(
-                    self._bare, candidates, sequences, config, steps=steps, on_step=on_step
-                )
-                failed = [one.failed for one in trained if one.failed]
-                if failed:
-                    raise RuntimeError(failed[0])
-            else:
-                self._one(config, allocations[0], sequences, steps, micro, on_step)
+            method = recovery_methods.parse_method("lora")
+            order = batches(sequences, self._batch, 0)
+            tuned = recovery_methods.begin(
+                self._model, method, allocation, config, seed=0, steps=steps, sequences=sequences
+            )
+            self._model = tuned.model
+            training.train(tuned, order, config, steps, micro=micro, on_step=on_step)
         order = batches(sequences, self._batch, 0)
         drawn = [next(order) for _ in range(steps)][WARM_UP:]
         taken = [later - earlier for earlier, later in itertools.pairwise(marks)]
         # Medians: a step in which memory ran out counts its failed passes as well.
-        tokens = [runs * sum(len(s.tokens) for s in batch) for batch in drawn]
-        operations = [
-            sum(flops(self._bare, allocation, batch) for allocation in allocations)
-            for batch in drawn
-        ]
+        tokens = [sum(len(s.tokens) for s in batch) for batch in drawn]
+        operations = [flops(self._bare, allocation, batch) for batch in drawn]
         rate = statistics.median(n / t for n, t in zip(tokens, taken, strict=True))
         speed = statistics.median(n / t for n, t in zip(operations, taken, strict=True))
         return {
@@ -245,30 +227,8 @@ class Bench:
             "share_of_matmul": speed / self._peak,
             "step_seconds": statistics.median(taken),
             "tokens_per_step": statistics.mean(tokens),
-            "micro_used": None if together else micro.size,
+            "micro_used": micro.size,
         }
-
-    def _one(
-        self,
-        config: RecoveryConfig,
-        allocation: RankAllocation,
-        sequences: Sequence[TrainingSequence],
-        steps: int,
-        micro: MicroBatch,
-        on_step: Callable[[int, float], bool],
-    ) -> None:
-        method = recovery_methods.parse_method("lora")
-        order = batches(sequences, self._batch, 0)
-        tuned = recovery_methods.begin(
-            self._model, method, allocation, config, seed=0, steps=steps, sequences=sequences
-        )
-        self._model = tuned.model
-        train = training.train
-        if config.engine == "trainer":
-            from rankadaptor_plugin.recovery.trainer import engine as trainer_engine
-
-            train = trainer_engine.train
-        train(tuned, order, config, steps, micro=micro, on_step=on_step)
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int) -> float:
@@ -322,14 +282,6 @@ def rows(kind: str, count: int, cutoff: int, vocabulary: int) -> list[TrainingSe
         labels[: PROMPT * cutoff // 256] = IGNORED
         made.append(TrainingSequence(tokens, labels))
     return made
-
-
-def mixed(count: int, layers: int) -> list[RankAllocation]:
-    """Returns allocations of the same mean rank: uniform, then ever more uneven ones."""
-    return [
-        RankAllocation(tuple(RANK + (i if layer % 2 else -i) for layer in range(layers)))
-        for i in range(count)
-    ]
 
 
 def flops(
