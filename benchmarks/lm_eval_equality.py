@@ -50,8 +50,8 @@ from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.models.base_model import load_model, load_tokenizer
 from rankadaptor_plugin.models.device import resolve_device, resolve_dtype
 from rankadaptor_plugin.models.structures import decoder_layers
-from rankadaptor_plugin.oracle.contract import OracleSettings
 from rankadaptor_plugin.oracle.lm_eval_oracle import LmEvalOracle
+from rankadaptor_plugin.oracle.oracle import OracleSettings
 from rankadaptor_plugin.pruning.width import prune_width
 from rankadaptor_plugin.recovery import adapters
 from rankadaptor_plugin.tasks import task_dir

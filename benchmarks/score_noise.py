@@ -48,10 +48,9 @@ from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.core.scores import LOG_LIKELIHOOD, METRICS
 from rankadaptor_plugin.corpus.rows import prompt_and_response, read_rows
 from rankadaptor_plugin.models.base_model import load_model
-from rankadaptor_plugin.oracle.contract import OracleSettings
-from rankadaptor_plugin.oracle.documents import choose
+from rankadaptor_plugin.oracle.oracle import OracleSettings
 from rankadaptor_plugin.oracle.perplexity import PerplexityOracle
-from rankadaptor_plugin.oracle.tasks import Tasks
+from rankadaptor_plugin.oracle.tasks import Tasks, choose
 from rankadaptor_plugin.pipeline.preparation import Prepared, prepare
 from rankadaptor_plugin.plugins import plugin_manager
 from rankadaptor_plugin.recovery.recover import recover

@@ -18,7 +18,7 @@ import numpy as np
 
 from rankadaptor_plugin import hookimpl
 from rankadaptor_plugin.config.run_file import corpus_file
-from rankadaptor_plugin.oracle.oracle_requests import choice_scores
+from rankadaptor_plugin.oracle.lm_eval_oracle import choice_scores
 from rankadaptor_plugin.plugins import plugin_manager
 from rankadaptor_plugin.recovery import adapters
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.core.trials import Trial
     from rankadaptor_plugin.models.modeling_rankadaptor import Structure
     from rankadaptor_plugin.models.pruned_model import PrunedModel
-    from rankadaptor_plugin.oracle.contract import OracleFactory
+    from rankadaptor_plugin.oracle.oracle import OracleFactory
     from rankadaptor_plugin.pipeline.commands import CommandGroup
     from rankadaptor_plugin.pipeline.context import Recovered, RunContext
     from rankadaptor_plugin.pruning.contract import Pruner

@@ -1,28 +1,261 @@
 """P of the paper: lm-eval measures a model on documents kept apart for search and for report.
 
-Tasks are built and tokenized once. From the same multiple-choice requests come the accuracy that
-lm-eval reports and three scores that do not jump where an answer flips: `choice_logprob`, `margin`
-and `gold_logprob` (`rankadaptor_plugin.core.scores`).
+lm-eval builds the requests, tokenizes them and decides what is right: its own `construct_requests`,
+filters and `process_results` are called, once per run and not once per model. From the same
+multiple-choice requests come the accuracy that lm-eval reports and three scores that do not jump
+where an answer flips: `choice_logprob`, `margin` and `gold_logprob`
+(`rankadaptor_plugin.core.scores`).
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from lm_eval.models.huggingface import HFLM
+
 from rankadaptor_plugin.core.errors import ConfigError, OracleError
-from rankadaptor_plugin.core.scores import METRICS, Score
-from rankadaptor_plugin.oracle.documents import choose
+from rankadaptor_plugin.core.scores import METRICS, Score, TaskScore
+from rankadaptor_plugin.oracle.loglikelihood import Plan, loglikelihoods, plan
 from rankadaptor_plugin.oracle.oracle import check_task_names
-from rankadaptor_plugin.oracle.oracle_requests import Requests
-from rankadaptor_plugin.oracle.tasks import Tasks, accuracy_metric, compiled_once
+from rankadaptor_plugin.oracle.tasks import (
+    Tasks,
+    accuracy_metric,
+    choose,
+    compiled_once,
+    gold_choices,
+    quiet,
+)
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
+    from collections.abc import Callable, Iterator, Mapping
 
-    from rankadaptor_plugin.oracle.contract import Oracle, OracleSettings
+    from numpy.typing import NDArray
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rankadaptor_plugin.config.tables import OracleConfig
+    from rankadaptor_plugin.oracle.oracle import OracleSettings
+    from rankadaptor_plugin.oracle.tasks import Documents
+
+
+FEWSHOT_SEED = 1234
+"""What lm-eval's own commands draw few-shot examples with."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One document with the requests that lm-eval made of it.
+
+    Attributes:
+        doc: The document.
+        requests: lm-eval's instances: one per choice, for some metrics more.
+        gold: Indices of the right choices.
+        sizes: Bytes of the text that is scored, one per choice.
+    """
+
+    doc: dict[str, Any]
+    requests: list[Any]
+    gold: tuple[int, ...]
+    sizes: NDArray[np.float64]
+
+
+class TaskRequests:
+    """The requests of one task.
+
+    Raises:
+        OracleError: If the answer of a document is not among its choices.
+    """
+
+    def __init__(self, documents: Documents, accuracy_metric: str) -> None:
+        self._metric = accuracy_metric
+        # A task of its own: its instances and what it remembers belong to these documents.
+        self._task = copy.copy(documents.task)
+        for name in ("doc_to_text", "doc_to_choice", "doc_to_target"):
+            setattr(self._task, name, _remembering(getattr(self._task, name)))
+        with quiet("lm_eval"):
+            self._task.set_fewshot_seed(FEWSHOT_SEED)
+            # A set, as lm-eval looks up each of its documents in it.
+            self._task.build_all_requests(samples=frozenset(documents.ids))
+        self.questions = [
+            self._question(list(requests))
+            for _, requests in groupby(self._task.instances, key=lambda r: r.doc_id)
+        ]
+        self._keys = documents.keys()
+
+    def _question(self, requests: list[Any]) -> Question:
+        requests.sort(key=lambda request: request.idx)
+        doc = requests[0].doc
+        scored = [request.args[1].strip() for request in requests]
+        return Question(
+            doc=doc,
+            requests=requests,
+            gold=tuple(sorted(gold_choices(self._task, doc))),
+            sizes=np.array(
+                [max(1, len(t.encode())) for t in scored[: len(self._task.doc_to_choice(doc))]],
+                dtype=np.float64,
+            ),
+        )
+
+    def asked(self) -> Iterator[str]:
+        """Returns what fixes the scores: every request as it is asked, and the right answers."""
+        for question in self.questions:
+            yield repr(([request.args for request in question.requests], question.gold))
+
+    def score(self, likelihoods: NDArray[np.float64], greedy: NDArray[np.bool_]) -> TaskScore:
+        """Scores the answers to all requests, in their order; both of shape (requests,)."""
+        for request, likelihood, is_greedy in zip(
+            (r for q in self.questions for r in q.requests), likelihoods, greedy, strict=True
+        ):
+            request.resps = [(float(likelihood), bool(is_greedy))]
+            request.filtered_resps = {}
+        self._task.apply_filters()
+        values: dict[str, list[float]] = {metric: [] for metric in METRICS}
+        for question in self.questions:
+            # A task with several filters has several answers; the first counts.
+            answers = [next(iter(r.filtered_resps.values())) for r in question.requests]
+            found = self._task.process_results(question.doc, answers)
+            values["accuracy"].append(float(found[self._metric]))
+            # Tasks with acc_mutual_info append a second request per choice, without the question.
+            choices = np.array([answer[0] for answer in answers[: len(question.sizes)]])
+            for metric, value in choice_scores(choices, question.gold, question.sizes).items():
+                values[metric].append(value)
+        return TaskScore.of(values, keys=self._keys, accuracy_metric=self._metric)
+
+
+class Requests:
+    """The requests of several tasks, ready for any model with one tokenizer and context window.
+
+    Args:
+        documents: Documents by name of the task.
+        metrics: lm-eval's metric that counts as accuracy, by name of the task.
+        config: The ``[oracle]`` table.
+        tokenizer: Tokenizer of the models.
+
+    Raises:
+        OracleError: If the answer of a document is not among its choices.
+    """
+
+    def __init__(
+        self,
+        documents: Mapping[str, Documents],
+        metrics: Mapping[str, str],
+        config: OracleConfig,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self._config, self._tokenizer = config, tokenizer
+        self._tasks = {name: TaskRequests(d, metrics[name]) for name, d in documents.items()}
+        self._planned: Plan | None = None
+
+    def asked(self) -> Iterator[str]:
+        """Returns what fixes the scores of all tasks."""
+        for task in self._tasks.values():
+            yield from task.asked()
+
+    def score(self, model: PreTrainedModel | PeftModel) -> Score:
+        """Scores a model, which must be in evaluation mode."""
+        if self._planned is None:
+            self._planned = self._plan(model)
+        likelihoods, greedy = loglikelihoods(model, self._planned)
+        scores, begin = {}, 0
+        for name, task in self._tasks.items():
+            end = begin + sum(len(question.requests) for question in task.questions)
+            scores[name] = task.score(likelihoods[begin:end], greedy[begin:end])
+            begin = end
+        return Score(tasks=scores)
+
+    def _plan(self, model: PreTrainedModel | PeftModel) -> Plan:
+        """Tokenises and packs the requests; the models of a run have one context window."""
+        with quiet("lm_eval"):
+            lm = HFLM(
+                pretrained=model,
+                tokenizer=self._tokenizer,
+                max_length=self._config.max_length or None,
+            )
+        length = int(lm.max_length)
+        requests = []
+        for name, task in self._tasks.items():
+            for question in task.questions:
+                for request in question.requests:
+                    before, after = encoded(lm, *request.args[:2])
+                    if len(after) > length:
+                        raise OracleError(
+                            f"The choice {request.args[1].strip()[:40]!r} of a document of "
+                            f"{name!r} has {len(after)} tokens; at most {length} can be scored. "
+                            "Raise [oracle] max_length up to what the model allows, or leave the "
+                            "task out."
+                        )
+                    requests.append((before, after))
+        return plan(
+            requests,
+            max_length=length,
+            batch_tokens=self._config.batch_tokens,
+            batch_size=self._config.batch_size,
+        )
+
+
+def encoded(lm: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Returns the token ids of a request, as lm-eval's `loglikelihood` makes them.
+
+    Raises:
+        OracleError: If there is no token to score.
+    """
+    if context:
+        before, after = lm._encode_pair(context, continuation)
+    else:
+        after = lm.tok_encode(continuation, add_special_tokens=False)
+        before = [lm.prefix_token_id]
+        if after and after[0] == before[0]:
+            before, after = after[:1], after[1:]
+    if not before or not after:
+        raise OracleError(
+            f"The request {continuation!r} after {context[-40:]!r} has no token to score. Correct "
+            "the task's data."
+        )
+    return before, after
+
+
+def choice_scores(
+    likelihoods: NDArray[np.float64], gold: tuple[int, ...], sizes: NDArray[np.float64]
+) -> dict[str, float]:
+    """Returns `choice_logprob`, `margin` and `gold_logprob` of one document.
+
+    Args:
+        likelihoods: Log-likelihood of each choice, shape (choices,), in nats.
+        gold: Indices of the right choices.
+        sizes: Bytes of each choice, shape (choices,).
+    """
+    right = likelihoods[list(gold)]
+    wrong = np.delete(likelihoods, list(gold))
+    with np.errstate(invalid="ignore"):  # a broken model's NaN is for the oracle to report
+        choice_logprob = np.logaddexp.reduce(right) - np.logaddexp.reduce(likelihoods)
+    return {
+        "choice_logprob": float(choice_logprob),
+        "margin": float(right.max() - wrong.max()) if len(wrong) else 0.0,
+        "gold_logprob": float((right / sizes[list(gold)]).max()),
+    }
+
+
+def _remembering(render: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that calls `render` once per document.
+
+    lm-eval compiles a template at every call, which takes longer than a small model's answer.
+    Documents are told apart by identity, and kept, so that no other one takes an identity over.
+    """
+    known: dict[int, tuple[Any, Any]] = {}
+
+    def remembered(doc: Any, *template: Any) -> Any:
+        if template and template[0] is not None:  # few-shot examples may have one of their own
+            return render(doc, *template)
+        if id(doc) not in known:
+            known[id(doc)] = (doc, render(doc))
+        return known[id(doc)][1]
+
+    return remembered
 
 
 class LmEvalOracle:
@@ -110,38 +343,6 @@ class LmEvalOracle:
                     f"[oracle] weights of the {documents} tasks are all 0. Give at least one task "
                     "a weight."
                 )
-
-
-class TwoOracles:
-    """Asks one oracle for the search and another one for the report.
-
-    Args:
-        search: Scores the search documents.
-        report: Scores the report documents.
-    """
-
-    def __init__(self, search: Oracle, report: Oracle) -> None:
-        self._oracles = {"search": search, "report": report}
-
-    def score(self, model: PreTrainedModel | PeftModel, documents: str) -> Score:
-        """Scores a model with the oracle of these documents."""
-        return self._oracles[documents].score(model, documents)
-
-    def metrics(self, documents: str) -> tuple[str, ...]:
-        """Returns the metrics of the oracle of these documents."""
-        return self._oracles[documents].metrics(documents)
-
-    def weights(self, documents: str) -> dict[str, float]:
-        """Returns the weights of the oracle of these documents."""
-        return self._oracles[documents].weights(documents)
-
-    def describe(self) -> dict[str, Any]:
-        """Returns the documents of each oracle for its purpose, and both digests."""
-        found = {purpose: oracle.describe() for purpose, oracle in self._oracles.items()}
-        return {
-            "documents": {p: found[p]["documents"][p] for p in found},
-            "digest": "-".join(found[p]["digest"] for p in found),
-        }
 
 
 def lm_eval(settings: OracleSettings) -> LmEvalOracle:

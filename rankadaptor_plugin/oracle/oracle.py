@@ -1,10 +1,16 @@
-"""What the search maximizes: one number from the scores of all tasks."""
+"""What an oracle is: its contract, what the search maximizes, and two oracles as one.
+
+Plugins hand an `OracleFactory` to ``rankadaptor_register_oracles``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
+from rankadaptor_plugin.config.run_file import corpus_file
 from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.core.registry import suggestion
 from rankadaptor_plugin.core.scores import metric_suggestion
@@ -12,12 +18,105 @@ from rankadaptor_plugin.core.scores import metric_suggestion
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from rankadaptor_plugin.config.tables import OracleConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rankadaptor_plugin.config.tables import OracleConfig, RunConfig
     from rankadaptor_plugin.core.scores import Score
-    from rankadaptor_plugin.oracle.contract import Oracle
+
+
+class Oracle(Protocol):
+    """P of the paper: measures a model.
+
+    `documents` is ``"search"`` or ``"report"`` everywhere: what the search sees, and what the
+    verdict is made from. The two sets of documents must be disjoint.
+    """
+
+    def score(self, model: PreTrainedModel, documents: str) -> Score:
+        """Scores a model; higher is better for every metric.
+
+        `TaskScore.of` makes the score of a task from its values per document.
+        """
+        ...
+
+    def metrics(self, documents: str) -> tuple[str, ...]:
+        """Returns the metrics that every task of a score has.
+
+        The first one on the report documents decides the verdict.
+        """
+        ...
+
+    def weights(self, documents: str) -> dict[str, float]:
+        """Returns the weight of each task in the mean, in the order of the tables."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what fixes the scores.
+
+        Returns:
+            ``documents``: ids by purpose (``search``, ``report``) and task; ``digest``: a hash of
+            their content.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleSettings:
+    """What an oracle is built from.
+
+    Attributes:
+        config: The ``[oracle]`` table.
+        tokenizer: Tokenizer of the model.
+        task_paths: Folders with lm-eval task YAML.
+        seed: Seed of the run; decides which documents are drawn.
+        window: Context window of the model in tokens, None if it has no limit.
+        purposes: What it is asked for; ``search`` or ``report`` alone beside another oracle.
+    """
+
+    config: OracleConfig
+    tokenizer: PreTrainedTokenizerBase
+    task_paths: tuple[Path, ...]
+    seed: int
+    window: int | None = None
+    purposes: tuple[str, ...] = ("search", "report")
+
+
+OracleFactory = Callable[[OracleSettings], Oracle]
+
 
 PREFERRED = "choice_logprob"
 """Objective of an oracle that has it and whose run file names none."""
+
+
+class TwoOracles:
+    """Asks one oracle for the search and another one for the report.
+
+    Args:
+        search: Scores the search documents.
+        report: Scores the report documents.
+    """
+
+    def __init__(self, search: Oracle, report: Oracle) -> None:
+        self._oracles = {"search": search, "report": report}
+
+    def score(self, model: PreTrainedModel, documents: str) -> Score:
+        """Scores a model with the oracle of these documents."""
+        return self._oracles[documents].score(model, documents)
+
+    def metrics(self, documents: str) -> tuple[str, ...]:
+        """Returns the metrics of the oracle of these documents."""
+        return self._oracles[documents].metrics(documents)
+
+    def weights(self, documents: str) -> dict[str, float]:
+        """Returns the weights of the oracle of these documents."""
+        return self._oracles[documents].weights(documents)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the documents of each oracle for its purpose, and both digests."""
+        parts = {purpose: oracle.describe() for purpose, oracle in self._oracles.items()}
+        return {
+            "documents": {p: parts[p]["documents"][p] for p in parts},
+            "digest": "-".join(parts[p]["digest"] for p in parts),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,3 +185,24 @@ def reported_target(config: OracleConfig, oracle: Oracle) -> str:
     A target that only the search documents have guides the search alone.
     """
     return config.target if config.target in oracle.weights("report") else ""
+
+
+def check(config: RunConfig) -> None:
+    """Says what is wrong with the table ``[oracle]`` before a tokenizer or task is loaded.
+
+    Raises:
+        ConfigError: If a folder is missing, or the held-out text is the recovery corpus.
+    """
+    for key, what in (("include_path", "task YAML files"), ("data_dir", "local copies")):
+        value = getattr(config.oracle, key)
+        if value and not Path(value).is_dir():
+            raise ConfigError(
+                f"[oracle] {key} {value} is not a folder. Name the folder of the {what}, or leave "
+                "it empty."
+            )
+    text, corpus = Path(config.oracle.text), corpus_file(config.corpus.path)
+    if config.oracle.text and corpus.is_file() and text.is_file() and text.samefile(corpus):
+        raise ConfigError(
+            f"[oracle] text {text} is the recovery corpus, which models are trained on. Name "
+            "held-out text."
+        )

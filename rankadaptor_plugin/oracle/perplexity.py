@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rankadaptor_plugin.oracle.contract import OracleSettings
+    from rankadaptor_plugin.oracle.oracle import OracleSettings
 
 logger = logging.getLogger(__name__)
 

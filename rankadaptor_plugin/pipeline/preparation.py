@@ -24,9 +24,14 @@ from rankadaptor_plugin.corpus.corpus import encode, load_corpus
 from rankadaptor_plugin.models.base_model import check_folder, load_tokenizer
 from rankadaptor_plugin.models.device import resolve_device, resolve_dtype
 from rankadaptor_plugin.models.quantization import quantization_config
-from rankadaptor_plugin.oracle.contract import Oracle, OracleSettings
-from rankadaptor_plugin.oracle.lm_eval_oracle import TwoOracles
-from rankadaptor_plugin.oracle.oracle import check_task_names, objective_metric
+from rankadaptor_plugin.oracle.oracle import (
+    Oracle,
+    OracleSettings,
+    TwoOracles,
+    check_task_names,
+    objective_metric,
+)
+from rankadaptor_plugin.oracle.oracle import check as check_oracle
 from rankadaptor_plugin.pipeline import registries as plugin_list
 from rankadaptor_plugin.pipeline.context import RunContext
 from rankadaptor_plugin.pipeline.method_race import check_methods
@@ -47,7 +52,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.core.registry import Registry
     from rankadaptor_plugin.corpus.sequences import Corpus
     from rankadaptor_plugin.models.pruned_model import PrunedModel
-    from rankadaptor_plugin.oracle.contract import OracleFactory
+    from rankadaptor_plugin.oracle.oracle import OracleFactory
     from rankadaptor_plugin.pruning.contract import Pruner
 
 logger = logging.getLogger(__name__)
@@ -112,6 +117,7 @@ def prepare(
     found = plugin_list.registries(manager)
     plugin_list.check_names(found, config)
     verdict.check(config)
+    check_oracle(config)
     device = given.model.device if given else resolve_device(config.device)
     source = model_folder(config.model)
     check_folder(source)
@@ -125,13 +131,6 @@ def prepare(
         else load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     )
     corpus_path = corpus_file(config.corpus.path)
-    text = config.oracle.text
-    known = corpus_path.is_file() and Path(text).is_file()
-    if text and known and Path(text).samefile(corpus_path):
-        raise ConfigError(
-            f"[oracle] text {text} is the recovery corpus, which models are trained on. Name "
-            "held-out text."
-        )
     corpus = load_corpus(corpus_path, tokenizer, config.corpus)
     if not corpus.validation and (config.recovery.keep_best or config.recovery.validate_every):
         logger.warning(
@@ -154,13 +153,6 @@ def prepare(
             "calibration, or leave it empty."
         )
     search.check(config, *_shape(config, source, given))
-    for key, what in (("include_path", "task YAML files"), ("data_dir", "local copies")):
-        value = getattr(config.oracle, key)
-        if value and not Path(value).is_dir():
-            raise ConfigError(
-                f"[oracle] {key} {value} is no folder. Name the folder of the {what}, or leave it "
-                "empty."
-            )
     if config.generation.max_new_tokens:
         for prompt in config.generation.prompts:
             if not encode(tokenizer, prompt):

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
     from rankadaptor_plugin.core.scores import Score
     from rankadaptor_plugin.models.pruned_model import PrunedModel
-    from rankadaptor_plugin.oracle.contract import Oracle
-    from rankadaptor_plugin.oracle.oracle import Objective
+    from rankadaptor_plugin.oracle.oracle import Objective, Oracle
     from rankadaptor_plugin.pipeline.context import Recovered, RunContext
     from rankadaptor_plugin.report.schema import Footprint, ReportData, Result
     from rankadaptor_plugin.report.texts import Entry

@@ -26,7 +26,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from rankadaptor_plugin.oracle.contract import Oracle
+    from rankadaptor_plugin.oracle.oracle import Oracle
 
 PURPOSES = ("search", "report")
 

@@ -30,7 +30,7 @@ from rankadaptor_plugin.corpus.corpus import load_corpus
 from rankadaptor_plugin.hooks import specs
 from rankadaptor_plugin.models.families import LLAMA
 from rankadaptor_plugin.models.pruned_model import PrunedModel
-from rankadaptor_plugin.oracle.contract import OracleSettings
+from rankadaptor_plugin.oracle.oracle import OracleSettings
 from rankadaptor_plugin.oracle.tasks import Tasks
 from rankadaptor_plugin.pipeline.context import RunContext
 from rankadaptor_plugin.pipeline.registries import GROUP, registries

@@ -14,13 +14,13 @@ from pyarrow import parquet
 from rankadaptor_plugin.core.errors import ConfigError, OracleError
 from rankadaptor_plugin.oracle.local_data import (
     BENCHMARKS,
+    LAYOUTS,
     check_copies,
     convert,
     find_copy,
     load_split,
     read_rows,
 )
-from rankadaptor_plugin.oracle.local_layouts import LAYOUTS
 
 CHOICES = {"text": ["red", "a blue one", "green"], "label": ["A", "B", "C"]}
 LISTED = [{"text": t, "label": name} for t, name in zip(*CHOICES.values(), strict=True)]

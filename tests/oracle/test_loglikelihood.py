@@ -17,7 +17,7 @@ from rankadaptor_plugin.core.errors import ConfigError, OracleError
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.models.pruned_model import PrunedModel
 from rankadaptor_plugin.models.structures import decoder_layers, layer_widths
-from rankadaptor_plugin.oracle import loglikelihood, loglikelihood_groups
+from rankadaptor_plugin.oracle import loglikelihood, loglikelihood_plan
 from rankadaptor_plugin.oracle.loglikelihood import loglikelihoods, plan
 from rankadaptor_plugin.recovery.adapters import attach, trainable_parameters
 from rankadaptor_plugin.testing.testing_models import choose_cuts, remove_units, tiny_tokenizer
@@ -192,7 +192,7 @@ TOKENS = st.lists(st.integers(3, 8), min_size=1, max_size=12)
     batch_tokens=st.integers(1, 200),
     batch_size=st.integers(0, 5),
     max_length=st.integers(12, 40),
-    cost=st.sampled_from([0, loglikelihood_groups.PASS]),  # at none, all is shared that can be
+    cost=st.sampled_from([0, loglikelihood_plan.PASS]),  # at none, all is shared that can be
 )
 def test_any_budget_gives_the_same(
     make_llama, requests, contexts, batch_tokens, batch_size, max_length, cost
@@ -201,7 +201,7 @@ def test_any_budget_gives_the_same(
     for context in contexts:
         requests = requests + [(context * 2, continuation) for _, continuation in requests]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loglikelihood_groups, "PASS", cost)
+        patch.setattr(loglikelihood_plan, "PASS", cost)
         made = plan(
             requests, max_length=max_length, batch_tokens=batch_tokens, batch_size=batch_size
         )

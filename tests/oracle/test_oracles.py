@@ -16,9 +16,8 @@ from lm_eval.tasks import TaskManager
 from rankadaptor_plugin.config.tables import OracleConfig
 from rankadaptor_plugin.core.errors import ConfigError, OracleError
 from rankadaptor_plugin.core.ranks import RankAllocation
-from rankadaptor_plugin.oracle.contract import OracleSettings
-from rankadaptor_plugin.oracle.lm_eval_oracle import lm_eval
-from rankadaptor_plugin.oracle.oracle_requests import choice_scores
+from rankadaptor_plugin.oracle.lm_eval_oracle import choice_scores, lm_eval
+from rankadaptor_plugin.oracle.oracle import OracleSettings
 from rankadaptor_plugin.recovery.adapters import attach, trainable_parameters
 
 # datasets leaves the file behind a table of its own open.

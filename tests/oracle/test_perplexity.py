@@ -8,7 +8,7 @@ import torch
 
 from rankadaptor_plugin.config.tables import OracleConfig
 from rankadaptor_plugin.core.errors import ConfigError, OracleError
-from rankadaptor_plugin.oracle.contract import OracleSettings
+from rankadaptor_plugin.oracle.oracle import OracleSettings
 from rankadaptor_plugin.oracle.perplexity import perplexity
 from rankadaptor_plugin.testing.oracles import OracleConformance
 
