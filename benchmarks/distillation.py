@@ -43,7 +43,7 @@ from rankadaptor_plugin.plugins import plugin_manager
 from rankadaptor_plugin.recovery.recover import recover
 from rankadaptor_plugin.recovery.slots import rank_space
 from rankadaptor_plugin.recovery.teacher import LiveTeacher, with_teacher
-from rankadaptor_plugin.verdict.statistics import compare, interval_of_mean
+from rankadaptor_plugin.verdict.statistics import Model, compare, mean_interval, model_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,6 +55,22 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "lm-eval", "numpy")
 METRICS = ("accuracy", "choice_logprob")
 LIVE = 0  # kept tokens of a live teacher, as the run file writes it
+
+
+def _model(scores: list[Score], metric: str) -> Model:
+    return model_of(dict(enumerate(scores)), metric)
+
+
+def mean_of(scores: list[Score], metric: str) -> dict[str, Any]:
+    """Returns the mean over the tasks with its interval."""
+    weights = dict.fromkeys(scores[0].tasks, 1.0)
+    return mean_interval(_model(scores, metric), metric, weights).to_json()
+
+
+def above(scores: list[Score], others: list[Score], metric: str) -> dict[str, Any]:
+    """Returns the difference of the means over the tasks."""
+    weights = dict.fromkeys(scores[0].tasks, 1.0)
+    return compare(_model(scores, metric), _model(others, metric), metric, weights).to_json()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +122,7 @@ def measure(loaded: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
     oracle, corpus = prepared.context.oracle, prepared.context.corpus
     space = rank_space(pruned.model, pruned.pruned_layers, config.rank_space, config.recovery)
     before = {
-        name: {m: interval_of_mean([score], m).to_json() for m in METRICS}
+        name: {m: mean_of([score], m) for m in METRICS}
         for name, model in (("unpruned", unpruned), ("pruned", pruned.model))
         for score in [oracle.score(model, "report")]
     }
@@ -161,13 +177,13 @@ def measure(loaded: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
                 **dataclasses.asdict(arm),
                 "seconds": statistics.median(seconds[arm]),
                 "per_seed": {m: [score.mean(m) for score in scores] for m in METRICS},
-                "mean": {m: interval_of_mean(scores, m).to_json() for m in METRICS},
-                "above_none": {m: compare(scores, plain, m).to_json() for m in METRICS},
+                "mean": {m: mean_of(scores, m) for m in METRICS},
+                "above_none": {m: above(scores, plain, m) for m in METRICS},
             }
             for arm, scores in found.items()
         ],
         "top_k_above_live": {
-            str(arm): {m: compare(scores, found[live], m).to_json() for m in METRICS}
+            str(arm): {m: above(scores, found[live], m) for m in METRICS}
             for arm, scores in found.items()
             if arm.weight and arm.top_k
             for live in [dataclasses.replace(arm, top_k=LIVE)]

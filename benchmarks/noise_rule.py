@@ -28,7 +28,7 @@ def simulated(icc: float, allocations: int, seeds: int, pilots: int) -> dict[str
     """Returns the shares of pilots by outcome, and the true gain over the true floor."""
     rng = np.random.default_rng(7)
     between = math.sqrt(icc / (1 - icc))
-    counts = dict.fromkeys(("drowned", "open", "detectable"), 0)
+    counts = dict.fromkeys(("below the noise", "open", "detectable"), 0)
     for _ in range(pilots):
         table = between * rng.normal(size=(allocations, 1)) + rng.normal(size=(allocations, seeds))
         found = reliability(table)
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--pilots", type=int, default=1000)
     pilots = parser.parse_args().pilots
     rows = []
-    print("| pilot | true ICC | gain / floor | drowned | open | detectable |")
+    print("| pilot | true ICC | gain / floor | below the noise | open | detectable |")
     print("| --- | --: | --: | --: | --: | --: |")
     for allocations, seeds in ((4, 3), (8, 3)):
         for icc in (0.0, 0.3, 0.6, 0.9):

@@ -49,7 +49,7 @@ from rankadaptor_plugin.recovery.batches import passes
 from rankadaptor_plugin.recovery.files import without_old_name
 from rankadaptor_plugin.recovery.recover import recover
 from rankadaptor_plugin.recovery.slots import rank_space
-from rankadaptor_plugin.verdict.statistics import compare, interval_of_mean
+from rankadaptor_plugin.verdict.statistics import Model, compare, mean_interval, model_of
 
 if TYPE_CHECKING:
     from rankadaptor_plugin.config.tables import RunConfig
@@ -67,6 +67,22 @@ METHODS = (
     "none",
 )
 _SEQUENCES = 32  # whose logits are compared
+
+
+def _model(scores: list[Score], metric: str) -> Model:
+    return model_of(dict(enumerate(scores)), metric)
+
+
+def mean_of(scores: list[Score], metric: str) -> dict[str, Any]:
+    """Returns the mean over the tasks with its interval."""
+    weights = dict.fromkeys(scores[0].tasks, 1.0)
+    return mean_interval(_model(scores, metric), metric, weights).to_json()
+
+
+def above(scores: list[Score], others: list[Score], metric: str) -> dict[str, Any]:
+    """Returns the difference of the means over the tasks."""
+    weights = dict.fromkeys(scores[0].tasks, 1.0)
+    return compare(_model(scores, metric), _model(others, metric), metric, weights).to_json()
 
 
 @dataclasses.dataclass
@@ -93,8 +109,8 @@ class Measured:
         """Returns what the results file holds, compared with uniform LoRA."""
         return {
             "per_seed": {m: [score.mean(m) for score in self.scores] for m in METRICS},
-            "mean": {m: interval_of_mean(self.scores, m).to_json() for m in METRICS},
-            "above_lora": {m: compare(self.scores, plain.scores, m).to_json() for m in METRICS},
+            "mean": {m: mean_of(self.scores, m) for m in METRICS},
+            "above_lora": {m: above(self.scores, plain.scores, m) for m in METRICS},
             "cpu": self.cpu,
             "cpu_ratio": statistics.median(a / b for a, b in zip(self.cpu, plain.cpu, strict=True)),
             "parameters": self.parameters,
@@ -162,7 +178,7 @@ def measure(config: RunConfig, seeds: int) -> dict[str, Any]:
     return {
         "seeds": seeds,
         "steps": config.recovery.steps_for(len(corpus.sequences)),
-        "before": {m: interval_of_mean([before], m).to_json() for m in METRICS},
+        "before": {m: mean_of([before], m) for m in METRICS},
         "methods": {name: own.summary(found[LORA]) for name, own in found.items()},
     }
 
