@@ -63,6 +63,17 @@ class FineTuner:
             self._resident = bare_model(self._resident)
 
     def evaluate(self, allocation: RankAllocation, seed: int) -> Outcome:
+        """Fine-tunes an allocation for the search."""
+        run = self.search_run(allocation, seed)
+        return Outcome(
+            score=run.search,
+            objective=run.objective,
+            train_loss=run.train_loss,
+            seconds=run.seconds,
+            validation_loss=run.validation_loss,
+        )
+
+    def search_run(self, allocation: RankAllocation, seed: int) -> ConfirmationRun:
         """Fine-tunes an allocation and scores it on the search documents."""
         searched: dict[str, Any] = dict(allocation.settings)
         try:
@@ -85,24 +96,13 @@ class FineTuner:
         self._settings = replace(self._settings, micro_batch_size=recovered.micro_batch_size)
         began = time.perf_counter()
         score = self._context.oracle.score(recovered.model, "search")
-        return Outcome(
-            score=score,
+        return ConfirmationRun(
+            search=score,
+            report=None,
             objective=self._objective(score),
             train_loss=recovered.train_loss,
             seconds={"recovery": recovered.seconds, "oracle": time.perf_counter() - began},
             validation_loss=recovered.validation_loss,
-        )
-
-    def search_run(self, allocation: RankAllocation, seed: int) -> ConfirmationRun:
-        """Fine-tunes and scores on the search documents."""
-        outcome = self.evaluate(allocation, seed)
-        return ConfirmationRun(
-            search=outcome.score,
-            report=None,
-            objective=outcome.objective,
-            train_loss=outcome.train_loss,
-            seconds=outcome.seconds,
-            validation_loss=outcome.validation_loss,
         )
 
     def report_run(self, allocation: RankAllocation, seed: int) -> ConfirmationRun:

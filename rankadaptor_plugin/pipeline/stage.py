@@ -55,11 +55,27 @@ def recover_pruned(pruned: PrunedModel, context: RunContext) -> Recovered:
         RankSpaceError: If the run file's rank space does not fit the model.
         RecoveryError: If fine-tunes fail for good; finished trials stay.
     """
-    return _Stage(pruned, context).run()
+    stage = _Stage(pruned, context)
+    config, folder = context.config, stage.folder
+    with stage.tuner.cleared():
+        noise = stage.noise() if config.searches and config.noise.seeds else None
+        searched = stage.step.run(noise)
+        drawn = None
+        if searched.is_searched and config.confirm.best_random:
+            drawn = stage.step.random_trials(len(searched.trials))
+        with (
+            folder.timed("confirm") as add_seconds,
+            TrialStore.open(folder.study_url, "confirm") as store,
+        ):
+            confirmed = stage.confirm(searched, drawn, store, add_seconds)
+        with folder.timed("deliver"):
+            extra = own_seconds(noise, searched.trials)
+            extra += [trial.seconds for trial in drawn.trials] if drawn else []
+            return stage.deliver(searched, confirmed, noise, extra)
 
 
 class _Stage:
-    """One run of the stage; holds what its steps share."""
+    """The steps of the stage, and what they share."""
 
     def __init__(self, pruned: PrunedModel, context: RunContext) -> None:
         self.pruned = pruned
@@ -75,23 +91,6 @@ class _Stage:
         self.objective = self._objective()
         self.tuner = FineTuner(pruned, context, self.folder, self.objective, self.seeds[0])
         self.step = SearchStep(pruned, context, self.folder, self.space, self.objective, self.tuner)
-
-    def run(self) -> Recovered:
-        with self.tuner.cleared():
-            noise = self.noise() if self.config.searches and self.config.noise.seeds else None
-            found = self.step.run(noise)
-            others = None
-            if found.is_searched and self.config.confirm.best_random:
-                others = self.step.random_trials(len(found.trials))
-            with (
-                self.folder.timed("confirm") as add_seconds,
-                TrialStore.open(self.folder.study_url, "confirm") as store,
-            ):
-                confirmed = self._confirm(found, others, store, add_seconds)
-            with self.folder.timed("deliver"):
-                extra = own_seconds(noise, found.trials)
-                extra += [trial.seconds for trial in others.trials] if others else []
-                return self._deliver(found, confirmed, noise, extra)
 
     def noise(self) -> Noise | None:
         """Measures the noise floor and keeps what it says in noise.json."""
@@ -125,7 +124,7 @@ class _Stage:
         metric = objective_metric(config, oracle)
         return Objective(metric=metric, target=config.target, weights=oracle.weights("search"))
 
-    def _confirm(
+    def confirm(
         self,
         found: SearchResult,
         others: SearchResult | None,
@@ -177,7 +176,7 @@ class _Stage:
             return {target: 1.0}
         return self.context.oracle.weights("report")
 
-    def _deliver(
+    def deliver(
         self,
         found: SearchResult,
         confirmed: Confirmed,

@@ -177,7 +177,10 @@ def measure(
                 result = _cached(allocation, seed, folder)
                 if result is None:
                     on_run(done, total)
-                    result = _run(allocation, seed, run, folder)
+                    result = run(allocation, seed)
+                    name = f"noise/{run_name(allocation, seed)}"
+                    folder.write_score(f"{name}.parquet", result.search)
+                    folder.write_json(f"{name}.json", result.to_json())
                 several.append(result)
                 done += 1
         except (RecoveryError, OracleError) as error:
@@ -279,16 +282,3 @@ def _cached(allocation: RankAllocation, seed: int, folder: RunFolder) -> Confirm
     if result is None:
         return None
     return result.with_search(folder.with_documents(f"{name}.parquet", result.search))
-
-
-def _run(
-    allocation: RankAllocation,
-    seed: int,
-    run: Callable[[RankAllocation, int], ConfirmationRun],
-    folder: RunFolder,
-) -> ConfirmationRun:
-    name = f"noise/{run_name(allocation, seed)}"
-    done = run(allocation, seed)
-    folder.write_score(f"{name}.parquet", done.search)
-    folder.write_json(f"{name}.json", done.to_json())
-    return done
