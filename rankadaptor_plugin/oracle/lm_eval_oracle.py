@@ -21,14 +21,13 @@ from lm_eval.models.huggingface import HFLM
 from rankadaptor_plugin.core.errors import ConfigError, OracleError
 from rankadaptor_plugin.core.scores import METRICS, Score, TaskScore
 from rankadaptor_plugin.oracle.loglikelihood import Plan, loglikelihoods, plan
-from rankadaptor_plugin.oracle.oracle import check_task_names
+from rankadaptor_plugin.oracle.oracle import check_task_names, quiet
 from rankadaptor_plugin.oracle.tasks import (
     Tasks,
     accuracy_metric,
     choose,
     compiled_once,
     gold_choices,
-    quiet,
 )
 
 if TYPE_CHECKING:

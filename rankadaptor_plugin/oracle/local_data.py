@@ -11,15 +11,16 @@ of LLM-Adapters (arXiv 2304.01933) and of llm-foundry.
 
 from __future__ import annotations
 
-import json
 import re
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pyarrow import ArrowException, parquet
+import datasets
 
 from rankadaptor_plugin.core.errors import ConfigError, OracleError
+from rankadaptor_plugin.oracle.oracle import quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -61,7 +62,7 @@ def texts(row: Row, field: str) -> list[str]:
     value = row[field]
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return list(value)
-    raise RowError(f"has {field} {value!r:.60}, which is no list of texts. Correct the row.")
+    raise RowError(f"has {field} {value!r:.60}, which is not a list of texts. Correct the row.")
 
 
 def has_answer(row: Row, field: str) -> str:
@@ -331,7 +332,14 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
 
 SPLITS = ("train", "validation", "test")
 BENCHMARKS = tuple(LAYOUTS)
-SUFFIXES = (".parquet", ".jsonl", ".json")
+FORMATS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+}
+"""The reader of `datasets` for each ending of a file, the preferred one first."""
 
 FOLDERS: dict[str, tuple[str, ...]] = {
     "boolq": ("BoolQ", "super_glue/boolq"),
@@ -427,8 +435,8 @@ def check_copies(data_dir: Path, wanted: Iterable[tuple[str, str]]) -> None:
     """
     if not data_dir.is_dir():
         raise ConfigError(
-            f"The data_dir {data_dir} is no folder. Correct it, or leave data_dir out to read the "
-            "data sets from the hub."
+            f"The data_dir {data_dir} is not a folder. Correct it, or leave data_dir out to read "
+            "the data sets from the hub."
         )
     missing = []
     for benchmark, split in wanted:
@@ -438,9 +446,9 @@ def check_copies(data_dir: Path, wanted: Iterable[tuple[str, str]]) -> None:
             missing.append(str(data_dir / benchmark / f"{split}.jsonl"))
     if missing:
         raise ConfigError(
-            f"Local copies are missing: {', '.join(missing)} (or .json, .parquet). Put them there; "
-            "docs/local-data.md lists other file names that are found. Or leave data_dir out to "
-            "read the data sets from the hub."
+            f"Local copies are missing: {', '.join(missing)} (or .json, .parquet, .arrow, .csv). "
+            "Put them there; docs/local-data.md lists other file names that are found. Or leave "
+            "data_dir out to read the data sets from the hub."
         )
 
 
@@ -449,13 +457,13 @@ def find_copy(data_dir: Path, benchmark: str, split: str) -> list[Path]:
 
     Where several copies are there, the first counts: ``DIR/<benchmark>/<split>``,
     ``DIR/<benchmark>_<split>``, the names of the downloads, then a part of a split with its number
-    of rows in the name, ``DIR/<benchmark>_<split>1000``; parquet before JSON.
+    of rows in the name, ``DIR/<benchmark>_<split>1000``; parquet first.
 
     Raises:
         OracleError: If a shard is missing, or several parts are there.
     """
     for stem in _stems(data_dir, benchmark, split):
-        for suffix in SUFFIXES:
+        for suffix in FORMATS:
             file = stem.with_name(stem.name + suffix)
             if file.is_file():
                 return [file]
@@ -470,7 +478,7 @@ def _part(data_dir: Path, benchmark: str, split: str) -> list[Path]:
     parts = sorted(
         file
         for file in data_dir.glob(f"{benchmark}_{split}*")
-        if file.suffix in SUFFIXES and named.fullmatch(file.stem)
+        if file.suffix in FORMATS and named.fullmatch(file.stem)
     )
     if len(parts) > 1:
         raise OracleError(
@@ -480,44 +488,36 @@ def _part(data_dir: Path, benchmark: str, split: str) -> list[Path]:
     return parts
 
 
-def read_rows(file: Path) -> list[Any]:
-    """Reads a parquet file, a JSON list, or one JSON value per line, told apart by content.
+def read_rows(file: Path) -> list[Row]:
+    """Reads the rows of a file with `datasets`; fields without a value are left out.
 
     Raises:
-        OracleError: If it is empty or broken; for JSON with the line.
+        OracleError: If it is empty or broken.
     """
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     try:
-        if file.suffix == ".parquet":
-            rows: list[Any] = parquet.ParquetFile(file).read().to_pylist()
-        else:
-            rows = _parse(file.read_text(encoding="utf-8-sig"), file)
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
+        # The cache of the user stays as it is.
+        with tempfile.TemporaryDirectory() as cache, quiet("datasets"):
+            rows = datasets.load_dataset(
+                FORMATS[file.suffix],
+                data_files=str(file),
+                split="train",
+                cache_dir=cache,
+                keep_in_memory=True,
+            ).to_list()
+    except Exception as error:  # each reader has errors of its own
+        if isinstance(error, ValueError) and "no data" in str(error):
+            raise OracleError(f"{file} has no rows. Copy it again.") from error
+        reason = str(error.__cause__ or error).partition("\n")[0].rstrip(".")
         raise OracleError(f"{file} cannot be read: {reason}. Copy it again.") from error
-    if not rows:
-        raise OracleError(f"{file} has no rows. Copy it again.")
-    return rows
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+    return [{key: value for key, value in row.items() if value is not None} for row in rows]
 
 
-def _parse(content: str, file: Path) -> list[Any]:
-    whole = content.lstrip().startswith("[")
-    # Not splitlines: JSON strings may hold the other characters that it breaks at.
-    lines = [(1, content)] if whole else list(enumerate(content.split("\n"), start=1))
-    rows = []
-    for number, line in lines:
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise OracleError(
-                f"{file} is not valid JSON in line {number + error.lineno - 1}: {error.msg}. Write "
-                "a list of objects, or one object per line."
-            ) from error
-    return list(rows[0]) if whole else rows
-
-
-def _with_labels(rows: list[Any], file: Path, benchmark: str) -> list[Any]:
+def _with_labels(rows: list[Row], file: Path, benchmark: str) -> list[Row]:
     """Fills in the answers that PIQA and WinoGrande ship in a file of their own.
 
     Raises:
@@ -534,7 +534,7 @@ def _with_labels(rows: list[Any], file: Path, benchmark: str) -> list[Any]:
             "both again."
         )
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True), start=1):
-        if isinstance(row, dict) and str(row.setdefault(field, answer)) != answer:
+        if str(row.setdefault(field, answer)) != answer:
             raise OracleError(
                 f"{file}, row {number} has {field} {row[field]!r}, but {labels.name} says "
                 f"{answer!r}. Remove the wrong one."

@@ -5,6 +5,8 @@ Plugins hand an `OracleFactory` to ``rankadaptor_register_oracles``.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from rankadaptor_plugin.core.registry import suggestion
 from rankadaptor_plugin.core.scores import metric_suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -206,3 +208,15 @@ def check(config: RunConfig) -> None:
             f"[oracle] text {text} is the recovery corpus, which models are trained on. Name "
             "held-out text."
         )
+
+
+@contextlib.contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Hides messages below an error of a library at work; trials would repeat them endlessly."""
+    log = logging.getLogger(name)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)

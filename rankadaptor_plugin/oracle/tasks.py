@@ -23,6 +23,7 @@ from lm_eval.utils import env
 from rankadaptor_plugin.core.errors import ConfigError, OracleError, RankAdaptorError
 from rankadaptor_plugin.core.registry import suggestion
 from rankadaptor_plugin.core.scores import document_key
+from rankadaptor_plugin.oracle.oracle import quiet
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -185,18 +186,6 @@ def compiled_once() -> Iterator[None]:
         yield
     finally:
         env.from_string = compile_template
-
-
-@contextlib.contextmanager
-def quiet(name: str) -> Iterator[None]:
-    """Hides messages below an error while lm-eval works; trials would repeat them endlessly."""
-    log = logging.getLogger(name)
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
 
 
 logger = logging.getLogger(__name__)

@@ -105,7 +105,7 @@ BAD = {
     "no budget": ({"rank_space": {"default_rank": 1}}, 2, "budget", "Add a smaller candidate"),
     "task path that is no folder": (
         {"oracle": {"include_path": "nowhere"}},
-        *(2, "is no folder", "Name the folder"),
+        *(2, "is not a folder", "Name the folder"),
     ),
     "rank above a matrix": (
         {"rank_space": {"candidates": [2, 5000], "budget": "free"}},

@@ -316,7 +316,7 @@ BAD = {
     ),
     "no folder of copies": (
         lambda folder, text: {"oracle": {"data_dir": "nowhere"}},
-        *(2, "nowhere is no folder", "local copies"),
+        *(2, "nowhere is not a folder", "local copies"),
     ),
     "no text": (
         lambda folder, text: {"oracle": {"search_name": "perplexity"}},

@@ -252,7 +252,12 @@ def test_documents_are_processed_once(loaded):
 
 def test_local_copies_leave_nothing_in_the_cache_and_ask_no_hub(copies, monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets, "load_dataset", lambda **_: pytest.fail("asked the hub"))
+    load = datasets.load_dataset
+
+    def of_files(path, **options):
+        return load(path, **options) if path == "json" else pytest.fail("asked the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", of_files)
     manager(copies).load(["rankadaptor_commonsense7"])
     assert not (tmp_path / "cache").exists()
 
