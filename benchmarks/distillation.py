@@ -102,7 +102,9 @@ def with_options(loaded: RunConfig, options: argparse.Namespace) -> RunConfig:
         loaded,
         model=options.model or loaded.model,
         corpus=dataclasses.replace(loaded.corpus, path=options.corpus or loaded.corpus.path),
-        recovery=dataclasses.replace(loaded.recovery, steps=options.steps or loaded.recovery.steps),
+        recovery=dataclasses.replace(
+            loaded.recovery, max_steps=options.steps or loaded.recovery.max_steps
+        ),
     )
 
 
@@ -167,7 +169,7 @@ def measure(loaded: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
             seconds[arm].append(recovered.seconds)
     plain = found[Arm()]
     return {
-        "steps": config.recovery.steps,
+        "steps": config.recovery.max_steps,
         "seeds": options.seeds,
         "before": before,
         "seconds_of_predictions": predicting,

@@ -226,7 +226,9 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
     loaded = run_file.load(EMBEDDED_RUN_FILE)
-    recovery = dataclasses.replace(loaded.recovery, steps=options.steps or loaded.recovery.steps)
+    recovery = dataclasses.replace(
+        loaded.recovery, max_steps=options.steps or loaded.recovery.max_steps
+    )
     began, found = time.perf_counter(), {}
     for method, seeds in (("width", options.seeds), ("depth", options.depth_seeds)):
         with tempfile.TemporaryDirectory() as scratch:

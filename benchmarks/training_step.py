@@ -131,6 +131,15 @@ def case(config: RunConfig) -> Case:
     )
 
 
+def passes_of(config: RecoveryConfig, batch_size: int, micro: int) -> RecoveryConfig:
+    """Returns the settings with so many sequences per step and per pass."""
+    return dataclasses.replace(
+        config,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=batch_size // micro,
+    )
+
+
 def configs(batch_size: int) -> Iterator[tuple[str, RunConfig]]:
     """Yields the embedded default, and the story model if it is there."""
     for name, path in (("embedded", EMBEDDED_RUN_FILE), ("stories260K", STORIES)):
@@ -146,7 +155,7 @@ def configs(batch_size: int) -> Iterator[tuple[str, RunConfig]]:
                 max_train_samples=2000,
             )
             config = dataclasses.replace(config, corpus=corpus)
-        recovery = dataclasses.replace(config.recovery, batch_size=batch_size)
+        recovery = passes_of(config.recovery, batch_size, batch_size)
         yield name, dataclasses.replace(config, recovery=recovery)
 
 
@@ -154,7 +163,7 @@ def own(measured: Case, tuned: Tuned, steps: int, clock: Clock) -> list[float]:
     """Makes steps with the loop of this package."""
     config = measured.config
     order = batches(measured.sequences, config.batch_size, _SEED)
-    micro = MicroBatch(config.micro_batch_size)
+    micro = MicroBatch(config.per_device_train_batch_size)
     return train(tuned, order, config, steps, micro=micro, on_step=clock.tick)
 
 
@@ -168,7 +177,7 @@ def plain(measured: Case, tuned: Tuned, steps: int, clock: Clock) -> list[float]
     for step in range(steps):
         batch = next(order)
         count, total = trained_tokens(batch), 0.0
-        for inputs, labels in padded(batch, config.micro_batch_size):
+        for inputs, labels in padded(batch, config.per_device_train_batch_size):
             with mixed_precision(model.get_base_model()):
                 logits = model(**inputs, use_cache=False).logits
             loss = functional.cross_entropy(
@@ -227,7 +236,11 @@ def turn(measured: Case, loop: Loop, steps: int) -> Turn:
 
 def kept_bytes(measured: Case, loop: Loop) -> int:
     """Returns what is kept for the backward pass of a step in one pass, weights left out."""
-    whole = dataclasses.replace(measured.config, micro_batch_size=measured.config.batch_size)
+    whole = dataclasses.replace(
+        measured.config,
+        per_device_train_batch_size=measured.config.batch_size,
+        gradient_accumulation_steps=1,
+    )
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no place is used again
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -278,7 +291,7 @@ def main() -> None:
     found = {}
     for name, config in configs(options.batch_size):
         made = case(config)
-        recovery = dataclasses.replace(made.config, micro_batch_size=options.micro)
+        recovery = passes_of(made.config, options.batch_size, options.micro)
         for dtype in (torch.float32, torch.bfloat16):
             one = dataclasses.replace(made, model=made.model.to(dtype), config=recovery)
             key = f"{name}, {str(dtype).removeprefix('torch.')}"

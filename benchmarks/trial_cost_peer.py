@@ -59,7 +59,7 @@ def train(job: dict[str, Any], ranks: str, adapter: str) -> dict[str, float]:
         base,
         RankAllocation(tuple(json.loads(ranks))),
         adapters.LoraSettings(
-            alpha_over_rank=table["alpha_over_rank"], lora_dropout=table["dropout"]
+            alpha_over_rank=table["alpha_over_rank"], lora_dropout=table["lora_dropout"]
         ),
         seed=seed,
     )
@@ -69,12 +69,16 @@ def train(job: dict[str, Any], ranks: str, adapter: str) -> dict[str, float]:
     optimizer = torch.optim.AdamW(
         parameters, lr=table["learning_rate"], weight_decay=table["weight_decay"]
     )
-    steps, warmup, size = table["steps"], table["warmup_steps"], table["micro_batch_size"]
+    steps, warmup, size = (
+        table["max_steps"],
+        table["warmup_steps"],
+        table["per_device_train_batch_size"],
+    )
 
     def factor(step: int) -> float:
         if step < warmup:
             return float((step + 1) / (warmup + 1))
-        if table["schedule"] == "constant":
+        if table["lr_scheduler_type"] == "constant":
             return 1.0
         return float(max(0.0, (steps - step) / max(1, steps - warmup)))
 

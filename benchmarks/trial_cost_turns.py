@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 PEER = Path(__file__).resolve().parent / "trial_cost_peer.py"
 TRAINED_WITH = (
-    *("steps", "batch_size", "micro_batch_size", "learning_rate", "warmup_steps", "schedule"),
-    *("weight_decay", "max_grad_norm", "alpha_over_rank", "dropout"),
+    *("batch_size", "per_device_train_batch_size", "learning_rate", "warmup_steps"),
+    *("lr_scheduler_type", "weight_decay", "max_grad_norm", "alpha_over_rank", "lora_dropout"),
 )
 
 
@@ -77,7 +77,7 @@ class Peers:
         context = prepared.context
         config, corpus = context.config, context.config.corpus
         recovery = {name: getattr(config.recovery, name) for name in TRAINED_WITH}
-        recovery["steps"] = config.recovery.steps_for(len(context.corpus.sequences))
+        recovery["max_steps"] = config.recovery.steps_for(len(context.corpus.sequences))
         self._requests = context.oracle._requests["search"]._tasks  # type: ignore[attr-defined]
         paths = [Path(p) for p in plugin_manager().hook.rankadaptor_lm_eval_task_paths()]
         paths += [Path(config.oracle.include_path)] if config.oracle.include_path else []

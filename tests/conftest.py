@@ -80,9 +80,9 @@ SMALL = {
     "prune": {"keep_first": 0, "keep_last": 0, "calibration_samples": 8, "calibration_tokens": 7},
     "corpus": {"template": "plain", "max_length": 32},
     "recovery": {
-        "steps": 3,
-        "batch_size": 8,
-        "micro_batch_size": 8,
+        "max_steps": 3,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
         "learning_rate": 5e-3,
         "warmup_steps": 1,
     },

@@ -186,10 +186,11 @@ class Bench:
         return result | {"cell_seconds": time.perf_counter() - began}
 
     def _run(self, settings: dict[str, Any]) -> dict[str, Any]:
+        micro_size = min(settings["micro"], self._batch)
         config = RecoveryConfig(
-            steps=100,
-            batch_size=self._batch,
-            micro_batch_size=settings["micro"],
+            max_steps=100,
+            per_device_train_batch_size=micro_size,
+            gradient_accumulation_steps=self._batch // micro_size,
             gradient_checkpointing=settings.get("checkpointing", False),
         )
         steps = WARM_UP + self._steps
@@ -204,7 +205,7 @@ class Bench:
             marks.append(time.perf_counter())
 
         allocation = RankAllocation((RANK,) * len(decoder_layers(self._bare)))
-        micro = MicroBatch(min(config.micro_batch_size, self._batch))
+        micro = MicroBatch(config.per_device_train_batch_size)
         with compiled(self._bare, settings.get("compile", False), tiny=self._tiny):
             method = recovery_methods.parse_method("lora")
             order = batches(sequences, self._batch, 0)

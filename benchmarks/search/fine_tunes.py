@@ -74,7 +74,9 @@ def shortened(loaded: RunConfig, options: argparse.Namespace) -> RunConfig:
     search, report = options.documents
     return dataclasses.replace(
         loaded,
-        recovery=dataclasses.replace(loaded.recovery, steps=options.steps or loaded.recovery.steps),
+        recovery=dataclasses.replace(
+            loaded.recovery, max_steps=options.steps or loaded.recovery.max_steps
+        ),
         corpus=dataclasses.replace(
             loaded.corpus, max_length=options.max_tokens or loaded.corpus.max_length
         ),

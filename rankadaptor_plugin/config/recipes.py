@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankadaptor_plugin.config.tables import CorpusConfig, RecoveryConfig
-from rankadaptor_plugin.config.values import build
+from rankadaptor_plugin.config.values import build, key_suggestion
 from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.core.registry import suggestion
 
@@ -25,20 +25,20 @@ _ALPACA_LORA: dict[str, dict[str, Any]] = {
         "val_set_size": 2000,
     },
     "recovery": {
-        "epochs": 2.0,
-        "batch_size": 64,
-        "micro_batch_size": 4,
+        "num_train_epochs": 2.0,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 16,
         "learning_rate": 1e-4,
         "warmup_steps": 100,
-        "schedule": "linear",
+        "lr_scheduler_type": "linear",
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "alpha_over_rank": 2.0,
-        "alpha": 0.0,
-        "dropout": 0.05,
-        "targets": [],
-        "validate_every": 100,
-        "keep_best": True,
+        "lora_alpha": 0.0,
+        "lora_dropout": 0.05,
+        "target_modules": [],
+        "eval_steps": 100,
+        "load_best_model_at_end": True,
     },
 }
 """Both public recipes are Alpaca-LoRA's program with the same options."""
@@ -49,13 +49,13 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "quick": {
         "corpus": {"template": "alpaca", "max_length": 128},
         "recovery": {
-            "steps": 200,
-            "batch_size": 16,
-            "micro_batch_size": 16,
+            "max_steps": 200,
+            "per_device_train_batch_size": 16,
+            "gradient_accumulation_steps": 1,
             "learning_rate": 3e-4,
             "warmup_steps": 10,
-            "schedule": "linear",
-            "dropout": 0.0,
+            "lr_scheduler_type": "linear",
+            "lora_dropout": 0.0,
         },
     },
 }
@@ -96,8 +96,9 @@ def recipe(name: str, **changes: Any) -> Recipe:
     data: dict[str, Any] = {"recipe": name, "corpus": {}, "recovery": {}}
     for key, value in changes.items():
         if key not in keys:
+            near = (key_suggestion(key, table) for table in _TABLES.values())
             raise ConfigError(
-                f"Unknown key {key} of a recipe.{suggestion(key, list(keys))} "
+                f"Unknown key {key} of a recipe.{next(filter(None, near), '')} "
                 f"Allowed: {', '.join(keys)}."
             )
         data[keys[key]][key] = list(value) if isinstance(value, tuple) else value
@@ -111,8 +112,9 @@ def recipe(name: str, **changes: Any) -> Recipe:
 def with_preset(data: dict[str, Any]) -> dict[str, Any]:
     """Returns the values of a run file, filled up with those of the recipe that it names.
 
-    Own keys win. Own ``steps`` win over the ``epochs`` of the recipe, too, of which they would be
-    overruled. What is no known recipe and no table is left for the checks that follow.
+    Own keys win. Own ``max_steps`` also win over the ``num_train_epochs`` of the recipe, which
+    would overrule them. An unknown recipe, or a table that is not one, is left for the checks that
+    follow.
     """
     name = data.get("recipe")
     if not isinstance(name, str) or name not in RECIPES:
@@ -121,7 +123,7 @@ def with_preset(data: dict[str, Any]) -> dict[str, Any]:
     for table, preset in RECIPES[name].items():
         own = data.get(table, {})
         if isinstance(own, dict):
-            overruled = {"epochs"} if "steps" in own else set()
+            overruled = {"num_train_epochs"} if "max_steps" in own else set()
             kept = {key: value for key, value in preset.items() if key not in overruled}
             merged[table] = {**kept, **own}
     return merged

@@ -217,34 +217,68 @@ class RecoveryConfig:
         "what races uniform LoRA: rankadaptor (searched ranks), adalora, eva, lora-fa, dora, "
         'rslora, pissa, none, lists such as "pattern:4-6-10-12"; only "lora": uniform LoRA alone',
     )
-    steps: int = _f(600, "optimizer steps", low=1)
-    epochs: float = _f(0.0, "passes over the corpus in place of steps; 0 takes steps", low=0.0)
-    batch_size: int = _f(64, "sequences per optimizer step", low=1)
-    micro_batch_size: int = _f(16, "sequences per forward pass (paper: 16)", low=1)
+    max_steps: int = _f(600, "optimizer steps", low=1, aliases=("steps",))
+    num_train_epochs: float = _f(
+        0.0,
+        "passes over the corpus in place of max_steps; 0 takes max_steps",
+        low=0.0,
+        aliases=("epochs", "num_epochs"),
+    )
+    per_device_train_batch_size: int = _f(
+        16, "sequences per forward pass (paper: 16)", low=1, aliases=("micro_batch_size",)
+    )
+    gradient_accumulation_steps: int = _f(
+        4,
+        "forward passes per optimizer step, which sees per_device_train_batch_size times as many "
+        "sequences",
+        low=1,
+        aliases=("batch_size",),
+    )
     learning_rate: float = _f(1e-4, "peak learning rate of AdamW", low=0.0, aliases=("lr",))
     warmup_steps: int = _f(20, "steps of linear warm-up", low=0)
-    schedule: str = _f(
-        "linear", "after the warm-up: linear to 0, or constant", choices=("linear", "constant")
+    lr_scheduler_type: str = _f(
+        "linear",
+        "after the warm-up: linear to 0, or constant",
+        choices=("linear", "constant"),
+        aliases=("schedule", "lr_scheduler"),
     )
     weight_decay: float = _f(0.0, "decoupled weight decay", low=0.0)
     max_grad_norm: float = _f(1.0, "gradient norm is clipped to this; 0 turns it off", low=0.0)
     alpha_over_rank: float = _f(
         2.0, "LoRA scaling alpha / r, the same in every layer (r 8, alpha 16 in the paper)", low=0.0
     )
-    alpha: float = _f(
-        0.0, "LoRA alpha, the same for all ranks, in place of alpha_over_rank; 0: none", low=0.0
+    lora_alpha: float = _f(
+        0.0,
+        "LoRA alpha, the same for all ranks, in place of alpha_over_rank; 0: none",
+        low=0.0,
+        aliases=("alpha",),
     )
-    dropout: float = _f(0.0, "LoRA dropout", low=0.0, high=0.9)
-    targets: tuple[str, ...] = _f(
-        (), 'matrices with an adapter, such as ["q_proj", "v_proj"]; empty: all of a layer'
+    lora_dropout: float = _f(0.0, "LoRA dropout", low=0.0, high=0.9, aliases=("dropout",))
+    target_modules: tuple[str, ...] = _f(
+        (),
+        'matrices with an adapter, such as ["q_proj", "v_proj"]; empty: all of a layer',
+        aliases=("targets", "lora_target_modules"),
     )
-    dora: bool = _f(False, "weight-decomposed LoRA in every fine-tune")
-    rslora: bool = _f(False, "scale by alpha / sqrt(r) in every fine-tune")
-    pissa: bool = _f(False, "start every fine-tune from the principal singular vectors")
-    validate_every: int = _f(
-        0, "steps between two looks at the held-out loss; 0: only after the last step", low=0
+    use_dora: bool = _f(False, "weight-decomposed LoRA in every fine-tune", aliases=("dora",))
+    use_rslora: bool = _f(False, "scale by alpha / sqrt(r) in every fine-tune", aliases=("rslora",))
+    init_lora_weights: str = _f(
+        "default",
+        "first weights in every fine-tune: default (A random, B zero), or pissa (the principal "
+        "singular vectors)",
+        choices=("default", "pissa"),
+        aliases=("pissa",),
     )
-    keep_best: bool = _f(False, "take the weights with the lowest held-out loss, not the last")
+    eval_steps: int = _f(
+        0,
+        "steps between two looks at the held-out loss; 0: only after the last step",
+        low=0,
+        aliases=("validate_every",),
+    )
+    load_best_model_at_end: bool = _f(
+        False,
+        "take the weights with the lowest held-out loss, not the last",
+        aliases=("keep_best",),
+    )
     distill_weight: float = _f(
         0.0,
         "share of the loss that compares with the unpruned model's predictions; 0 does without",
@@ -260,11 +294,16 @@ class RecoveryConfig:
     )
     gradient_checkpointing: bool = _f(False, "save memory, compute activations twice")
 
+    @property
+    def batch_size(self) -> int:
+        """Sequences per optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
     def steps_for(self, sequences: int) -> int:
         """Returns the optimizer steps of a whole fine-tune on a corpus of so many sequences."""
-        if self.epochs:
-            return max(1, math.ceil(self.epochs * sequences / self.batch_size))
-        return self.steps
+        if self.num_train_epochs:
+            return max(1, math.ceil(self.num_train_epochs * sequences / self.batch_size))
+        return self.max_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -549,10 +588,10 @@ class RunConfig:
                 'tasks = ["tiny_boolq"].'
             )
         self._check_methods()
-        if self.recovery.alpha and self.rank_space.alpha_over_rank:
+        if self.recovery.lora_alpha and self.rank_space.alpha_over_rank:
             raise ConfigError(
-                f"[rank_space] alpha_over_rank is searched, but [recovery] alpha "
-                f"{self.recovery.alpha:g} takes its place. Leave one of them out."
+                f"[rank_space] alpha_over_rank is searched, but [recovery] lora_alpha "
+                f"{self.recovery.lora_alpha:g} takes its place. Leave one of them out."
             )
         for key, methods in _USED_BY.items():
             given, method = getattr(self.search, key), self.search.method

@@ -55,9 +55,9 @@ class CommandGroup(click.Group):
                 raise
             reason = str(error).split(". ")[0]
             click.echo(
-                f"Error: {reason}. Set a smaller micro_batch_size, batch_tokens or max_length, "
-                'fewer or shorter calibration sequences, or device_map = "auto" to use all GPUs; '
-                "then run again.",
+                f"Error: {reason}. Set a smaller per_device_train_batch_size, batch_tokens or "
+                "max_length, fewer or shorter calibration sequences, or device_map = "
+                '"auto" to use all GPUs; then run again.',
                 err=True,
             )
             ctx.exit(1)

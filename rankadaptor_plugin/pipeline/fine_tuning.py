@@ -93,7 +93,11 @@ class FineTuner:
         self._last = recovered
         self._resident = recovered.model
         # Memory that ran out once would run out again.
-        self._settings = replace(self._settings, micro_batch_size=recovered.micro_batch_size)
+        self._settings = replace(
+            self._settings,
+            per_device_train_batch_size=recovered.micro_batch_size,
+            gradient_accumulation_steps=self._settings.batch_size // recovered.micro_batch_size,
+        )
         began = time.perf_counter()
         score = self._context.oracle.score(recovered.model, "search")
         return ConfirmationRun(

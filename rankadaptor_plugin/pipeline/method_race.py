@@ -152,6 +152,6 @@ def trained_parameters(
     if method.name != UNIFORM_LORA:
         return adapter_parameters(adapter)
     # PiSSA is saved with twice the ranks, as what it adds to the unchanged weights.
-    if not (method.dora or config.dora):
+    if not (method.dora or config.use_dora):
         return space.parameters(allocation)
     return space.parameters(allocation) + adapter_parameters(adapter, "lora_magnitude_vector")

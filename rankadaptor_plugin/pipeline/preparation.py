@@ -61,7 +61,8 @@ _FREE = {
     "corpus": ("path",),
     "oracle": ("include_path", "data_dir", "text", "batch_tokens", "batch_size"),
     "recovery": (
-        "micro_batch_size",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
         "gradient_checkpointing",
     ),
     # A search may be prolonged.
@@ -132,10 +133,12 @@ def prepare(
     )
     corpus_path = corpus_file(config.corpus.path)
     corpus = load_corpus(corpus_path, tokenizer, config.corpus)
-    if not corpus.validation and (config.recovery.keep_best or config.recovery.validate_every):
+    if not corpus.validation and (
+        config.recovery.load_best_model_at_end or config.recovery.eval_steps
+    ):
         logger.warning(
-            "[recovery] keep_best and validate_every look at held-out rows, but there are none: "
-            "[corpus] val_set_size is 0"
+            "[recovery] load_best_model_at_end and eval_steps look at held-out rows, but there are "
+            "none: [corpus] val_set_size is 0"
         )
     check_sequences(corpus.sequences, _window(config, source, given))
     steps = config.recovery.steps_for(len(corpus.sequences))
@@ -337,6 +340,7 @@ def _inputs(
     for table, names in _FREE.items():
         for key in names:
             del plain[table][key]
+    plain["recovery"]["batch_size"] = config.recovery.batch_size
     calibration, meta = plain["prune"].pop("calibration"), plain["search"].pop("meta")
     return {
         "config": plain,

@@ -70,9 +70,9 @@ class LoraSettings:
         """Returns those of a run file, without the switches of a method."""
         return cls(
             alpha_over_rank=config.alpha_over_rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=config.targets,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=config.target_modules,
         )
 
     def alpha(self, rank: int) -> float:

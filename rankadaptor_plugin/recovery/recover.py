@@ -42,7 +42,11 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.recovery.teacher import LiveTeacher
 
 _SEEDS = 2**63  # as many as torch takes
-_UNRECORDED = ("methods", "steps", "epochs")  # settings that say nothing of one fine-tune
+_UNRECORDED = (
+    "methods",
+    "max_steps",
+    "num_train_epochs",
+)  # settings that say nothing of one fine-tune
 
 
 @torch.enable_grad()
@@ -88,11 +92,13 @@ def recover(
     allocation = _as_allocation(allocation)
     config, table = _as_settings(recipe)
     corpus = _as_corpus(corpus, tokenizer, table, model)
-    config = replace(config, steps=config.steps_for(len(corpus.sequences)), epochs=0.0)
+    config = replace(
+        config, max_steps=config.steps_for(len(corpus.sequences)), num_train_epochs=0.0
+    )
     spec = methods.parse_method(method or allocation.method or _method(config))
     spec = spec.with_switches(config)
-    steps = 0 if spec.name == methods.NONE else config.steps
-    micro = MicroBatch(min(config.micro_batch_size, config.batch_size))
+    steps = 0 if spec.name == methods.NONE else config.max_steps
+    micro = MicroBatch(config.per_device_train_batch_size)
     if config.distill_weight:
         check_predictions(model.config, corpus.sequences, teacher)
     else:
@@ -194,7 +200,7 @@ def _as_settings(recipe: RecoveryConfig | Recipe | str) -> tuple[RecoveryConfig,
     if not isinstance(recipe, Recipe):
         raise ConfigError(
             f"The recipe is of type {type(recipe).__name__}. Give a name ({', '.join(RECIPES)}), "
-            'recipe("quick", steps=100) with changes, or a RecoveryConfig.'
+            'recipe("quick", max_steps=100) with changes, or a RecoveryConfig.'
         )
     return recipe.recovery, recipe.corpus
 

@@ -99,8 +99,8 @@ class HeldOut:
         micro: How much goes through the model at once.
 
     Attributes:
-        loss: The lowest loss with ``keep_best``, else the last, in nats per trained token; None
-            before the first look.
+        loss: The lowest loss with ``load_best_model_at_end``, else the last, in nats per trained
+            token; None before the first look.
     """
 
     def __init__(
@@ -113,17 +113,17 @@ class HeldOut:
 
     def after(self, tuned: Tuned, done: int) -> None:
         """Looks if it is time to; `done` steps are."""
-        every = self._config.validate_every
+        every = self._config.eval_steps
         is_last = done == self._steps
         if not self._sequences or not (is_last or (every and done % every == 0)):
             return
-        if self._config.keep_best and not (is_last or tuned.is_settled):
+        if self._config.load_best_model_at_end and not (is_last or tuned.is_settled):
             return  # of weights from before the last ranks were dropped nobody knows which count
         loss = mean_loss(tuned.model.get_base_model(), self._sequences, self._micro)
         tuned.model.train()
-        if self.loss is None or loss < self.loss or not self._config.keep_best:
+        if self.loss is None or loss < self.loss or not self._config.load_best_model_at_end:
             self.loss = loss
-            if self._config.keep_best:
+            if self._config.load_best_model_at_end:
                 self._weights = [p.detach().clone() for p in tuned.parameters()]
 
     @torch.no_grad()

@@ -50,7 +50,7 @@ def target_matrices(structure: Structure, targets: Collection[str] = ()) -> tupl
         if not any(target in names for names in known.values()):
             every = sorted(set().union(*known.values()))
             raise ConfigError(
-                f'[recovery] targets names "{target}", which no layer of a model of type '
+                f'[recovery] target_modules names "{target}", which no layer of a model of type '
                 f'"{structure.model_type}" has.{suggestion(target, every)} '
                 f"There are: {', '.join(group_matrices(structure)['projection'])}."
             )
@@ -108,10 +108,10 @@ def rank_space(
     recovery = recovery or RecoveryConfig()
     structure = structure_of(model)
     groups = group_matrices(structure)[config.per]
-    costs = rank_costs(model, config.per, recovery.targets)
+    costs = rank_costs(model, config.per, recovery.target_modules)
     everywhere = config.search == "all"
     searchable = [everywhere or cut for cut in pruned_layers for _ in groups]
-    adapted = set(target_matrices(structure, recovery.targets))
+    adapted = set(target_matrices(structure, recovery.target_modules))
     slots = ((i, names) for i in range(len(pruned_layers)) for names in groups.values())
     greatest = {
         f"{structure.layers}.{i}.{name}": max(
@@ -176,8 +176,8 @@ def module_ranks(
     }
     if not found:
         raise RankSpaceError(
-            f"The allocation {allocation} gives none of [recovery] targets {list(targets)} an "
-            "adapter. Add targets, or give their modules a rank above 0."
+            f"The allocation {allocation} gives none of [recovery] target_modules {list(targets)} "
+            "an adapter. Add modules, or give these a rank above 0."
         )
     _check_ranks(model, found)
     return found
@@ -209,5 +209,6 @@ def _check_ranks(model: PreTrainedModel, ranks: Mapping[str, int]) -> None:
         raise RankSpaceError(
             f"Rank {ranks[name]} is too high for {place(model, name)}, which has shape "
             f"{shapes[name]} and full rank at {min(shapes[name])}. Lower [rank_space] candidates "
-            "and default_rank, or the allocation, or leave that matrix out of [recovery] targets."
+            "and default_rank, or the allocation, or leave that matrix out of [recovery] "
+            "target_modules."
         )

@@ -42,7 +42,8 @@ class MicroBatch:
     """Sequences that go through the model at once.
 
     Attributes:
-        size: Most sequences per pass; halved when memory runs out.
+        size: Most sequences per pass; halved when memory runs out, or, where it is odd, cut to its
+            greatest divisor, so that all passes of a step stay of equal size.
     """
 
     size: int
@@ -58,7 +59,7 @@ class MicroBatch:
                 "Out of memory with a single training sequence. Set [recovery] "
                 "gradient_checkpointing = true, lower [corpus] max_length, or quantize the model."
             )
-        self.size //= 2
+        self.size = max(n for n in range(1, self.size // 2 + 1) if self.size % n == 0)
         logger.warning("Out of memory: from now on %d sequences per pass", self.size)
 
 
@@ -129,7 +130,7 @@ def train(
     Args:
         tuned: The method at work on a model.
         batches: The sequences of each step.
-        config: The ``[recovery]`` table; its ``steps`` are those of the whole schedule.
+        config: The ``[recovery]`` table; its ``max_steps`` are those of the whole schedule.
         steps: Steps to run.
         micro: How much goes through at once; changed where memory does not suffice.
         teacher: The unpruned model, where it predicts on the way.
@@ -288,9 +289,9 @@ def learning_rate_factor(step: int, config: RecoveryConfig) -> float:
     """Returns the share of the peak learning rate at a step, counted from 0."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
-    if config.schedule == "constant":
+    if config.lr_scheduler_type == "constant":
         return 1.0
-    return max(0.0, (config.steps - step) / max(1, config.steps - config.warmup_steps))
+    return max(0.0, (config.max_steps - step) / max(1, config.max_steps - config.warmup_steps))
 
 
 def _device_state(device: torch.device) -> torch.Tensor | None:

@@ -18,19 +18,19 @@ PUBLIC = {
     "template": "alpaca",
     "max_length": 256,
     "val_set_size": 2000,
-    "epochs": 2.0,
-    "batch_size": 64,
-    "micro_batch_size": 4,
+    "num_train_epochs": 2.0,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 16,
     "learning_rate": 1e-4,
     "warmup_steps": 100,
-    "schedule": "linear",
+    "lr_scheduler_type": "linear",
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
     "alpha_over_rank": 2.0,
-    "dropout": 0.05,
-    "targets": (),
-    "validate_every": 100,
-    "keep_best": True,
+    "lora_dropout": 0.05,
+    "target_modules": (),
+    "eval_steps": 100,
+    "load_best_model_at_end": True,
 }
 
 
@@ -63,7 +63,7 @@ def test_the_public_recipes_are_the_published_ones(name):
 def test_the_quick_recipe_is_short():
     made = recipe("quick")
     assert (made.recovery.steps_for(10**6), made.recovery.batch_size) == (200, 16)
-    assert (made.corpus.max_length, made.recovery.dropout) == (128, 0.0)
+    assert (made.corpus.max_length, made.recovery.lora_dropout) == (128, 0.0)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -81,18 +81,18 @@ def test_the_run_file_and_python_mean_the_same_by_a_name(name):
             "max_length": st.integers(2, 999),
             "val_set_size": st.integers(0, 9),
             "template": st.sampled_from(["alpaca", "plain"]),
-            "epochs": st.floats(0, 9),
-            "steps": st.integers(1, 9),
-            "dropout": st.floats(0, 0.9),
-            "keep_best": st.booleans(),
+            "num_train_epochs": st.floats(0, 9),
+            "max_steps": st.integers(1, 9),
+            "lora_dropout": st.floats(0, 0.9),
+            "load_best_model_at_end": st.booleans(),
         },
     ),
 )
 def test_own_keys_win_and_the_rest_is_the_preset(name, own):
     made = flat(recipe(name, **own))
     preset = flat(recipe(name))
-    if "steps" in own:
-        preset["epochs"] = 0.0
+    if "max_steps" in own:
+        preset["num_train_epochs"] = 0.0
     assert made == {**preset, **own}
     tables = {
         table: {k: v for k, v in own.items() if k in {f.name for f in dataclasses.fields(cls)}}
@@ -104,17 +104,17 @@ def test_own_keys_win_and_the_rest_is_the_preset(name, own):
 
 
 def test_own_steps_are_not_overruled_by_the_epochs_of_a_preset():
-    assert recipe("llm-pruner", steps=7).recovery.steps_for(10**6) == 7
-    assert recipe("llm-pruner", steps=7, epochs=1.0).recovery.steps_for(64) == 1
+    assert recipe("llm-pruner", max_steps=7).recovery.steps_for(10**6) == 7
+    assert recipe("llm-pruner", max_steps=7, num_train_epochs=1.0).recovery.steps_for(64) == 1
 
 
 def test_a_tuple_is_as_good_as_a_list():
-    assert recipe("quick", targets=("q_proj",)).recovery.targets == ("q_proj",)
+    assert recipe("quick", target_modules=("q_proj",)).recovery.target_modules == ("q_proj",)
 
 
 def test_changes_leave_the_presets_alone():
-    recipe("shortened", batch_size=1, template="plain")
-    run({"recipe": "shortened", "recovery": {"batch_size": 1}})
+    recipe("shortened", gradient_accumulation_steps=1, template="plain")
+    run({"recipe": "shortened", "recovery": {"gradient_accumulation_steps": 1}})
     assert recipe("llm-pruner") == recipe("shortened")
 
 
@@ -123,10 +123,20 @@ def test_changes_leave_the_presets_alone():
     [
         ("quik", {}, "Unknown recipe 'quik'. Did you mean 'quick'? Allowed: llm-pruner, shortened"),
         ("", {}, "Unknown recipe ''. Allowed: llm-pruner"),
-        ("quick", {"step": 3}, "Unknown key step of a recipe. Did you mean 'steps'? Allowed: path"),
-        ("quick", {"steps": 0}, "recovery.steps is 0; it must be at least 1. Raise it."),
+        (
+            "quick",
+            {"steps": 3},
+            "Unknown key steps of a recipe. Did you mean 'max_steps'? Allowed: path",
+        ),
+        ("quick", {"keep_best": True}, "Did you mean 'load_best_model_at_end'?"),
+        ("quick", {"limit": 9}, "Did you mean 'max_train_samples'?"),
+        ("quick", {"max_steps": 0}, "recovery.max_steps is 0; it must be at least 1. Raise it."),
         ("quick", {"max_length": 1.5}, "corpus.max_length is 1.5; it must be a whole number."),
-        ("quick", {"schedule": "liner"}, "recovery.schedule is 'liner'. Did you mean 'linear'?"),
+        (
+            "quick",
+            {"lr_scheduler_type": "liner"},
+            "recovery.lr_scheduler_type is 'liner'. Did you mean 'linear'?",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(name, changes, message):

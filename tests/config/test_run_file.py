@@ -27,7 +27,10 @@ TABLES = {
 REFUSED = [
     ("sed = 1", "Unknown key sed in the run file. Did you mean 'seed'? Allowed here: model, "),
     ("[serch]\nx = 1", "Unknown key serch in the run file. Did you mean 'search'?"),
-    ("[recovery]\nstep = 1", "Unknown key recovery.step in the run file. Did you mean 'steps'?"),
+    (
+        "[recovery]\nsteps = 1",
+        "Unknown key recovery.steps in the run file. Did you mean 'max_steps'?",
+    ),
     ("[prune]\nzzz = 1", "Unknown key prune.zzz in the run file. Allowed here: method, "),
     (
         "[recovery]\nlr = 1",
@@ -74,8 +77,8 @@ REFUSED = [
         "[search] n_startup_trials 9 is more than n_trials 8. Raise n_trials or lower",
     ),
     (
-        TASKS + "[recovery]\nalpha = 16\n[rank_space]\nalpha_over_rank = [1.0, 2.0]",
-        "[rank_space] alpha_over_rank is searched, but [recovery] alpha 16 takes its place.",
+        TASKS + "[recovery]\nlora_alpha = 16\n[rank_space]\nalpha_over_rank = [1.0, 2.0]",
+        "[rank_space] alpha_over_rank is searched, but [recovery] lora_alpha 16 takes its place.",
     ),
     ("seed = ", "is not valid TOML: Invalid value (at end of document). Correct it."),
     ("seed = 1\nseed = 2", "is not valid TOML: Cannot overwrite a value"),
@@ -163,7 +166,7 @@ def configs(cls):
             lambda names: "rankadaptor" not in names
         )
         fields["methods"] = further.map(lambda names: ("rankadaptor", *names))
-        fields["alpha"] = st.just(0.0)  # beside a searched alpha_over_rank
+        fields["lora_alpha"] = st.just(0.0)  # beside a searched alpha_over_rank
     if "floor" in fields:
         fields["floor"] = st.just(0.0)  # at most the ceiling
     if "device_map" in fields:
@@ -245,7 +248,7 @@ def test_the_template_names_a_model_as_seen_from_itself(tmp_path, monkeypatch):
     config = run_file.load(path)
     assert Path(config.model).resolve() == tmp_path / 'mödels/"x"\\y'
     assert (config.prune.keep_first, config.prune.keep_last) == (4, 2)
-    assert config.recovery.steps == 600
+    assert config.recovery.max_steps == 600
 
 
 def test_the_template_overwrites_only_when_told(tmp_path):

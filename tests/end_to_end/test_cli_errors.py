@@ -65,8 +65,13 @@ def task_without_data(folder):
 # error says: what is wrong, and what to do.
 BAD = {
     "unknown key": ({"modle": "x"}, 2, "Unknown key modle", "Did you mean 'model'?"),
-    "unknown key in a table": ({"recovery": {"stepz": 1}}, 2, "recovery.stepz", "'steps'"),
-    "wrong type": ({"recovery": {"steps": "many"}}, 2, "must be a whole number", "Change it"),
+    "unknown key in a table": (
+        {"recovery": {"max_stepz": 1}},
+        2,
+        "recovery.max_stepz",
+        "'max_steps'",
+    ),
+    "wrong type": ({"recovery": {"max_steps": "many"}}, 2, "must be a whole number", "Change it"),
     "ratio above 1": ({"prune": {"ratio": 1.5}}, 2, "ratio is 1.5", "less than 1", "Lower it"),
     "ratio 0": ({"prune": {"ratio": 0}}, 2, "ratio is 0.0", "more than 0", "Raise it"),
     "ratio beyond a layer": (

@@ -16,7 +16,7 @@ from rankadaptor_plugin.oracle.perplexity import PerplexityOracle
 QUICK = {
     "corpus": {"max_train_samples": 64},
     "prune": {"importance": "magnitude"},
-    "recovery": {"steps": 2},
+    "recovery": {"max_steps": 2},
     "oracle": {"name": "counting", "tasks": ["tiny_boolq"], "search_documents": 8},
     "search": {"method": "random", "n_trials": 4},
     "noise": {"seeds": 2, "allocations": 3},
@@ -473,9 +473,9 @@ def test_other_settings_do_not_erase_the_fine_tunes(
     measured, copy_of, tmp_path, write_run_file, command, counter
 ):
     before = noise_files(copy_of(measured))
-    settings = {**QUICK, "recovery": {"steps": 3}}
+    settings = {**QUICK, "recovery": {"max_steps": 3}}
     result = command("run", write_run_file(tmp_path / "r.toml", **settings), plugin=counter)
-    assert_error(result, 1, "config.recovery.steps was 2, now 3")
+    assert_error(result, 1, "config.recovery.max_steps was 2, now 3")
     assert noise_files(tmp_path / "out") == before
 
 
@@ -484,7 +484,11 @@ def test_less_at_once_goes_on(measured, copy_of, tmp_path, write_run_file, comma
     settings = {
         **QUICK,
         "oracle": {**QUICK["oracle"], "batch_tokens": 64, "batch_size": 2},
-        "recovery": {**QUICK["recovery"], "micro_batch_size": 4},
+        "recovery": {
+            **QUICK["recovery"],
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+        },
     }
     result = command("noise", write_run_file(tmp_path / "r.toml", **settings), plugin=counter)
     assert result.exit_code == 0, result.stderr

@@ -18,7 +18,7 @@ from rankadaptor_plugin.oracle.lm_eval_oracle import LmEvalOracle
 QUICK = {
     "corpus": {"max_train_samples": 64},
     "prune": {"importance": "magnitude"},
-    "recovery": {"steps": 1},
+    "recovery": {"max_steps": 1},
     "search": {"method": "random", "n_trials": 3},
 }
 TASKS = ["tiny_boolq", "tiny_piqa"]

@@ -306,7 +306,7 @@ def test_the_loss_on_held_out_rows_is_in_the_report(tmp_path, write_run_file, co
     file = write_run_file(
         tmp_path / "run.toml",
         corpus={"val_set_size": 40},
-        recovery={"keep_best": False},
+        recovery={"load_best_model_at_end": False},
         search={"n_trials": 2, "n_startup_trials": 2},
     )
     result = command("run", file)

@@ -31,7 +31,7 @@ DOCUMENTS = {
 QUICK = {
     "corpus": {"max_train_samples": 64},
     "prune": {"importance": "magnitude"},
-    "recovery": {"steps": 4, "learning_rate": 0.02},
+    "recovery": {"max_steps": 4, "learning_rate": 0.02},
     "oracle": {"name": "fluency", "tasks": []},
     "search": {"n_trials": 6, "n_startup_trials": 0},
     "confirm": {"finalists": 1},

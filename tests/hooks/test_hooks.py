@@ -98,7 +98,9 @@ def context(tmp_path, tokenizer):
     return RunContext(
         config=RunConfig(
             oracle=OracleConfig(tasks=("tiny_boolq",)),
-            recovery=RecoveryConfig(steps=2, batch_size=2, micro_batch_size=2),
+            recovery=RecoveryConfig(
+                max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=1
+            ),
         ),
         folder=tmp_path,
         registries=registries(manager),

@@ -288,7 +288,7 @@ def test_parameters_are_those_that_are_trained(adapter, method, count):
     assert trained_parameters(allocation, SPACE, RecoveryConfig(), adapter) == count
     if method == "dora":
         plain = SPACE.uniform()  # one that every fine-tune of the run turns into DoRA
-        assert trained_parameters(plain, SPACE, RecoveryConfig(dora=True), adapter) == count
+        assert trained_parameters(plain, SPACE, RecoveryConfig(use_dora=True), adapter) == count
 
 
 # --------------------------------------------------------------------------------------- the race

@@ -41,7 +41,7 @@ SMALLER = {
     "oracle": {"tasks": ["tiny_boolq"], "search_documents": 4, "report_documents": 6},
     "performance_model": {"meta_epochs": 2, "epochs": 2},
     "search": {"n_startup_trials": 2, "n_trials": 3},
-    "recovery": {"steps": 2},
+    "recovery": {"max_steps": 2},
 }
 
 

@@ -21,7 +21,7 @@ from rankadaptor_plugin.recovery.adapters import attach, trainable_parameters
 QUICK = {
     "corpus": {"max_train_samples": 64},
     "prune": {"importance": "magnitude"},
-    "recovery": {"steps": 2},
+    "recovery": {"max_steps": 2},
     "oracle": {"name": "counting", "tasks": ["tiny_boolq"], "search_documents": 8},
     "search": {"method": "random", "n_trials": 3},
     "generation": {"max_new_tokens": 5},

@@ -278,29 +278,29 @@ def test_an_unknown_target_is_one_line_with_a_suggestion(make_llama):
             seed=0,
         )
     assert str(caught.value) == (
-        '[recovery] targets names "qkv_proj", which no layer of a model of type "llama" has. Did '
-        "you mean 'v_proj'? There are: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, "
-        "down_proj."
+        '[recovery] target_modules names "qkv_proj", which no layer of a model of type "llama" '
+        "has. Did you mean 'v_proj'? There are: q_proj, k_proj, v_proj, o_proj, gate_proj, "
+        "up_proj, down_proj."
     )
 
 
 def test_a_group_without_targets_is_not_searched(make_llama):
     config = RankSpaceConfig(candidates=(2, 4, 6), default_rank=4, per="group")
-    recovery = RecoveryConfig(targets=("q_proj", "v_proj"))
+    recovery = RecoveryConfig(target_modules=("q_proj", "v_proj"))
     space = rank_space(make_llama(), (True, True), config, recovery)
     cost = (16 + 16) + (16 + 8)
     assert space.costs == (cost, 0, cost, 0)
     assert space.searchable == (True, False, True, False)
     assert space.budget == 4 * 2 * cost
     model = attach(
-        make_llama(), space.uniform(), LoraSettings(target_modules=recovery.targets), seed=0
+        make_llama(), space.uniform(), LoraSettings(target_modules=recovery.target_modules), seed=0
     )
     parameters = sum(p.numel() for p in trainable_parameters(model))
     assert parameters == space.parameters(space.uniform())
 
 
 def test_an_allocation_without_an_adapter_for_any_target_is_refused(make_llama):
-    with pytest.raises(RankSpaceError, match="gives none of \\[recovery\\] targets"):
+    with pytest.raises(RankSpaceError, match="gives none of \\[recovery\\] target_modules"):
         module_ranks(make_llama(), RankAllocation((0, 4, 0, 4)), ("q_proj",))
 
 

@@ -33,8 +33,8 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.05}
 def settings(**changes) -> RecoveryConfig:
     chosen = {
         "steps": 6,
-        "batch_size": 8,
-        "micro_batch_size": 8,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
         "learning_rate": 5e-3,
         "warmup_steps": 1,
     }

@@ -35,7 +35,11 @@ from rankadaptor_plugin.recovery.teacher import LiveTeacher
 from rankadaptor_plugin.search.study import TrialStore
 
 CONFIG = RecoveryConfig(
-    steps=4, batch_size=4, micro_batch_size=2, learning_rate=0.02, warmup_steps=1
+    max_steps=4,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    learning_rate=0.02,
+    warmup_steps=1,
 )
 ALLOCATION = RankAllocation((4, 2))
 ROWS = [{"instruction": f"w{i} w{i + 1}", "output": f"w{i + 2}"} for i in range(8)]
@@ -104,9 +108,9 @@ def test_every_method_refuses_ranks_for_another_depth(refused, method):
 
 @pytest.mark.parametrize("method", ["lora", "adalora", "eva"])
 def test_every_method_refuses_a_matrix_that_is_not_there(refused, method):
-    config = dataclasses.replace(CONFIG, targets=("qkv_proj",))
+    config = dataclasses.replace(CONFIG, target_modules=("qkv_proj",))
     refused(
-        *(ConfigError, 'targets names "qkv_proj"', "There are: q_proj"),
+        *(ConfigError, 'target_modules names "qkv_proj"', "There are: q_proj"),
         recipe=config,
         method=method,
     )
@@ -163,7 +167,7 @@ def test_gradients_are_switched_on_and_inference_mode_is_refused(make_llama, cor
 
 
 def test_rows_that_are_all_longer_than_allowed_are_refused(refused, make_tokenizer):
-    small = recipe("quick", template="plain", max_length=2, steps=2)
+    small = recipe("quick", template="plain", max_length=2, max_steps=2)
     refused(
         *(CorpusError, "gives no training sequence (8 rows, 8 longer than 2 tokens", "max_length"),
         data=ROWS,
@@ -180,7 +184,12 @@ def test_a_run_whose_rows_are_all_dropped_is_refused(tmp_path, write_run_file, c
 
 def test_a_tokenizer_without_padding_is_enough(make_llama, make_tokenizer):
     plain = recipe(
-        "quick", template="plain", steps=2, batch_size=4, micro_batch_size=4, warmup_steps=0
+        "quick",
+        template="plain",
+        max_steps=2,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+        warmup_steps=0,
     )
     bare = make_tokenizer()
     bare.pad_token = None
@@ -204,7 +213,7 @@ def test_a_run_of_a_model_without_padding_token_works(tmp_path, write_run_file, 
         tmp_path / "r.toml",
         model=str(folder),
         corpus={"max_train_samples": 32},
-        recovery={"methods": ["lora"], "steps": 1},
+        recovery={"methods": ["lora"], "max_steps": 1},
         prune={"importance": "magnitude"},
     )
     result = command("run", file)
@@ -229,7 +238,9 @@ def test_a_pattern_longer_than_the_model_is_refused(refused):
 def test_switches_that_exclude_each_other_are_refused_before_a_run(
     tmp_path, write_run_file, command
 ):
-    file = write_run_file(tmp_path / "r.toml", recovery={"dora": True, "pissa": True})
+    file = write_run_file(
+        tmp_path / "r.toml", recovery={"use_dora": True, "init_lora_weights": "pissa"}
+    )
     assert_error(command("run", file), 2, "dora", "pissa")
     assert not (tmp_path / "out").exists()
 
@@ -239,14 +250,14 @@ def test_switches_that_exclude_each_other_are_refused_before_a_run(
     [
         {"methods": ["rankadaptor", "adalora"]},
         {"methods": ["rankadaptor", "lora-fa"]},
-        {"methods": ["rankadaptor"], "pissa": True},
+        {"methods": ["rankadaptor"], "init_lora_weights": "pissa"},
     ],
     ids=str,
 )
 def test_methods_that_divide_by_the_scaling_are_refused_before_a_run_without_one(
     tmp_path, write_run_file, command, table
 ):
-    table = {"alpha_over_rank": 0.0, "steps": 1, **table}
+    table = {"alpha_over_rank": 0.0, "max_steps": 1, **table}
     file = write_run_file(
         tmp_path / "r.toml",
         recovery=table,
@@ -455,7 +466,7 @@ def test_a_run_on_a_full_disk_goes_on_where_there_is_space(
 ):
     file = write_run_file(
         tmp_path / "r.toml",
-        recovery={"methods": ["lora"], "steps": 1},
+        recovery={"methods": ["lora"], "max_steps": 1},
         corpus={"max_train_samples": 32},
         prune={"importance": "magnitude"},
     )
@@ -492,7 +503,11 @@ def assert_error(result, code, *fragments):
 @pytest.mark.parametrize(
     ("changes", "code", "fragments"),
     [
-        ({"targets": ["qkv_proj"]}, 2, ('targets names "qkv_proj"', "There are: q_proj")),
+        (
+            {"target_modules": ["qkv_proj"]},
+            2,
+            ('target_modules names "qkv_proj"', "There are: q_proj"),
+        ),
         ({"methods": ["pattern:1-2-3-4-5-6-7-8-9"]}, 2, ("9", "8")),
         ({"methods": ["lora", "eva+pissa"]}, 2, ("eva cannot be combined with pissa",)),
         ({"distill_weight": 1.5}, 2, ("distill_weight is 1.5", "at most 1")),
@@ -504,7 +519,7 @@ def test_bad_settings_of_a_run_are_one_line(
 ):
     file = write_run_file(
         tmp_path / "r.toml",
-        recovery={"steps": 1, **changes},
+        recovery={"max_steps": 1, **changes},
         corpus={"max_train_samples": 32},
         prune={"importance": "magnitude"},
     )
@@ -535,7 +550,7 @@ def test_trials_that_fail_in_a_row_are_kept_and_end_the_run_with_advice(
 
 
 def test_a_recipe_that_names_one_method_is_trained_by_it(make_llama, corpus):
-    changes = {"steps": 2, "methods": ["lora-fa"]}
+    changes = {"max_steps": 2, "methods": ["lora-fa"]}
     found = recover(make_llama(), None, ALLOCATION, corpus, recipe("quick", **changes))
     assert found.method == "lora-fa"
 

@@ -50,9 +50,14 @@ TRAINED = (
     "pattern:2-4",
 )
 EVERY = (*TRAINED, "none")
-CONFIG = RecoveryConfig(learning_rate=2e-2, batch_size=4, micro_batch_size=4)
+CONFIG = RecoveryConfig(
+    learning_rate=2e-2, per_device_train_batch_size=4, gradient_accumulation_steps=1
+)
 FEW = RecoveryConfig(
-    learning_rate=2e-2, batch_size=4, micro_batch_size=4, targets=("k_proj", "down_proj")
+    learning_rate=2e-2,
+    per_device_train_batch_size=4,
+    gradient_accumulation_steps=1,
+    target_modules=("k_proj", "down_proj"),
 )
 """Of few matrices, where more would show no more."""
 
@@ -112,7 +117,7 @@ def train(tuned, steps=12, config=CONFIG):
     stream = batches(sequences(), config.batch_size, 0)
     for step in range(steps):
         batch = next(stream)
-        for part in passes(batch, config.micro_batch_size):
+        for part in passes(batch, config.per_device_train_batch_size):
             loss = token_loss(forward_logits(bare, part), part) / trained_tokens(batch)
             loss.backward()
         extra = tuned.extra_loss()
@@ -247,7 +252,9 @@ def test_the_seed_alone_decides_the_weights(name, make):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_only_the_targets_get_an_adapter(name, make):
-    config = RecoveryConfig(targets=("q_proj", "v_proj"), micro_batch_size=4, learning_rate=1e-2)
+    config = RecoveryConfig(
+        target_modules=("q_proj", "v_proj"), per_device_train_batch_size=4, learning_rate=1e-2
+    )
     model = trained(make["uneven"](), name, config=config)
     assert {module.rpartition(".")[2] for module in adapter_ranks(model)} <= {"q_proj", "v_proj"}
 
@@ -263,7 +270,7 @@ def test_layers_of_rank_0_are_left_out(name, make):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_dropout_is_of_training_only(name, make):
-    config = replace(FEW, dropout=0.5)
+    config = replace(FEW, lora_dropout=0.5)
     base = make["uneven"]()
     before = logits_of(base)
     tuned = start(base, name, config=config, steps=4)
@@ -294,7 +301,9 @@ def test_half_precision_keeps_float32_adapters(name, make):
 @pytest.mark.parametrize(("alpha", "alpha_over_rank"), [(16.0, 2.0), (0.0, 0.5)])
 @pytest.mark.parametrize("name", ["lora", "rslora", "eva", "eva+rslora", "adalora", "pissa"])
 def test_the_scaling_is_that_of_the_config(name, alpha, alpha_over_rank, make):
-    config = RecoveryConfig(alpha=alpha, alpha_over_rank=alpha_over_rank, micro_batch_size=4)
+    config = RecoveryConfig(
+        lora_alpha=alpha, alpha_over_rank=alpha_over_rank, per_device_train_batch_size=4
+    )
     ranks = (4, 4, 4)
     model = start(make["uneven"](), name, config=config, ranks=ranks).finish()
     for module in adapted_modules(model).values():
@@ -312,14 +321,14 @@ def test_a_method_that_divides_by_the_scaling_refuses_0(name, make):
 
 
 def test_switches_of_the_run_reach_every_method(make):
-    tuned = start(make["uneven"](), "lora", config=RecoveryConfig(dora=True))
+    tuned = start(make["uneven"](), "lora", config=RecoveryConfig(use_dora=True))
     assert any("lora_magnitude_vector" in name for name in weights(tuned.model))
     with pytest.raises(ConfigError, match="adalora cannot be combined with dora"):
-        start(make["uneven"](), "adalora", config=RecoveryConfig(dora=True))
+        start(make["uneven"](), "adalora", config=RecoveryConfig(use_dora=True))
 
 
 def test_without_a_method_the_switches_of_the_run_do_nothing(make):
-    tuned = start(make["uneven"](), "none", config=RecoveryConfig(dora=True))
+    tuned = start(make["uneven"](), "none", config=RecoveryConfig(use_dora=True))
     assert not any("magnitude" in name for name in weights(tuned.model))
 
 
@@ -340,7 +349,7 @@ def test_lora_fa_trains_up_alone(make):
 
 
 def test_lora_fa_turns_gradients_as_the_paper_says(make):
-    tuned = start(make["uneven"](), "lora-fa", config=RecoveryConfig(alpha=6.0))
+    tuned = start(make["uneven"](), "lora-fa", config=RecoveryConfig(lora_alpha=6.0))
     optimizer = tuned.optimizer(1e-3, 0.0)
     generator = torch.Generator().manual_seed(0)
     expected = {}
@@ -359,7 +368,7 @@ def test_lora_fa_steps_as_the_optimizer_of_peft(make):
     """Up to its bfloat16, in a model whose scalings differ from layer to layer."""
     models = []
     for ours in (True, False):
-        config = RecoveryConfig(alpha=8.0)
+        config = RecoveryConfig(lora_alpha=8.0)
         tuned = start(make["uneven"](), "lora-fa", config=config)
         optimizer = tuned.optimizer(1e-3, 0.0)
         if not ours:
@@ -478,7 +487,7 @@ def test_the_first_weights_of_eva_are_components_of_the_inputs(make):
     """The same batch twice shows exactly those of its inputs."""
     base = make["uneven"]()
     row = sequences()[0]
-    config = RecoveryConfig(micro_batch_size=8)
+    config = RecoveryConfig(per_device_train_batch_size=8)
     inputs = {}
     name = "model.layers.1.mlp.down_proj"
     handle = base.get_submodule(name).register_forward_pre_hook(
@@ -497,7 +506,7 @@ def test_the_first_weights_of_eva_are_components_of_the_inputs(make):
 
 def test_eva_ends_where_data_are_few_and_ranks_high(make):
     row = TrainingSequence(torch.tensor([5, 6]), torch.tensor([5, 6]))
-    config = RecoveryConfig(micro_batch_size=1, targets=("q_proj",))
+    config = RecoveryConfig(per_device_train_batch_size=1, target_modules=("q_proj",))
     model = start(make["uneven"](), "eva", ranks=(8, 8, 8), config=config, data=[row]).finish()
     assert sum(adapter_ranks(model).values()) == 24
 

@@ -20,7 +20,11 @@ from rankadaptor_plugin.recovery import training
 from rankadaptor_plugin.recovery.recover import recover
 
 CONFIG = RecoveryConfig(
-    steps=4, batch_size=4, micro_batch_size=4, learning_rate=0.02, warmup_steps=1
+    max_steps=4,
+    per_device_train_batch_size=4,
+    gradient_accumulation_steps=1,
+    learning_rate=0.02,
+    warmup_steps=1,
 )
 
 
@@ -88,7 +92,9 @@ def test_the_ranks_of_eva_do_not_depend_on_the_sequences_per_pass(make_llama, co
             None,
             [4, 4],
             corpus,
-            dataclasses.replace(CONFIG, micro_batch_size=size),
+            dataclasses.replace(
+                CONFIG, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size
+            ),
             method="eva",
         )
         for size in (4, 1)
@@ -125,7 +131,7 @@ def test_a_gradient_that_is_never_a_number_ends_a_fine_tune_in_float16(
         return loss
 
     monkeypatch.setattr(training, "token_loss", broken)
-    config = dataclasses.replace(CONFIG, steps=60)
+    config = dataclasses.replace(CONFIG, max_steps=60)
     with pytest.raises(RecoveryError, match=r"not finite at step 40 of 60.*bfloat16"):
         recover(make_llama().half(), None, [4, 4], corpus, config)
 
@@ -137,7 +143,7 @@ def test_adalora_keeps_its_budget_where_float16_leaves_out_steps(make_llama, cor
         return scaler(*arguments, init_scale=2.0**40, **named)
 
     monkeypatch.setattr(torch.amp, "GradScaler", wild)
-    config = dataclasses.replace(CONFIG, steps=60)
+    config = dataclasses.replace(CONFIG, max_steps=60)
     plain = recover(make_llama(), None, [4, 4], corpus, CONFIG)
     found = recover(make_llama().half(), None, [4, 4], corpus, config, method="adalora")
     assert sum(found.ranks.values()) == sum(plain.ranks.values())
@@ -179,4 +185,4 @@ def test_held_out_loss_is_told_without_a_fine_tune_too(make_llama, corpus):
 def test_the_record_has_the_settings(make_llama, corpus):
     found = recover(make_llama(), None, [4, 4], corpus, CONFIG)
     assert found.provenance["settings"]["learning_rate"] == CONFIG.learning_rate
-    assert found.provenance["steps"] == CONFIG.steps
+    assert found.provenance["steps"] == CONFIG.max_steps

@@ -54,6 +54,7 @@ METHODS = {
 """Each method with the switches that it can have."""
 
 _RANKS = "pattern:4-6-10-12"
+_SETTINGS = {"dora": "use_dora", "rslora": "use_rslora", "pissa": "init_lora_weights"}
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,14 @@ class Method:
         """
         if self.name == NONE:
             return self
-        on = {name: getattr(self, name) or getattr(config, name) for name in SWITCHES}
-        return _checked(replace(self, **on))
+        return _checked(
+            replace(
+                self,
+                dora=self.dora or config.use_dora,
+                rslora=self.rslora or config.use_rslora,
+                pissa=self.pissa or config.init_lora_weights == "pissa",
+            )
+        )
 
 
 def parse_method(text: str) -> Method:
@@ -140,7 +147,7 @@ def _checked(method: Method) -> Method:
             can = f"only {' or '.join(able)}" if able else "no switch"
             raise ConfigError(
                 f"The recovery method {method.name} cannot be combined with {switch}: it takes "
-                f"{can}. Leave {switch} out, also of [recovery]."
+                f"{can}. Leave {switch} out, also of [recovery] {_SETTINGS[switch]}."
             )
     if method.dora and method.pissa:
         raise ConfigError(
@@ -211,10 +218,10 @@ def check_scaling(method: Method, config: RecoveryConfig) -> None:
         ConfigError: If the scaling is 0.
     """
     divides = method.pissa or method.name in ("adalora", "lora-fa")
-    if divides and not (config.alpha or config.alpha_over_rank):
+    if divides and not (config.lora_alpha or config.alpha_over_rank):
         raise ConfigError(
             f"The recovery method {method} divides by LoRA's scaling, which is 0. Set [recovery] "
-            "alpha_over_rank or alpha above 0."
+            "alpha_over_rank or lora_alpha above 0."
         )
 
 
@@ -264,7 +271,7 @@ def begin(
         )
     if method.ranks:
         allocation = pattern_allocation(method.ranks, len(decoder_layers(bare)))
-    ranks = module_ranks(bare, allocation, config.targets)
+    ranks = module_ranks(bare, allocation, config.target_modules)
     if method.name == "adalora":
         return AdaLora(bare, ranks, settings, seed=seed, steps=steps)
     if method.name == "eva":
