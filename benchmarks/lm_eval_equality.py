@@ -41,7 +41,6 @@ from embedded_default import processor
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 from tiny.tinyworld import TASKS
 
 from rankadaptor_plugin.config.run_file import model_folder
@@ -50,6 +49,7 @@ from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.models.base_model import load_model, load_tokenizer
 from rankadaptor_plugin.models.device import resolve_device, resolve_dtype
 from rankadaptor_plugin.models.structures import decoder_layers
+from rankadaptor_plugin.oracle.lm_eval_internals import task_file
 from rankadaptor_plugin.oracle.lm_eval_oracle import LmEvalOracle
 from rankadaptor_plugin.oracle.oracle import OracleSettings
 from rankadaptor_plugin.pruning.width import prune_width
@@ -121,8 +121,8 @@ def oracle(
 
 def stock_task(benchmark: str, data_dir: Path) -> ConfigurableTask:
     """Returns a benchmark as lm-eval defines it, on local rows in the layout of the hub."""
-    ours = load_yaml(task_dir() / "commonsense7" / f"rankadaptor_{benchmark}.yaml")
-    config = load_yaml(Path(lm_eval.tasks.__file__).parent / ours["stock"])
+    ours = task_file(task_dir() / "commonsense7" / f"rankadaptor_{benchmark}.yaml")
+    config = task_file(Path(lm_eval.tasks.__file__).parent / ours["stock"])
     config.pop("tag", None)
     split = config.get("test_split") or config["validation_split"]
     lines = (data_dir / f"{benchmark}_{split}.jsonl").read_text(encoding="utf-8").split("\n")

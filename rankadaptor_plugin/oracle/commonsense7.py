@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import lm_eval.tasks
 from datasets import Dataset
-from lm_eval.api.registry import get_aggregation
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.tasks._yaml_loader import load_yaml
 
 from rankadaptor_plugin.core.errors import ConfigError, OracleError
+from rankadaptor_plugin.oracle.lm_eval_internals import add_mean_metric, task_file
 from rankadaptor_plugin.oracle.local_data import load_split
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def task_config(config: Mapping[str, Any]) -> dict[str, Any]:
             f"lm-eval {version('lm-eval')} has no task file {path}, which {config.get('task')!r} "
             "is built on. Install lm-eval 0.4.13."
         )
-    stock = {key: value for key, value in load_yaml(path).items() if key not in _NAMING_KEYS}
+    stock = {key: value for key, value in task_file(path).items() if key not in _NAMING_KEYS}
     given = {key: value for key, value in config.items() if key not in _OWN_KEYS}
     merged = {**stock, **given}
     merged["metadata"] = {**(stock.get("metadata") or {}), **(given.get("metadata") or {})}
@@ -123,8 +122,7 @@ class Commonsense7Task(ConfigurableTask):  # type: ignore[misc]
                 f"The task {self.config.task!r} has num_fewshot {self.config.num_fewshot}. It is "
                 "zero-shot: leave it at 0, or use lm-eval's own task."
             )
-        self._aggregation_list["accuracy"] = get_aggregation("mean")
-        self._higher_is_better["accuracy"] = True
+        add_mean_metric(self, "accuracy")
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Takes the local copies, or the hub's data set as lm-eval does."""

@@ -20,13 +20,13 @@ from lm_eval.models.huggingface import HFLM
 
 from rankadaptor_plugin.core.errors import ConfigError, OracleError
 from rankadaptor_plugin.core.scores import METRICS, Score, TaskScore
+from rankadaptor_plugin.oracle.lm_eval_internals import compiled_once, encoded
 from rankadaptor_plugin.oracle.loglikelihood import Plan, loglikelihoods, plan
 from rankadaptor_plugin.oracle.oracle import check_task_names, quiet
 from rankadaptor_plugin.oracle.tasks import (
     Tasks,
     accuracy_metric,
     choose,
-    compiled_once,
     gold_choices,
 )
 
@@ -195,27 +195,6 @@ class Requests:
             batch_tokens=self._config.batch_tokens,
             batch_size=self._config.batch_size,
         )
-
-
-def encoded(lm: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Returns the token ids of a request, as lm-eval's `loglikelihood` makes them.
-
-    Raises:
-        OracleError: If there is no token to score.
-    """
-    if context:
-        before, after = lm._encode_pair(context, continuation)
-    else:
-        after = lm.tok_encode(continuation, add_special_tokens=False)
-        before = [lm.prefix_token_id]
-        if after and after[0] == before[0]:
-            before, after = after[:1], after[1:]
-    if not before or not after:
-        raise OracleError(
-            f"The request {continuation!r} after {context[-40:]!r} has no token to score. Correct "
-            "the task's data."
-        )
-    return before, after
 
 
 def choice_scores(

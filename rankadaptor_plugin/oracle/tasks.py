@@ -8,7 +8,6 @@ in two, by a hash of what they ask. No question is on both sides.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import zlib
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import env
 
 from rankadaptor_plugin.core.errors import ConfigError, OracleError, RankAdaptorError
 from rankadaptor_plugin.core.registry import suggestion
@@ -26,7 +24,7 @@ from rankadaptor_plugin.core.scores import document_key
 from rankadaptor_plugin.oracle.oracle import quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from rankadaptor_plugin.config.tables import OracleConfig
 
@@ -171,21 +169,6 @@ class Tasks:
             f"The data of the task {name!r} cannot be loaded: {reason}. Check the task's data "
             "files, or the connection if they lie on a hub."
         ) from failure
-
-
-@contextlib.contextmanager
-def compiled_once() -> Iterator[None]:
-    """Keeps compiled templates while lm-eval renders documents.
-
-    lm-eval compiles a task's template anew for each of its documents, which takes ten times as long
-    as rendering it.
-    """
-    compile_template = env.from_string
-    env.from_string = functools.lru_cache(maxsize=64)(compile_template)
-    try:
-        yield
-    finally:
-        env.from_string = compile_template
 
 
 logger = logging.getLogger(__name__)

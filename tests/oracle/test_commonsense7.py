@@ -16,11 +16,11 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 
 from rankadaptor_plugin.config.run_file import model_folder
 from rankadaptor_plugin.core.errors import ConfigError, OracleError
 from rankadaptor_plugin.oracle.commonsense7 import ACCURACY_METRICS, Commonsense7Task, task_config
+from rankadaptor_plugin.oracle.lm_eval_internals import task_file
 from rankadaptor_plugin.oracle.local_data import convert
 from rankadaptor_plugin.tasks import task_dir
 
@@ -42,12 +42,12 @@ CASES = [(benchmark, documents) for benchmark in STOCK for documents in GROUPS]
 
 
 def stock_config(benchmark):
-    return load_yaml(Path(lm_eval.tasks.__file__).parent / STOCK[benchmark][0])
+    return task_file(Path(lm_eval.tasks.__file__).parent / STOCK[benchmark][0])
 
 
 def own_config(benchmark, documents="report"):
     suffix = "_search" if documents == "search" else ""
-    return load_yaml(task_dir() / "commonsense7" / f"rankadaptor_{benchmark}{suffix}.yaml")
+    return task_file(task_dir() / "commonsense7" / f"rankadaptor_{benchmark}{suffix}.yaml")
 
 
 def rows_of(benchmark, documents):

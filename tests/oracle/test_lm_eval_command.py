@@ -36,7 +36,8 @@ from rankadaptor_plugin.models.modeling_rankadaptor import Structure
 from rankadaptor_plugin.models.pruned_loading import load_pruned
 from rankadaptor_plugin.models.pruned_model import PrunedModel
 from rankadaptor_plugin.models.structures import layer_units
-from rankadaptor_plugin.oracle.lm_eval_command import run, with_tasks
+from rankadaptor_plugin.oracle.lm_eval_command import run
+from rankadaptor_plugin.oracle.lm_eval_internals import with_tasks
 from rankadaptor_plugin.pipeline import commands
 from rankadaptor_plugin.pipeline.export import export
 from rankadaptor_plugin.plugins import plugin_manager
