@@ -133,7 +133,7 @@ def noise(
         raise ConfigError("noise.seeds is 0, which measures nothing. Use at least 2.")
     with _interruptible(), _display(manager, config, quiet=as_json, began=began):
         from rankadaptor_plugin.pipeline import run as pipeline
-        from rankadaptor_plugin.report.noise_text import noise_text
+        from rankadaptor_plugin.report.console import noise_text
 
         floor = pipeline.noise(config, manager, began=began)
     if as_json:
@@ -181,14 +181,14 @@ def compare(runs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     recovered (the delivered one, if left out). One RUN alone: all of its recovered models. Nothing
     is evaluated again.
     """
-    from rankadaptor_plugin.report.comparison_text import text
+    from rankadaptor_plugin.report.console import comparison_text
     from rankadaptor_plugin.verdict.comparison import compare_runs
 
     comparison = compare_runs(runs, **options)
     if as_json:
         click.echo(json.dumps(comparison.to_json(), indent=2))
     else:
-        click.echo(text(comparison, shutil.get_terminal_size().columns))
+        click.echo(comparison_text(comparison, shutil.get_terminal_size().columns))
 
 
 @click.command()
@@ -231,14 +231,14 @@ def inspect(manager: pluggy.PluginManager, folder: Path, as_json: bool) -> None:
     """
     from rankadaptor_plugin.models.inspection import inspect_folder
     from rankadaptor_plugin.pipeline.registries import register_families, registries
-    from rankadaptor_plugin.report.inspection_text import text
+    from rankadaptor_plugin.report.console import inspection_text
 
     register_families(registries(manager))
     inspection = inspect_folder(folder)
     if as_json:
         click.echo(json.dumps(inspection.to_json(), indent=2))
     else:
-        click.echo(text(inspection, shutil.get_terminal_size().columns))
+        click.echo(inspection_text(inspection, shutil.get_terminal_size().columns))
 
 
 @click.command("meta-learn")

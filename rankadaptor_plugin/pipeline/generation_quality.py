@@ -106,7 +106,7 @@ def perplexities(
 def entries(
     model: str, samples: Sequence[Sample], judged: Sequence[float | None]
 ) -> list[dict[str, Any]]:
-    """Returns the texts of one model as `rankadaptor_plugin.report.texts` takes them.
+    """Returns the texts of one model as `rankadaptor_plugin.report.schema.Entry`.
 
     Args:
         model: ``base``, ``pruned``, ``uniform`` or ``searched``.

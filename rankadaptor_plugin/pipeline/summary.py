@@ -13,7 +13,7 @@ from rankadaptor_plugin.core.ranks import WHOLE_LAYER
 from rankadaptor_plugin.core.trials import TrialState
 from rankadaptor_plugin.oracle.oracle import objective_metric, reported_target
 from rankadaptor_plugin.recovery.files import adapter_parameters
-from rankadaptor_plugin.report.report import (
+from rankadaptor_plugin.report.words import (
     EQUAL,
     METHODS,
     SEARCHED,
@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.models.pruned_model import PrunedModel
     from rankadaptor_plugin.oracle.oracle import Objective, Oracle
     from rankadaptor_plugin.pipeline.context import Recovered, RunContext
-    from rankadaptor_plugin.report.schema import Footprint, ReportData, Result
-    from rankadaptor_plugin.report.texts import Entry
+    from rankadaptor_plugin.report.schema import Entry, Footprint, ReportData, Result
     from rankadaptor_plugin.search.search import SearchResult
     from rankadaptor_plugin.verdict.noise import Noise
     from rankadaptor_plugin.verdict.race import Confirmed

@@ -2,7 +2,12 @@
 
 `rankadaptor_plugin.report.schema.ReportData` is the schema of report.json. Everything else is a
 pure function of it, so an old report.json can be rendered again. The verdict comes first: what was
-gained over uniform LoRA at equal parameters, or that nothing was.
+gained over LoRA at equal parameters, or that nothing was. The HTML page stands alone: no scripts,
+no other files, no network.
+
+The templates ask `rankadaptor_plugin.report.tables` for their rows. All text of a report is
+untrusted: Jinja escapes what goes into HTML, a content security policy forbids anything to be
+loaded, and the filters ``md`` and ``md_text`` escape what goes into Markdown.
 """
 
 from __future__ import annotations
@@ -11,92 +16,24 @@ import json
 import math
 import os
 import re
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
 from rankadaptor_plugin.core.errors import ArtifactError
-from rankadaptor_plugin.core.scores import unit_of_difference
-from rankadaptor_plugin.report import report_model_tables as model_tables
-from rankadaptor_plugin.report import report_noise_tables as noise_tables
-from rankadaptor_plugin.report import report_search_tables as search_tables
-from rankadaptor_plugin.report import tables
-from rankadaptor_plugin.report import texts as generation
-from rankadaptor_plugin.report.html import page
-from rankadaptor_plugin.report.numbers import number
-from rankadaptor_plugin.report.words import READING, config_text, search_line
+from rankadaptor_plugin.core.scores import metric_meanings, unit_of_difference
+from rankadaptor_plugin.report import svg, tables, words
+from rankadaptor_plugin.report.words import metric_label, visible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from rankadaptor_plugin.report.schema import ReportData
-    from rankadaptor_plugin.report.tables import Table
-    from rankadaptor_plugin.verdict.statistics import Difference
 
 BAR_WIDTH = 24  # characters of the longest bar in Markdown
 EIGHTHS = "▏▎▍▌▋▊▉█"
-MOST_DECIMALS = 6
-SEARCHED, METHODS = "the searched allocation", "the recovery methods"
-EQUAL = "at equal parameters"
-
-
-def baseline_label(uniform: Sequence[int]) -> str:
-    """Names the baseline: ``uniform rank 8``, or that its ranks are mixed."""
-    if len(set(uniform)) == 1:
-        return f"uniform rank {uniform[0]}"
-    return "the most even allocation"
-
-
-def alone_sentence(uniform: Sequence[int]) -> str:
-    """Says that uniform LoRA was all there was."""
-    return f"uniform LoRA alone, compared with nothing: {baseline_label(uniform)} is delivered"
-
-
-def verdict_sentence(
-    comparison: Difference | None,
-    uniform: Sequence[int],
-    task: str = "",
-    metric: str = "accuracy",
-    *,
-    searched: bool = True,
-    subject: str = SEARCHED,
-    parameters: str = EQUAL,
-) -> str:
-    """Says in one sentence what the search, or another recovery method, gained.
-
-    Differences of accuracy are in points, with one decimal; more only where rounding would hide
-    that an interval excludes zero.
-
-    Args:
-        comparison: Searched minus uniform allocation in the metric; None where no finalist differs
-            from the uniform one.
-        uniform: Ranks of the baseline, one per layer.
-        task: The one task that was compared; empty for the mean of all.
-        metric: What was compared.
-        searched: Whether noise left a reason to search.
-        subject: What was compared with uniform LoRA.
-        parameters: How their numbers of trainable parameters compare.
-    """
-    label = baseline_label(uniform)
-    if not searched:
-        return f"no search: no plausible gain rises above the noise; {label} is delivered"
-    factor, digits = (100, 1) if metric == "accuracy" else (1, 3)
-    unit = unit_of_difference(metric) or metric
-    what = "" if subject == SEARCHED else f", by {subject}"
-    where = f"{parameters}{f' on {task}' if task else ''}{what}"
-    if comparison is None:
-        found = {SEARCHED: "the search found nothing", METHODS: "no recovery method is shown to be"}
-        return f"{found.get(subject, f'{subject} is no')} better than {label}: uniform is delivered"
-    estimate, half = factor * comparison.estimate, factor * comparison.half_width
-    if comparison.is_gain:
-        return f"gain of {_points(estimate, half, digits)} {unit} over {label} {where}"
-    if comparison.is_loss:
-        return (
-            f"no gain: {subject} is worse than {label} by "
-            f"{_points(-estimate, half, digits)} {unit}{f' on {task}' if task else ''}: uniform is "
-            "delivered"
-        )
-    size = f"{number(estimate, digits)} +- {number(half, digits)} {unit} over {label} {where}"
-    return f"no gain beyond noise: uniform is delivered ({size})"
 
 
 def write_report(folder: Path, data: ReportData) -> tuple[Path, Path, Path]:
@@ -126,113 +63,31 @@ def write_report(folder: Path, data: ReportData) -> tuple[Path, Path, Path]:
     return paths[0], paths[1], paths[2]
 
 
+def page(data: ReportData) -> str:
+    """Renders the report as an HTML page."""
+    count = data["parameters"]["trainable"].get("recovered")
+    facts = {
+        "Delivered": tables.delivered(data),
+        "Trainable parameters": words.UNKNOWN if count is None else f"{count:,}",
+        "Compared with": data["verdict"]["baseline"],
+        "Run time": tables.total_time(data),
+        "Device": data["device"],
+    }
+    shares = {f"part{i}": name for i, (name, _, _) in enumerate(tables.shares(data))}
+    return rendered(
+        "report.html.j2",
+        data,
+        facts=facts,
+        pictures=_pictures(data),
+        ranks_legend=_ranks_legend(data),
+        shares_legend=shares,
+    )
+
+
 def markdown(data: ReportData) -> str:
-    """Renders the report as Markdown (GitHub flavour)."""
-    verdict = data["verdict"]
-    first, *others = data["metrics"]
-    parts = [
-        f"# {_escape(verdict['sentence'])}",
-        f"Delivered: {_escape(tables.delivered(data))}. "
-        f"Device: {_escape(data['device'])}. Time: {tables.total_time(data)}.",
-        "## Scores",
-        _table(tables.scores(data, first)),
-    ]
-    if verdict["comparisons"]:
-        parts += ["### The comparison that decides", _table(tables.comparisons(data))]
-    parts += ["## Ranks by layer", _code(_bars(data)), _table(model_tables.parameters(data))]
-    parts += ["## The pruned model", _table(model_tables.footprint(data))]
-    if data["noise"]:
-        parts += [
-            "## Noise floor",
-            _escape(data["noise"]["sentence"]),
-            _table(noise_tables.scores(data["noise"])),
-            _table(noise_tables.needed(data["noise"])),
-        ]
-    parts += [
-        "## Search",
-        _escape(search_line(data)),
-        _table(search_tables.trials(data)),
-        _table(search_tables.knowledge(data)),
-        _table(search_tables.front(data)),
-        "## The race",
-        _escape(search_tables.race_line(data)),
-        _table(search_tables.race(data)),
-        *(
-            [
-                "## Texts",
-                _table(generation.quality_table(data["generation"])),
-                generation.markdown(data["generation"]),
-            ]
-            if data["generation"]
-            else []
-        ),
-        "## Cost",
-        *(_table(table) for table in tables.costs(data)),
-        "## How to read this",
-        "\n".join(f"- **{_escape(name)}:** {_escape(text)}" for name, text in READING),
-        _table(tables.documents(data)),
-        "## Details",
-        *(_table(tables.scores(data, metric)) for metric in others),
-        _table(model_tables.layers(data)),
-        _table(tables.pairs("versions", data["versions"])),
-        _table(tables.pairs("seeds", data["seeds"])),
-        "Inputs (run file)",
-        _code(config_text(data["config"])),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _points(estimate: float, half: float, least: int) -> str:
-    """Writes an estimate whose interval excludes zero so that it still does when rounded."""
-    for digits in range(least, MOST_DECIMALS):
-        if float(f"{estimate:.{digits}f}") > float(f"{half:.{digits}f}"):
-            break
-    return f"{number(estimate, digits)} +- {number(half, digits)}"
-
-
-def _bars(data: ReportData) -> str:
-    """Draws the ranks as horizontal bars of block characters, one line per layer."""
-    found = {name: ranks for name, ranks in tables.allocations(data).items() if ranks}
-    top = max((rank for ranks in found.values() for rank in ranks), default=1)
-    scale = min(1.0, BAR_WIDTH / top)
-    column = round(top * scale) + len(str(top)) + 3
-    named = data.get("slots") or [f"{i:5}" for i in range(max(map(len, found.values()), default=0))]
-    wide = max(map(len, named), default=5)
-    lines = [
-        f"{'layer':{wide}}  " + "".join(f"{name} rank".ljust(max(column, 15)) for name in found)
-    ]
-    for layer, name in enumerate(named):
-        cells = (_bar(ranks[layer], scale) for ranks in found.values() if layer < len(ranks))
-        lines.append(f"{name:{wide}}  " + "".join(cell.ljust(max(column, 15)) for cell in cells))
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _bar(rank: int, scale: float) -> str:
-    whole, part = divmod(max(1, round(8 * rank * scale)), 8)
-    return "█" * whole + (EIGHTHS[part - 1] if part else "") + f" {rank}"
-
-
-def _table(table: Table | None) -> str:
-    if table is None or not table.rows:
-        return ""
-    rule = ["---" if i in table.left else "--:" for i in range(len(table.header))]
-    rows = [map(_escape, table.header), rule, *(map(_escape, row) for row in table.rows)]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return f"{_escape(table.caption)}\n\n" + "\n".join(lines)
-
-
-def _code(text: str) -> str:
-    # A fence longer than any in the text cannot be closed by it.
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}text\n{text}\n{fence}"
-
-
-def _escape(text: str) -> str:
-    """Makes text safe inside a line of Markdown; underscores inside words stay readable."""
-    text = " ".join(text.split())
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"([\\`*\[\]|#~])", r"\\\1", text)
-    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)
+    """Renders the report as Markdown (GitHub flavor)."""
+    text = rendered("report.md.j2", data, bars=_rank_bars)
+    return re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n"
 
 
 def _plain(value: Any) -> Any:
@@ -256,3 +111,147 @@ def _write(path: Path, content: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def rendered(template: str, data: ReportData, **values: Any) -> str:
+    """Renders a template of the folder ``templates``, with further values that it asks for."""
+    return _environment().get_template(template).render(data=data, **values)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("rankadaptor_plugin.report"),
+        autoescape=select_autoescape(("html.j2",), default=False),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.globals |= {"tables": tables, "words": words, "meanings": metric_meanings}
+    environment.filters |= {"line": _line, "visible": _visible}
+    environment.filters |= {"md": _markdown_line, "md_text": _markdown_text, "code": _code}
+    return environment
+
+
+# ------------------------------------------------------------------------------------ safe in HTML
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split()).replace("+-", "±")
+
+
+def _visible(text: str) -> str:
+    return visible(text).strip(" ")
+
+
+# -------------------------------------------------------------------------------- safe in Markdown
+
+
+def _markdown_line(text: str) -> str:
+    """Makes text safe inside a line of Markdown; underscores inside words stay readable."""
+    return _escape(" ".join(text.split()))
+
+
+def _markdown_text(text: str) -> str:
+    """Makes text that a model wrote safe inside a line; its own line breaks stay visible."""
+    text = _escape(visible(text).replace("\t", " ").strip(" "))
+    # Dollars open formulas, and a colon before slashes makes a link of what a model wrote.
+    text = re.sub(r"(\$|:(?=//))", r"\\\1", text)
+    return text.replace("\n", " ↵<br>")
+
+
+def _escape(text: str) -> str:
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*\[\]|#~])", r"\\\1", text)
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)
+
+
+def _code(text: str) -> str:
+    """Makes text a code block."""
+    # A fence longer than any in the text cannot be closed by it.
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _rank_bars(data: ReportData) -> str:
+    """Draws the ranks as horizontal bars of block characters, one line per layer."""
+    named = {name: ranks for name, ranks in tables.named_allocations(data).items() if ranks}
+    top = max((rank for ranks in named.values() for rank in ranks), default=1)
+    scale = min(1.0, BAR_WIDTH / top)
+    column = max(15, round(top * scale) + len(str(top)) + 3, *(len(name) + 2 for name in named))
+    slots = data.get("slots") or [f"{i:5}" for i in range(max(map(len, named.values()), default=0))]
+    wide = max(map(len, slots), default=5)
+    lines = [f"{'layer':{wide}}  " + "".join(name.ljust(column) for name in named)]
+    for layer, slot in enumerate(slots):
+        cells = (_bar(ranks[layer], scale) for ranks in named.values() if layer < len(ranks))
+        lines.append(f"{slot:{wide}}  " + "".join(cell.ljust(column) for cell in cells))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _bar(rank: int, scale: float) -> str:
+    whole, part = divmod(max(1, round(8 * rank * scale)), 8)
+    return "█" * whole + (EIGHTHS[part - 1] if part else "") + f" {rank}"
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+
+def _pictures(data: ReportData) -> dict[str, str]:
+    metric = data["objective"]["metric"]
+    (scale, digits), unit = _scale(metric), metric_label(metric)
+    points = []
+    for trial in data["trials"]:
+        values = (trial.get("objective"), trial.get("predicted"))
+        measured, predicted = (None if value is None else scale * value for value in values)
+        initial = trial["phase"] == "initialization"
+        point = svg.Point(trial["position"] + 1, initial, measured, predicted, trial["state"])
+        points.append(point)
+
+    def sized(trials: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+        complete = (t for t in trials if t.get("objective") is not None)
+        return [(t["parameters"], scale * t["objective"]) for t in complete]
+
+    best = sized(data["front"])
+    return {
+        "difference": _difference(data),
+        "ranks": _ranks(data),
+        "best": svg.best_so_far(points, unit, digits),
+        "scatter": svg.scatter(points, unit, digits),
+        "front": svg.front(sized(data["trials"]), best, unit, digits) if best else "",
+        "shares": svg.share_bar(tables.shares(data)),
+    }
+
+
+def _scale(metric: str) -> tuple[float, int]:
+    return (100.0, 1) if metric == "accuracy" else (1.0, 3)
+
+
+def _difference(data: ReportData) -> str:
+    metric = data["metrics"][0]
+    difference = data["verdict"]["comparisons"].get(metric)
+    if not difference or difference["low"] is None or difference["high"] is None:
+        return ""
+    factor, _ = _scale(metric)
+    middle, low, high = (factor * difference[name] for name in ("estimate", "low", "high"))
+    title = f"{tables.compared(data)} minus {data['verdict']['baseline']}"
+    return svg.difference(middle, low, high, f"{unit_of_difference(metric)} of {metric}", title)
+
+
+def _ranks(data: ReportData) -> str:
+    named, slots = tables.allocations(data), data.get("slots", [])
+    uniform = named.pop("uniform", [])
+    label, ranks = next(iter(named.items()), ("searched", []))
+    return svg.ranks(uniform, ranks, slots, label)
+
+
+def _ranks_legend(data: ReportData) -> dict[str, str]:
+    named = tables.allocations(data)
+    if "recovered" in named:
+        return {}
+    baseline = data.get("labels", {}).get("uniform", "uniform allocation")
+    legend = {"uniform": f"{baseline}, the even allocation of equal size"}
+    other = next((name for name in named if name != "uniform"), "")
+    if other:
+        legend["searched"] = "best searched allocation" if other == "searched" else other
+    return legend

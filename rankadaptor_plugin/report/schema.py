@@ -7,10 +7,7 @@ for "not known", such as the half width of an interval from a single document.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
-
-if TYPE_CHECKING:
-    from rankadaptor_plugin.report.texts import Entry
+from typing import Any, NotRequired, TypedDict
 
 Column = dict[str, dict[str, dict[str, float | None]]]
 """The scores of one model: task, and ``mean`` for the weighted mean, then metric, to ``mean`` and
@@ -21,11 +18,11 @@ class Verdict(TypedDict):
     """What came out.
 
     Attributes:
-        sentence: What `rankadaptor_plugin.report.report.verdict_sentence` returned.
+        sentence: What `rankadaptor_plugin.report.words.verdict_sentence` returned.
         delivered: ``uniform`` or ``searched``: the allocation of the delivered adapter; or the
             name of a recovery method; or ``foreign``: that of a recovery stage from another
             package.
-        baseline: What `rankadaptor_plugin.report.report.baseline_label` returned.
+        baseline: Name of the decisive baseline, such as ``LoRA r=8``.
         comparisons: Searched, or a recovery method, minus uniform by metric, as
             `Difference.to_json` writes it; empty where there was nothing to compare.
         target: The one task that was compared; empty for the weighted mean.
@@ -143,6 +140,32 @@ class Result(TypedDict):
     seed: int | None
 
 
+class Entry(TypedDict):
+    """One text.
+
+    Attributes:
+        model: ``base``, ``pruned``, ``uniform`` or ``searched``.
+        kind: What the prompt asks for, such as ``article`` or ``steps``.
+        prompt: The prompt.
+        decoding: ``greedy`` or ``sampled``.
+        text: What the model wrote.
+        perplexity: Under the base model, at least 1; None if unknown, as in an empty text.
+        distinct_1: Different tokens by all tokens, in (0, 1]; None if the text is too short.
+        distinct_2: The same of pairs of neighbors.
+        repetition: Share of 4-grams that occurred before, in [0, 1); None if the text is too short.
+    """
+
+    model: str
+    kind: str
+    prompt: str
+    decoding: str
+    text: str
+    perplexity: float | None
+    distinct_1: float | None
+    distinct_2: float | None
+    repetition: float | None
+
+
 class ReportData(TypedDict):
     """All of report.json.
 
@@ -175,7 +198,7 @@ class ReportData(TypedDict):
             the seed of each fine-tune, None for base and pruned model.
         noise: What `rankadaptor_plugin.verdict.noise.Noise.to_json` returned; None if it was not
             measured.
-        generation: Texts of the models, as `rankadaptor_plugin.report.texts` takes them.
+        generation: Texts of the models.
         config: The run file's values, tables as dictionaries.
         device: Name of the device, such as ``cpu`` or ``cuda:0 (NVIDIA H100)``.
         weights: Weight per task in the mean; equal if absent.

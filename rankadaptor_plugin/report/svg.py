@@ -1,6 +1,6 @@
 """The pictures of the HTML report, as inline SVG without scripts.
 
-Colours come from the classes of the page's style sheet, so the pictures follow light and dark.
+Colors come from the classes of the page's style sheet, so the pictures follow light and dark.
 Every mark carries a title, every picture a label for those who cannot see it.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
-from rankadaptor_plugin.report.numbers import number
+from rankadaptor_plugin.report.words import number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,11 +85,11 @@ def ranks(
         for name, values, share in (("uniform", uniform, 0.86), ("searched", searched, 0.46)):
             if layer < len(values):
                 width, height = share * slot, frame.y(0) - frame.y(values[layer])
+                shown = escape(label) if name == "searched" else "even"
                 marks.append(
                     f'<rect class="{name}" x="{frame.x(layer) - width / 2:.2f}" '
                     f'y="{frame.y(values[layer])}" width="{width:.2f}" height="{height:.2f}">'
-                    f"<title>{named[layer]}: {escape(label) if name == 'searched' else name} rank "
-                    f"{values[layer]}</title></rect>"
+                    f"<title>{named[layer]}: {shown} rank {values[layer]}</title></rect>"
                 )
     listed = ", ".join(f"{name}: {rank}" for name, rank in zip(named, searched, strict=False))
     return _svg(frame, f"Ranks by layer. {label.capitalize()}: {listed or 'none'}.", marks)
@@ -186,13 +186,13 @@ def front(
     return _svg(frame, f"Score against trainable parameters: {title}.", marks)
 
 
-def difference(estimate: float, low: float, high: float, unit: str) -> str:
-    """Draws one interval on an axis with zero marked."""
+def difference(estimate: float, low: float, high: float, unit: str, title: str) -> str:
+    """Draws one interval on an axis with zero marked; `title` names the difference."""
     room = max(abs(low), abs(high)) * 1.15 or 1.0
     frame = Frame(360, 100, (-room, room), (0, 2), left=12, right=12, top=2)
     text = f"{number(estimate, 2)}, interval {number(low, 2)} to {number(high, 2)} {unit}"
     middle = frame.y(1)
-    marks = _x_axis(frame, f"searched minus uniform ({unit})")
+    marks = _x_axis(frame, f"{title} ({unit})")
     marks += [
         f'<line class="zero" x1="{frame.x(0)}" x2="{frame.x(0)}" y1="{frame.y(2)}" '
         f'y2="{frame.y(0)}"><title>no difference</title></line>',

@@ -394,7 +394,7 @@ def test_a_gain_below_the_noise_ends_without_a_search(below):
     assert floor["plausible_gain_high"] < floor["detectable_gain"]
     assert report["search"]["stop_reason"] == "noise floor"
     assert report["verdict"]["sentence"] == (
-        "no search: no plausible gain rises above the noise; uniform rank 8 is delivered"
+        "no search: no plausible gain rises above the noise; LoRA r=8 is delivered"
     )
     assert below.result.stdout.startswith("Verdict: no search: ")
     assert report["verdict"]["delivered"] == "uniform"

@@ -110,6 +110,8 @@ def test_every_file_of_the_three_folders_is_in_the_wheel_and_no_other(names):
     assert {name for name in names if name.startswith(f"{PACKAGE}/")} == expected
     for name in ("py.typed", "embedded/run.toml", "embedded/model/model.safetensors"):
         assert f"{PACKAGE}/{name}" in names
+    templates = ("report.html.j2", "report.md.j2", "texts.html.j2", "texts.md.j2", "style.css")
+    assert {f"{PACKAGE}/report/templates/{name}" for name in templates} <= names
     assert sum(name.startswith(f"{PACKAGE}/tasks/commonsense7/") for name in names) == 16
     for pattern in (r"tasks/tiny/tiny_\w+\.yaml", r"tasks/tiny/data/tiny_\w+\.jsonl"):
         assert sum(bool(re.fullmatch(f"{PACKAGE}/{pattern}", name)) for name in names) == 7

@@ -19,7 +19,7 @@ from rankadaptor_plugin.models.structures import decoder_layers, layer_units, la
 from rankadaptor_plugin.pruning.blocks import keep_layers
 from rankadaptor_plugin.pruning.channel import prune_channel
 from rankadaptor_plugin.pruning.cutting import remove
-from rankadaptor_plugin.report.inspection_text import text
+from rankadaptor_plugin.report.console import inspection_text
 
 
 def layer_parameters(model) -> list[int]:
@@ -182,7 +182,7 @@ def test_numbers_of_the_largest_models_are_not_cut(width, tmp_path, monkeypatch)
     monkeypatch.setattr(
         "rankadaptor_plugin.models.inspection.check_checkpoint", lambda folder: model
     )
-    shown = text(inspect_folder(tmp_path), width)
+    shown = inspection_text(inspect_folder(tmp_path), width)
     figures = footprint(model)
     for number in (figures.parameters, figures.macs, *layer_parameters(model)[:1], 53248 * 126):
         assert f"{number:,}" in shown
@@ -197,7 +197,7 @@ def test_brackets_in_a_path_stay(made, tmp_path):
     folder.mkdir()
     for file in made["plain"].folder.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    assert "a[bold]b: LlamaForCausalLM" in text(inspect_folder(folder), 80)
+    assert "a[bold]b: LlamaForCausalLM" in inspection_text(inspect_folder(folder), 80)
 
 
 @pytest.fixture

@@ -35,8 +35,8 @@ from rankadaptor_plugin.pipeline.method_race import (
     trained_parameters,
 )
 from rankadaptor_plugin.report import tables
-from rankadaptor_plugin.report.html import page
-from rankadaptor_plugin.report.report import METHODS, alone_sentence, markdown, verdict_sentence
+from rankadaptor_plugin.report.report import markdown, page
+from rankadaptor_plugin.report.words import METHODS, alone_sentence, verdict_sentence
 from rankadaptor_plugin.search.study import TrialStore
 from rankadaptor_plugin.verdict.comparison import compare_runs
 from rankadaptor_plugin.verdict.confirmation import Confirmation, check, fresh_seeds
@@ -377,27 +377,25 @@ NO_GAIN = replace(GAIN, estimate=0.003, low=-0.006, high=0.012, half_width=0.009
 
 def test_the_verdict_names_the_method():
     assert verdict_sentence(GAIN, [8], subject="adalora") == (
-        "gain of 1.2 +- 0.8 points over uniform rank 8 at equal parameters, by adalora"
+        "gain of 1.2 +- 0.8 points over LoRA r=8 at equal parameters, by adalora"
     )
     assert verdict_sentence(NO_GAIN, [8], subject="eva") == (
-        "no gain beyond noise: uniform is delivered "
-        "(0.3 +- 0.9 points over uniform rank 8 at equal parameters, by eva)"
+        "no gain beyond noise: LoRA r=8 is delivered "
+        "(0.3 +- 0.9 points over it at equal parameters, by eva)"
     )
 
 
 def test_the_verdict_claims_equal_parameters_only_where_they_are():
     words = "with 6 % more trainable parameters"
     assert verdict_sentence(GAIN, [8], subject="dora", parameters=words) == (
-        "gain of 1.2 +- 0.8 points over uniform rank 8 with 6 % more trainable parameters, by dora"
+        "gain of 1.2 +- 0.8 points over LoRA r=8 with 6 % more trainable parameters, by dora"
     )
 
 
 def test_the_verdict_says_that_nothing_was_compared():
-    assert alone_sentence([8, 8]) == (
-        "uniform LoRA alone, compared with nothing: uniform rank 8 is delivered"
-    )
+    assert alone_sentence([8, 8]) == ("nothing was compared: LoRA r=8 ran alone and is delivered")
     assert verdict_sentence(None, [8], subject=METHODS) == (
-        "no recovery method is shown to be better than uniform rank 8: uniform is delivered"
+        "no recovery method is shown to be better than LoRA r=8, which is delivered"
     )
 
 
@@ -432,7 +430,7 @@ def test_methods_race_without_a_search(methods_alone):
     report = methods_alone.report
     assert report["trials"] == []
     assert report["search"]["stop_reason"] == "recovery methods"
-    assert "No search: the run file names other recovery methods alone." in methods_alone.markdown
+    assert "No search: the run file names only other recovery methods." in methods_alone.markdown
     labels = [entry["label"] for entry in report["confirm"]["competitors"]]
     assert labels == report["methods"] == ["adalora", "none", "pattern:4-12"]
     assert "searched" not in report["scores"]
@@ -443,7 +441,8 @@ def test_the_report_has_a_column_for_each_method(methods_alone):
     header = tables.scores(report, "accuracy").header
     best = report["verdict"]["delivered"]
     shown = [name for name in report["methods"] if name != best]
-    assert header == ("task", "base", "pruned", "LoRA r=8", *shown, f"recovered ({best})")
+    label = report["labels"].get(best, best)
+    assert header == ("task", "base", "pruned", "LoRA r=8", *shown, f"recovered ({label})")
     for text in (methods_alone.markdown, methods_alone.html):
         assert "adalora, trainable" in text
         assert "no adapter" in text
@@ -455,7 +454,7 @@ def test_a_delivered_list_of_ranks_is_shown_by_layer(methods_alone):
     report["allocations"]["recovered"] = [4] * 4 + [12] * 4
     report["scores"]["recovered"] = report["scores"][name]
     assert "Delivered: pattern:4-12. " in markdown(report)
-    assert re.search(f"uniform rank +{name} rank", markdown(report))
+    assert re.search(f"LoRA r=8 +{name} ranks", markdown(report))
     assert "layer 7: searched rank 12" not in page(methods_alone.report)
     assert f"layer 7: {name} rank 12" in page(report)
     assert tables.scores(report, "accuracy").header[-1] == f"recovered ({name})"
@@ -516,7 +515,7 @@ def test_uniform_lora_alone_is_delivered_and_nothing_is_claimed(run):
     assert report["verdict"]["sentence"] == alone_sentence([8])
     assert (report["verdict"]["delivered"], report["verdict"]["comparisons"]) == ("uniform", {})
     assert len(report["results"]["uniform"]) == 3
-    assert "No race was run. Uniform LoRA ran alone, 3 seeds." in found.markdown
+    assert "No race was run. LoRA ran alone, with 3 seeds." in found.markdown
 
 
 def test_an_unknown_method_is_refused_before_anything_runs(tmp_path, write_run_file, command):
@@ -535,7 +534,9 @@ def test_columns_of_lora_are_labelled_by_their_ranks_whatever_was_searched(run):
     assert max(ranks["uniform"]) <= 4
     assert report["labels"]["lora"] == "LoRA r=8"
     header = tables.scores(report, "accuracy").header
-    assert report["labels"]["uniform"] in header
+    for name in ("lora", "uniform"):
+        count = report["parameters"]["trainable"][name]
+        assert f"{report['labels'][name]}, {count:,} parameters" in header
     assert "uniform LoRA" not in header
     labels = [c["label"] for c in report["confirm"]["competitors"]]
     assert labels == ["finalist", "lora"]

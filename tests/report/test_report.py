@@ -13,13 +13,9 @@ from rankadaptor_plugin.core.errors import ArtifactError
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
 from rankadaptor_plugin.report import tables
-from rankadaptor_plugin.report.html import page
-from rankadaptor_plugin.report.report import (
-    baseline_label,
-    markdown,
-    verdict_sentence,
-    write_report,
-)
+from rankadaptor_plugin.report.report import markdown, page, write_report
+from rankadaptor_plugin.report.words import interval, verdict_sentence
+from rankadaptor_plugin.verdict.race import baseline_label
 from rankadaptor_plugin.verdict.statistics import Difference, Seeds
 
 TASKS = ("tiny_boolq", "tiny_piqa", "arc_easy")
@@ -263,47 +259,47 @@ def check(data: dict) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("estimate", "half_width", "ranks", "sentence"),
     [
-        (0.013, 0.008, [8, 8], "gain of 1.3 +- 0.8 points over uniform rank 8 at equal parameters"),
+        (0.013, 0.008, [8, 8], "gain of 1.3 +- 0.8 points over LoRA r=8 at equal parameters"),
         (
             -0.002,
             0.011,
             [8, 8],
-            "no gain beyond noise: uniform is delivered "
-            "(-0.2 +- 1.1 points over uniform rank 8 at equal parameters)",
+            "no gain beyond noise: LoRA r=8 is delivered "
+            "(-0.2 +- 1.1 points over it at equal parameters)",
         ),
         (
             -0.0002,
             0.011,
             [7, 8],
-            "no gain beyond noise: uniform is delivered "
-            "(0.0 +- 1.1 points over the most even allocation at equal parameters)",
+            "no gain beyond noise: LoRA r=7 to 8 is delivered "
+            "(0.0 +- 1.1 points over it at equal parameters)",
         ),
         (
             -0.02,
             0.005,
             [8],
-            "no gain: the searched allocation is worse than uniform rank 8 by 2.0 +- 0.5 points: "
-            "uniform is delivered",
+            "no gain: the searched allocation is worse than LoRA r=8 by 2.0 +- 0.5 points; "
+            "LoRA r=8 is delivered",
         ),
         (
             0.00841,
             0.00838,
             [7, 8],
-            "gain of 0.841 +- 0.838 points over the most even allocation at equal parameters",
+            "gain of 0.841 +- 0.838 points over LoRA r=7 to 8 at equal parameters",
         ),
         (
             -0.0084,
             0.0082,
             [8],
-            "no gain: the searched allocation is worse than uniform rank 8 by 0.84 +- 0.82 points: "
-            "uniform is delivered",
+            "no gain: the searched allocation is worse than LoRA r=8 by 0.84 +- 0.82 points; "
+            "LoRA r=8 is delivered",
         ),
         (
             0.01,
             float("inf"),
             [8],
-            "no gain beyond noise: uniform is delivered "
-            "(1.0 +- n/a points over uniform rank 8 at equal parameters)",
+            "no gain beyond noise: LoRA r=8 is delivered "
+            "(1.0 +- n/a points over it at equal parameters)",
         ),
     ],
 )
@@ -311,14 +307,10 @@ def test_verdict(estimate: float, half_width: float, ranks: list[int], sentence:
     assert verdict_sentence(comparison(estimate, half_width), ranks) == sentence
 
 
-def test_verdict_without_a_distinct_finalist() -> None:
-    end = "uniform is delivered"
-    assert verdict_sentence(None, [4]) == (
-        f"the search found nothing better than uniform rank 4: {end}"
-    )
-    assert verdict_sentence(None, [4, 5]) == (
-        f"the search found nothing better than the most even allocation: {end}"
-    )
+@pytest.mark.parametrize(("ranks", "label"), [([4], "LoRA r=4"), ([4, 5], "LoRA r=4 to 5")])
+def test_verdict_without_a_distinct_finalist(ranks, label) -> None:
+    expected = f"the search found nothing better than {label}, which is delivered"
+    assert verdict_sentence(None, ranks) == expected
 
 
 @given(st.floats(-1, 1), st.floats(0, 1))
@@ -426,6 +418,44 @@ def test_unknown_half_width() -> None:
     text, html = check(data)
     assert "+- n/a" in text
     assert "± n/a" in html
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        ({"mean": 0.5, "half_width": 0.2, "low": 0.3, "high": 0.7}, "50.0 +- 20.0"),
+        ({"mean": 0.97, "half_width": 0.06, "low": 0.91, "high": 1.0}, "97.0 (91.0 to 100.0)"),
+        ({"mean": 0.04, "half_width": 0.06, "low": 0.0, "high": 0.1}, "4.0 (0.0 to 10.0)"),
+        ({"mean": 0.5, "half_width": None, "low": None, "high": None}, "50.0 +- n/a"),
+        ({"mean": 0.5, "half_width": 0.2}, "50.0 +- 20.0"),  # of an earlier version
+        (None, "n/a"),
+    ],
+)
+def test_an_interval_ends_where_the_metric_does(cell, text) -> None:
+    assert interval(cell, "accuracy") == text
+
+
+def test_lora_is_called_by_its_ranks_and_its_size_where_two_are_shown() -> None:
+    data = report_data(delivered="uniform")
+    data["labels"] = {"uniform": "LoRA r=8"}
+    header = tables.scores(data, "accuracy").header
+    assert header == ("task", "base", "pruned", "LoRA r=8", "searched LoRA", "recovered (LoRA r=8)")
+    data["labels"] = {"uniform": "LoRA r=5 to 6", "lora": "LoRA r=8"}
+    data["methods"] = ["lora"]
+    data["scores"]["lora"] = data["scores"]["uniform"]
+    data["parameters"]["trainable"] |= {"uniform": 29_952, "lora": 40_000}
+    text, html = check(data)
+    for shown in (text, html):
+        assert "LoRA r=8, 40,000 parameters" in shown
+        assert "LoRA r=5 to 6, 29,952 parameters" in shown
+    assert text.count("Delivered: LoRA r=5 to 6.") == 1
+    assert "uniform" not in text
+
+
+def test_a_metric_is_explained_where_it_is_shown() -> None:
+    for shown in check(report_data()):
+        assert "choice_logprob in nats (log-probability of the right choice" in shown
+        assert shown.count("share of documents answered correctly") >= 3
 
 
 def test_everything_is_escaped() -> None:

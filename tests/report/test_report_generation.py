@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from rankadaptor_plugin.report.texts import html, markdown, quality_table
+from rankadaptor_plugin.report import tables as report_tables
+from rankadaptor_plugin.report.report import rendered
 
 EVIL = (
     "<script>alert(1)</script>",
@@ -28,6 +29,22 @@ EVIL = (
     "\ud83d alone",
     "one\r\ntwo\rthree\tfour",
 )
+
+
+def data(entries) -> dict:
+    return {"generation": entries, "parameters": {"trainable": {}}}
+
+
+def markdown(entries) -> str:
+    return rendered("texts.md.j2", data(entries)).strip("\n")
+
+
+def html(entries) -> str:
+    return rendered("texts.html.j2", data(entries)).strip("\n")
+
+
+def quality_table(entries):
+    return report_tables.text_quality(data(entries))
 
 
 def entry(**changes) -> dict:

@@ -13,7 +13,7 @@ from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.core.errors import RecoveryError
 from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.core.scores import Score, TaskScore
-from rankadaptor_plugin.report.noise_text import noise_text
+from rankadaptor_plugin.report.console import noise_text
 from rankadaptor_plugin.testing.search import SPACE
 from rankadaptor_plugin.verdict.noise import Question, measure, noise_allocations, noise_seeds
 from rankadaptor_plugin.verdict.noise_floor import document_sd, seed_scale

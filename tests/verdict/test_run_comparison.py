@@ -21,7 +21,7 @@ from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.core.scores import Score, TaskScore
 from rankadaptor_plugin.pipeline.commands import compare
 from rankadaptor_plugin.plugins import plugin_manager
-from rankadaptor_plugin.report.comparison_text import text
+from rankadaptor_plugin.report.console import comparison_text
 from rankadaptor_plugin.verdict.comparison import compare_runs
 from rankadaptor_plugin.verdict.race import ConfirmationRun, Confirmed, Entrant, Rules, run_name
 
@@ -172,7 +172,7 @@ def test_a_path_may_hold_colons_and_brackets(write_run):
     odd, named = write_run("a[b]:c"), write_run("x:uniform")
     found = compare_runs([f"{odd}:uniform", str(named)])
     assert labels(found) == ["a[b]:c:uniform", "x:uniform:recovered"]
-    assert "a[b]:c:uniform" in text(found, 80)
+    assert "a[b]:c:uniform" in comparison_text(found, 80)
 
 
 def test_runs_of_the_same_name_are_told_apart(write_run):
@@ -217,7 +217,7 @@ def test_a_model_of_fewer_than_three_fine_tunes_is_compared_without_a_verdict(wr
     result = compare_runs(runs)
     assert result.pairs[0, 1].high < 0
     assert not result.pairs[0, 1].is_loss
-    assert "none: fewer than 3 seeds" in text(result, 80)
+    assert "none: fewer than 3 seeds" in comparison_text(result, 80)
 
 
 # ------------------------------------------------------------------------- the verdict of a run
@@ -377,8 +377,8 @@ def test_no_difference_is_said_plainly(write_run):
 def test_a_long_label_is_not_cut(width, write_run):
     name = "n" * 60
     found = compare_runs([str(write_run(name)), str(write_run("b"))])
-    assert "…" not in text(found, width)
-    assert f"{name}:recovered" in text(found, width)
+    assert "…" not in comparison_text(found, width)
+    assert f"{name}:recovered" in comparison_text(found, width)
 
 
 def test_json_holds_all(write_run):
