@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
 
-from rankadaptor_plugin import search, verdict
+from rankadaptor_plugin import oracle, search, verdict
 from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.run_file import corpus_file, model_folder
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError
@@ -31,7 +31,6 @@ from rankadaptor_plugin.oracle.oracle import (
     check_task_names,
     objective_metric,
 )
-from rankadaptor_plugin.oracle.oracle import check as check_oracle
 from rankadaptor_plugin.pipeline import registries as plugin_list
 from rankadaptor_plugin.pipeline.context import RunContext
 from rankadaptor_plugin.pipeline.method_race import check_methods
@@ -99,7 +98,7 @@ def prepare(
     config: RunConfig,
     manager: pluggy.PluginManager,
     folder: RunFolder,
-    given: PrunedModel | None,
+    pruned: PrunedModel | None,
     began: float,
 ) -> Prepared:
     """Checks and loads what a run file names, and claims the run folder.
@@ -108,54 +107,108 @@ def prepare(
         config: The run file.
         manager: Plugins.
         folder: The run folder, opened.
-        given: A model that was pruned already.
+        pruned: A model that was pruned already.
         began: ``time.perf_counter()`` at the start of the program.
 
     Raises:
-        RankAdaptorError: Whatever is wrong with the inputs.
+        RankAdaptorError: If anything is wrong with the inputs.
     """
     manager.hook.rankadaptor_on_progress(stage="load", done=0, total=1)
-    found = plugin_list.registries(manager)
-    plugin_list.check_names(found, config)
-    verdict.check(config)
-    check_oracle(config)
-    device = given.model.device if given else resolve_device(config.device)
-    source = model_folder(config.model)
-    check_folder(source)
-    if given is None:
-        _check_prune(config, source)
+    registries = plugin_list.registries(manager)
+    plugin_list.check_names(registries, config)
+    device = pruned.model.device if pruned else resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    _check_recovery(config, source, given, device, dtype)
+    source = model_folder(config.model)
+    check(config, source, pruned, device, dtype)
     tokenizer = (
-        given.tokenizer
-        if given
+        pruned.tokenizer
+        if pruned
         else load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     )
-    corpus_path = corpus_file(config.corpus.path)
-    corpus = load_corpus(corpus_path, tokenizer, config.corpus)
-    if not corpus.validation and (
-        config.recovery.load_best_model_at_end or config.recovery.eval_steps
-    ):
+    window = _window(config, source, pruned)
+    corpus = _corpus(config, tokenizer, window)
+    _check_prompts(config, tokenizer)
+    paths = list(manager.hook.rankadaptor_lm_eval_task_paths())
+    if config.oracle.include_path:
+        paths.append(Path(config.oracle.include_path))  # last: lm-eval lets later folders win
+    scorer = _oracle(
+        registries.oracles,
+        OracleSettings(
+            config=config.oracle,
+            tokenizer=tokenizer,
+            task_paths=tuple(paths),
+            seed=config.seed,
+            window=window,
+        ),
+    )
+    objective_metric(config.oracle, scorer)  # says now what it would say after the pruning
+    _claim(folder, _inputs(config, source, pruned, corpus, scorer))
+    scored = config.prune.importance not in ("magnitude", "random")
+    needed = scored and pruned is None and not folder.pruned.is_dir()
+    prepared = Prepared(
+        context=RunContext(
+            config=config,
+            folder=folder.path,
+            registries=registries,
+            hook=manager.hook,
+            oracle=scorer,
+            corpus=corpus,
+        ),
+        pruner=registries.pruners.get(config.prune.method),
+        source=source,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        calibration=_calibration(config, corpus, tokenizer) if needed else [],
+    )
+    folder.add_seconds("load", time.perf_counter() - began)
+    manager.hook.rankadaptor_on_progress(stage="load", done=1, total=1)
+    return prepared
+
+
+def check(
+    config: RunConfig,
+    source: Path,
+    pruned: PrunedModel | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Lets every package check its tables of the run file; no weight is loaded.
+
+    Raises:
+        RankAdaptorError: If anything is wrong with them.
+    """
+    verdict.check(config)
+    oracle.check(config)
+    check_folder(source)
+    if pruned is None:
+        _check_prune(config, source)
+    _check_recovery(config, source, pruned, device, dtype)
+    search.check(config, *_shape(config, source, pruned))
+
+
+def _corpus(config: RunConfig, tokenizer: PreTrainedTokenizerBase, window: int | None) -> Corpus:
+    """Loads the recovery corpus and warns of settings that it leaves without effect."""
+    table = config.recovery
+    corpus = load_corpus(corpus_file(config.corpus.path), tokenizer, config.corpus)
+    if not corpus.validation and (table.load_best_model_at_end or table.eval_steps):
         logger.warning(
             "[recovery] load_best_model_at_end and eval_steps look at held-out rows, but there are "
             "none: [corpus] val_set_size is 0"
         )
-    check_sequences(corpus.sequences, _window(config, source, given))
-    steps = config.recovery.steps_for(len(corpus.sequences))
-    if config.recovery.warmup_steps >= steps:
+    check_sequences(corpus.sequences, window)
+    steps = table.steps_for(len(corpus.sequences))
+    if table.warmup_steps >= steps:
         logger.warning(
             "[recovery] warmup_steps %d is no less than the %d steps of a fine-tune, which never "
             "reaches learning_rate",
-            config.recovery.warmup_steps,
+            table.warmup_steps,
             steps,
         )
-    text = config.prune.calibration
-    if text and given is None and not Path(text).is_file():
-        raise ConfigError(
-            f"The calibration text {text} does not exist. Correct [prune] "
-            "calibration, or leave it empty."
-        )
-    search.check(config, *_shape(config, source, given))
+    return corpus
+
+
+def _check_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     if config.generation.max_new_tokens:
         for prompt in config.generation.prompts:
             if not encode(tokenizer, prompt):
@@ -163,43 +216,6 @@ def prepare(
                     f"The prompt {prompt!r} in [generation] prompts has no tokens. Write at least "
                     "one word."
                 )
-    paths = list(manager.hook.rankadaptor_lm_eval_task_paths())
-    if config.oracle.include_path:
-        paths.append(Path(config.oracle.include_path))  # last: lm-eval lets later folders win
-    oracle = _oracle(
-        found.oracles,
-        OracleSettings(
-            config=config.oracle,
-            tokenizer=tokenizer,
-            task_paths=tuple(paths),
-            seed=config.seed,
-            window=_window(config, source, given),
-        ),
-    )
-    objective_metric(config.oracle, oracle)  # says now what it would say after the pruning
-    _claim(folder, _inputs(config, source, given, corpus, oracle))
-    scored = config.prune.importance not in ("magnitude", "random")
-    needed = scored and given is None and not folder.pruned.is_dir()
-    calibration = _calibration(config, corpus, tokenizer) if needed else []
-    prepared = Prepared(
-        context=RunContext(
-            config=config,
-            folder=folder.path,
-            registries=found,
-            hook=manager.hook,
-            oracle=oracle,
-            corpus=corpus,
-        ),
-        pruner=found.pruners.get(config.prune.method),
-        source=source,
-        tokenizer=tokenizer,
-        device=device,
-        dtype=dtype,
-        calibration=calibration,
-    )
-    folder.add_seconds("load", time.perf_counter() - began)
-    manager.hook.rankadaptor_on_progress(stage="load", done=1, total=1)
-    return prepared
 
 
 def _oracle(oracles: Registry[OracleFactory], settings: OracleSettings) -> Oracle:
@@ -211,16 +227,16 @@ def _oracle(oracles: Registry[OracleFactory], settings: OracleSettings) -> Oracl
         oracles.get(search_name)(replace(settings, purposes=("search",))),
         oracles.get(name)(replace(settings, purposes=("report",))),
     )
-    known = dict.fromkeys((*both.weights("search"), *both.weights("report")))
-    check_task_names(settings.config, known)
+    names = dict.fromkeys((*both.weights("search"), *both.weights("report")))
+    check_task_names(settings.config, names)
     return both
 
 
-def _window(config: RunConfig, source: Path, given: PrunedModel | None) -> int | None:
+def _window(config: RunConfig, source: Path, pruned: PrunedModel | None) -> int | None:
     """Returns the context window of the model, as its configuration has it."""
     model = (
-        given.model.config
-        if given
+        pruned.model.config
+        if pruned
         else AutoConfig.from_pretrained(
             source, trust_remote_code=config.trust_remote_code, local_files_only=True
         )
@@ -229,11 +245,11 @@ def _window(config: RunConfig, source: Path, given: PrunedModel | None) -> int |
 
 
 def _shape(
-    config: RunConfig, source: Path, given: PrunedModel | None
+    config: RunConfig, source: Path, pruned: PrunedModel | None
 ) -> tuple[int | None, int | None]:
     """Returns layers and width of the pruned model, None where pruning decides on them."""
-    if given is not None:
-        return given.model.config.num_hidden_layers, given.model.config.hidden_size
+    if pruned is not None:
+        return pruned.model.config.num_hidden_layers, pruned.model.config.hidden_size
     if config.prune.method != "width":
         return None, None
     model = AutoConfig.from_pretrained(
@@ -248,6 +264,12 @@ def _check_prune(config: RunConfig, source: Path) -> None:
     method = config.prune.method
     if method in checks:
         checks[method](config.prune)
+    text = config.prune.calibration
+    if text and not Path(text).is_file():
+        raise ConfigError(
+            f"The calibration text {text} does not exist. Correct [prune] calibration, or leave it "
+            "empty."
+        )
     if method in ("width", "depth"):
         model = AutoConfig.from_pretrained(
             source, trust_remote_code=config.trust_remote_code, local_files_only=True
@@ -258,7 +280,7 @@ def _check_prune(config: RunConfig, source: Path) -> None:
 def _check_recovery(
     config: RunConfig,
     source: Path,
-    given: PrunedModel | None,
+    pruned: PrunedModel | None,
     device: torch.device,
     dtype: str | torch.dtype,
 ) -> None:
@@ -266,7 +288,7 @@ def _check_recovery(
     table = config.recovery
     check_methods(table)
     quantization_config(config.quantize, device, dtype)
-    if given is None:
+    if pruned is None:
         return
     if config.quantize:
         raise ConfigError(
@@ -277,7 +299,7 @@ def _check_recovery(
         teacher = AutoConfig.from_pretrained(
             source, trust_remote_code=config.trust_remote_code, local_files_only=True
         )
-        check_teacher(teacher, given.model.config)
+        check_teacher(teacher, pruned.model.config)
 
 
 def _calibration(
@@ -329,7 +351,7 @@ def _tried(folder: RunFolder, study: str) -> set[RankAllocation]:
 
 
 def _inputs(
-    config: RunConfig, source: Path, given: PrunedModel | None, corpus: Corpus, oracle: Oracle
+    config: RunConfig, source: Path, pruned: PrunedModel | None, corpus: Corpus, oracle: Oracle
 ) -> dict[str, Any]:
     """Returns what must not change between two sessions in one run folder."""
     plain, corpus_path = run_file.to_dict(config), corpus_file(config.corpus.path)
@@ -345,10 +367,10 @@ def _inputs(
     return {
         "config": plain,
         "model": digest(source),
-        "pruned model": given.weights_digest() if given else None,
+        "pruned model": pruned.weights_digest() if pruned else None,
         # What lies on the hub may change under its name.
         "corpus": digest(corpus_path) if corpus_path.exists() else corpus.digest(),
-        "calibration": digest(Path(calibration)) if calibration and not given else None,
+        "calibration": digest(Path(calibration)) if calibration and not pruned else None,
         "documents": oracle.describe()["digest"],
         "meta-knowledge": digest(Path(meta)) if meta else None,
     }
