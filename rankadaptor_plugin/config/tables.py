@@ -347,8 +347,9 @@ class OracleConfig:
         default_factory=dict,
         metadata={"help": "weight per task in the mean; tasks left out weigh 1", "low": 0},
     )
-    batch_tokens: int = _f(8192, "tokens per forward pass, padding included", low=1)
-    batch_size: int = _f(0, "most requests per forward pass; 0 sets no limit", low=0)
+    batch_tokens: int = _f(
+        8192, "tokens per forward pass, padding included", low=1, aliases=("batch_size",)
+    )
     max_length: int = _f(0, "longest request in tokens; 0 takes the model's limit", low=0)
 
     def __post_init__(self) -> None:

@@ -193,7 +193,6 @@ class Requests:
             requests,
             max_length=length,
             batch_tokens=self._config.batch_tokens,
-            batch_size=self._config.batch_size,
         )
 
 

@@ -33,15 +33,9 @@ PASS = 200
 """Cost of one more forward pass, in computed tokens: what it takes however short it is."""
 
 
-class Limits(NamedTuple):
-    """What one forward pass may hold; the number of rows is not limited if it is 0."""
-
-    tokens: int
-    rows: int
-
-    def rows_of(self, length: int) -> int:
-        """Returns how many rows of a length in tokens go into one pass, at least 1."""
-        return max(1, min(self.tokens // length, self.rows or self.tokens))
+def rows_of(length: int, batch_tokens: int) -> int:
+    """Returns how many rows of a length in tokens go into one pass, at least 1."""
+    return max(1, batch_tokens // length)
 
 
 class Group(NamedTuple):
@@ -68,25 +62,26 @@ class _Branch:
     groups: list[Group]
 
 
-def group(rows: Sequence[NDArray[np.int64]], limits: Limits) -> list[Group]:
+def group(rows: Sequence[NDArray[np.int64]], batch_tokens: int) -> list[Group]:
     """Chooses the groups that cost least; a row that shares nothing is a group of its own.
 
     Args:
         rows: Token ids in lexicographic order, none of them the beginning of another.
-        limits: Of one pass. A group that does not fit computes its prefix several times.
+        batch_tokens: Most tokens of one pass. A group that does not fit computes its prefix
+            several times.
     """
     lengths = [len(row) for row in rows]
     branches: list[_Branch] = []
     for i, row in enumerate(rows):
         shared = _common(rows[i - 1], row) if i else 0
-        _close(branches, shared, lengths, limits)
-        cost = lengths[i] + PASS / limits.rows_of(lengths[i])
+        _close(branches, shared, lengths, batch_tokens)
+        cost = lengths[i] + PASS / rows_of(lengths[i], batch_tokens)
         branches.append(_Branch(lengths[i], [i], cost, [Group(lengths[i], 0, [i])]))
-    _close(branches, -1, lengths, limits)
+    _close(branches, -1, lengths, batch_tokens)
     return [item for branch in branches for item in branch.groups]
 
 
-def pack(groups: Sequence[Group], limits: Limits) -> list[list[Group]]:
+def pack(groups: Sequence[Group], batch_tokens: int) -> list[list[Group]]:
     """Fills passes with groups of about the same lengths, the longest prefixes first.
 
     Prefixes within a range of lengths are ordered by their suffixes. A wide range pads prefixes, a
@@ -94,10 +89,10 @@ def pack(groups: Sequence[Group], limits: Limits) -> list[list[Group]]:
 
     Returns:
         Per pass its groups, whose rows, padded to the longest prefix and the longest suffix, keep
-        within the limits; larger groups are split.
+        within `batch_tokens`; larger groups are split.
     """
-    pieces = [piece for item in groups for piece in _split(item, limits)]
-    packed = [list(_filled(pieces, limits, width)) for width in (1, 4, 16, 32, 64, 128)]
+    pieces = [piece for item in groups for piece in _split(item, batch_tokens)]
+    packed = [list(_filled(pieces, batch_tokens, width)) for width in (1, 4, 16, 32, 64, 128)]
     return min(packed, key=lambda batches: sum(PASS + padded_tokens(batch) for batch in batches))
 
 
@@ -108,13 +103,13 @@ def padded_tokens(batch: Sequence[Group]) -> int:
     return prefixes + count * max(item.suffix for item in batch)
 
 
-def _filled(pieces: list[Group], limits: Limits, width: int) -> Iterator[list[Group]]:
+def _filled(pieces: list[Group], batch_tokens: int, width: int) -> Iterator[list[Group]]:
     batch: list[Group] = []
     count = prefix = suffix = 0
     for piece in sorted(pieces, key=lambda p: (-(p.prefix // width), -p.suffix, p.rows)):
         prefix, suffix = max(prefix, piece.prefix), max(suffix, piece.suffix)
         count += len(piece.rows)
-        if batch and count > limits.rows_of(prefix + suffix):
+        if batch and count > rows_of(prefix + suffix, batch_tokens):
             yield batch
             batch, (prefix, suffix, _), count = [], piece, len(piece.rows)
         batch.append(piece)
@@ -122,8 +117,8 @@ def _filled(pieces: list[Group], limits: Limits, width: int) -> Iterator[list[Gr
         yield batch
 
 
-def _split(item: Group, limits: Limits) -> Iterator[Group]:
-    parts = -(-len(item.rows) // limits.rows_of(item.prefix + item.suffix))
+def _split(item: Group, batch_tokens: int) -> Iterator[Group]:
+    parts = -(-len(item.rows) // rows_of(item.prefix + item.suffix, batch_tokens))
     for rows in np.array_split(item.rows, parts):
         yield item._replace(rows=rows.tolist())
 
@@ -134,14 +129,14 @@ def _common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
     return int(np.argmin(np.append(one[:length] == other[:length], False)))
 
 
-def _close(branches: list[_Branch], depth: int, lengths: list[int], limits: Limits) -> None:
+def _close(branches: list[_Branch], depth: int, lengths: list[int], batch_tokens: int) -> None:
     """Folds the branches deeper than `depth` into the point there, which is then the last."""
     while branches and branches[-1].depth > depth:
         closed = branches.pop()
         if len(closed.rows) > 1 and closed.depth:
             longest = max(lengths[i] for i in closed.rows)
             together = Group(closed.depth, longest - closed.depth, list(closed.rows))
-            cost = _cost(together, limits)
+            cost = _cost(together, batch_tokens)
             if cost < closed.cost:
                 closed.cost, closed.groups = cost, [together]
         if branches and branches[-1].depth >= depth:
@@ -155,10 +150,10 @@ def _close(branches: list[_Branch], depth: int, lengths: list[int], limits: Limi
             return
 
 
-def _cost(item: Group, limits: Limits) -> float:
+def _cost(item: Group, batch_tokens: int) -> float:
     """Returns what a group costs in tokens, of its two passes those shares that it fills."""
     count, length = len(item.rows), item.prefix + item.suffix
-    passes = count / limits.rows_of(length)
+    passes = count / rows_of(length, batch_tokens)
     prefixes = item.prefix * np.ceil(passes)
     return float(prefixes + count * (item.suffix + CARRY * item.prefix) + 2 * PASS * passes)
 
@@ -237,7 +232,7 @@ class Plan:
         return sum(part.tokens.numel() for part in self.plain)
 
 
-def plan(requests: Requests, *, max_length: int, batch_tokens: int, batch_size: int = 0) -> Plan:
+def plan(requests: Requests, *, max_length: int, batch_tokens: int) -> Plan:
     """Plans the forward passes of requests.
 
     Args:
@@ -245,19 +240,14 @@ def plan(requests: Requests, *, max_length: int, batch_tokens: int, batch_size: 
         max_length: Most tokens of an input; a longer one loses tokens on the left.
         batch_tokens: Most tokens of one pass, counting padding and cached tokens. A longer row
             has a pass of its own.
-        batch_size: Most rows of one pass; 0 sets no limit.
 
     Raises:
         ConfigError: If a limit is too small.
         OracleError: If a context or continuation is empty, or a continuation is too long.
     """
-    for name, value, least in (
-        ("max_length", max_length, 1),
-        ("batch_tokens", batch_tokens, 1),
-        ("batch_size", batch_size, 0),
-    ):
-        if value < least:
-            raise ConfigError(f"{name} is {value}. Allowed: at least {least}.")
+    for name, value in (("max_length", max_length), ("batch_tokens", batch_tokens)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}. Allowed: at least 1.")
     distinct: dict[tuple[bytes, int], int] = {}
     inverse = np.zeros(len(requests), np.int64)
     for i, (context, continuation) in enumerate(requests):
@@ -266,15 +256,15 @@ def plan(requests: Requests, *, max_length: int, batch_tokens: int, batch_size: 
         whole = np.array((*context, *continuation)[-max_length - 1 :], ">u4").tobytes()
         inverse[i] = distinct.setdefault((whole, len(continuation)), len(distinct))
     rows = _rows(list(distinct))
-    limits = Limits(batch_tokens, batch_size)
-    groups = group([row.tokens for row in rows], limits)
-    shared = pack([g for g in groups if len(g.rows) > 1], limits)
+    groups = group([row.tokens for row in rows], batch_tokens)
+    shared = pack([g for g in groups if len(g.rows) > 1], batch_tokens)
     passes = tuple(_behind_prefixes(rows, batch) for batch in shared)
     padding = [_padding(batch) for batch in shared]
     probes = {0, int(np.argmax(padding))} if shared else set()
+    apart = [Group(len(row.tokens), 0, [i]) for i, row in enumerate(rows)]
     return Plan(
-        plain=_whole(rows, [Group(len(row.tokens), 0, [i]) for i, row in enumerate(rows)], limits),
-        single=_whole(rows, [g for g in groups if len(g.rows) == 1], limits),
+        plain=_whole(rows, apart, batch_tokens),
+        single=_whole(rows, [g for g in groups if len(g.rows) == 1], batch_tokens),
         shared=passes,
         probes=tuple((passes[i], _forward(_members(rows, shared[i]))) for i in sorted(probes)),
         inverse=inverse,
@@ -342,8 +332,8 @@ def _rows(distinct: list[tuple[bytes, int]]) -> list[_Row]:
     return [_joined(row) for row in reversed(rows)]
 
 
-def _whole(rows: Sequence[_Row], groups: Sequence[Group], limits: Limits) -> tuple[Forward, ...]:
-    return tuple(_forward(_members(rows, batch)) for batch in pack(groups, limits))
+def _whole(rows: Sequence[_Row], groups: Sequence[Group], batch_tokens: int) -> tuple[Forward, ...]:
+    return tuple(_forward(_members(rows, batch)) for batch in pack(groups, batch_tokens))
 
 
 def _members(rows: Sequence[_Row], groups: Sequence[Group]) -> list[_Row]:

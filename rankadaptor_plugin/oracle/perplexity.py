@@ -79,7 +79,6 @@ class PerplexityOracle:
                 windows,
                 max_length=length,
                 batch_tokens=config.batch_tokens,
-                batch_size=config.batch_size,
             )
             for purpose, windows in self._windows.items()
         }

@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 _FREE = {
     "corpus": ("path",),
-    "oracle": ("include_path", "data_dir", "text", "batch_tokens", "batch_size"),
+    "oracle": ("include_path", "data_dir", "text", "batch_tokens"),
     "recovery": (
         "per_device_train_batch_size",
         "gradient_accumulation_steps",

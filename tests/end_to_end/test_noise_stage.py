@@ -483,7 +483,7 @@ def test_less_at_once_goes_on(measured, copy_of, tmp_path, write_run_file, comma
     copy_of(measured)
     settings = {
         **QUICK,
-        "oracle": {**QUICK["oracle"], "batch_tokens": 64, "batch_size": 2},
+        "oracle": {**QUICK["oracle"], "batch_tokens": 64},
         "recovery": {
             **QUICK["recovery"],
             "per_device_train_batch_size": 4,

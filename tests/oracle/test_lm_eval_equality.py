@@ -40,9 +40,9 @@ MODELS = ("base", "width", "depth", "adapter", "merged")
 STOCK_BATCHES = (1, 16, 64)
 BATCHES = (
     {},
-    {"batch_size": 1},
+    {"batch_tokens": 1},
     {"batch_tokens": 60},
-    {"batch_tokens": 300, "batch_size": 16},
+    {"batch_tokens": 300},
 )
 RANKS = (2, 12, 4, 8, 6, 10, 2, 4)
 PRUNE = {"keep_first": 0, "keep_last": 0}

@@ -190,21 +190,16 @@ TOKENS = st.lists(st.integers(3, 8), min_size=1, max_size=12)
     requests=st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=12),
     contexts=st.lists(TOKENS, max_size=2),
     batch_tokens=st.integers(1, 200),
-    batch_size=st.integers(0, 5),
     max_length=st.integers(12, 40),
     cost=st.sampled_from([0, loglikelihood_plan.PASS]),  # at none, all is shared that can be
 )
-def test_any_budget_gives_the_same(
-    make_llama, requests, contexts, batch_tokens, batch_size, max_length, cost
-):
+def test_any_budget_gives_the_same(make_llama, requests, contexts, batch_tokens, max_length, cost):
     model = make_llama()
     for context in contexts:
         requests = requests + [(context * 2, continuation) for _, continuation in requests]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loglikelihood_plan, "PASS", cost)
-        made = plan(
-            requests, max_length=max_length, batch_tokens=batch_tokens, batch_size=batch_size
-        )
+        made = plan(requests, max_length=max_length, batch_tokens=batch_tokens)
     sums, hits = loglikelihoods(model, made)
     expected = one_by_one(model, requests, max_length)
     np.testing.assert_allclose(sums, expected[0], rtol=1e-6, atol=1e-5)
@@ -213,7 +208,6 @@ def test_any_budget_gives_the_same(
     sizes += [shared.suffix.mask.shape for shared in made.shared]
     for rows, length in sizes:
         assert rows == 1 or rows * length <= batch_tokens
-        assert rows <= (batch_size or rows)
 
 
 def test_one_token_answers_cost_one_row():
@@ -364,9 +358,7 @@ def test_an_impossible_request_is_named_in_one_line(request_, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("limit", "value"), [("max_length", 0), ("batch_tokens", 0), ("batch_size", -1)]
-)
+@pytest.mark.parametrize(("limit", "value"), [("max_length", 0), ("batch_tokens", 0)])
 def test_a_limit_too_small_is_refused(limit, value):
     with pytest.raises(ConfigError, match=f"{limit} is {value}. Allowed: at least"):
         planned([([3], [4])], **{limit: value})

@@ -148,7 +148,7 @@ def test_several_right_choices_share_their_probability():
 
 def test_the_batch_size_changes_no_score(tasks, oracle, make_llama):
     folder, model = tasks(), make_llama()
-    sizes = ({"batch_size": 1}, {"batch_size": 64}, {"batch_tokens": 1}, {"batch_tokens": 9999})
+    sizes = ({"batch_tokens": 1}, {"batch_tokens": 64}, {"batch_tokens": 9999})
     one, *others = (oracle(folder, **size).score(model, "search") for size in sizes)
     for metric, values in one.tasks["toy"].per_document.items():
         for other in others:
