@@ -147,14 +147,11 @@ def search(
         sampler = sampler_for(drawn_seed)
         place = partial(_placed, space, tried, space.allocation(spare[0]), drawn_seed)
         pending = store.begin(sampler, space, place)
+        initial = position < _n_startup_trials(config, sampler)
         trial = _run(
             Trial(
                 position=position,
-                phase=(
-                    Phase.INITIALIZATION
-                    if position < _n_startup_trials(config, sampler)
-                    else Phase.ITERATION
-                ),
+                phase=Phase.INITIALIZATION if initial else Phase.ITERATION,
                 allocation=pending.allocation,
                 seed=seed,
                 state=TrialState.FAILED,
