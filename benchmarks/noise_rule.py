@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rankadaptor_plugin.verdict.noise_floor import assess, expected_best_gain, least_detectable_gain
+from rankadaptor_plugin.verdict.noise_floor import Design, assess, expected_best_gain
 from rankadaptor_plugin.verdict.reliability import reliability
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,9 +32,9 @@ def simulated(icc: float, allocations: int, seeds: int, pilots: int) -> dict[str
     for _ in range(pilots):
         table = between * rng.normal(size=(allocations, 1)) + rng.normal(size=(allocations, seeds))
         found = reliability(table)
-        floor = assess(accuracy=found, objective=found, trials=TRIALS, seeds=SEEDS)
+        floor = assess(found, found, TRIALS, Design(seeds=SEEDS))
         counts[floor.outcome] += 1
-    truth = expected_best_gain(TRIALS, between, icc) / least_detectable_gain(SEEDS, 1.0)
+    truth = expected_best_gain(TRIALS, between, icc) / float(Design(seeds=SEEDS).detectable(1.0))
     return {"gain / floor": truth} | {name: n / pilots for name, n in counts.items()}
 
 

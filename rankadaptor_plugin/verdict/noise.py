@@ -20,6 +20,7 @@ from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
 from rankadaptor_plugin.search.space import untried
 from rankadaptor_plugin.verdict.confirmation import FRESH
 from rankadaptor_plugin.verdict.noise_floor import (
+    Design,
     Floor,
     assess,
     document_sd,
@@ -217,31 +218,21 @@ def assessed(
         name: reliability(table, confidence=confirm.confidence) for name, table in tables.items()
     }
     floor, needed = None, {}
-    # The race's intervals hold for all competitors together.
-    confidence = 1 - (1 - confirm.confidence) / config.competitors
     # Of other tasks, or another metric, the search documents say nothing.
     if decisive in scores and judged == weights.keys():
         tried = [[run.search for run in several] for several in runs.values()]
-        documents = document_sd(tried, decisive, weights, report_documents)
         scale = seed_scale(tried, decisive, weights, report_documents, scores[decisive].seed_sd)
-        floor = assess(
-            accuracy=scores[decisive],
-            objective=scores[OBJECTIVE],
-            trials=config.search.n_trials,
+        design = Design(
             seeds=confirm.seeds,
-            confidence=confidence,
-            document_sd=documents,
-            seed_scale=scale,
+            # The race's intervals hold for all comparisons together.
+            confidence=1 - (1 - confirm.confidence) / config.competitors,
+            document_sd=document_sd(tried, decisive, weights, report_documents),
         )
-        needed = {
-            gain: fine_tunes_to_detect(
-                gain,
-                scale * scores[decisive].seed_sd,
-                confidence=confidence,
-                document_sd=documents,
-            )
-            for gain in config.noise.gains
-        }
+        floor = assess(
+            scores[decisive], scores[OBJECTIVE], config.search.n_trials, design, seed_scale=scale
+        )
+        seed_sd = scale * scores[decisive].seed_sd
+        needed = {gain: fine_tunes_to_detect(gain, seed_sd, design) for gain in config.noise.gains}
     seconds = [sum(run.seconds.values()) for several in runs.values() for run in several]
     return Noise(
         runs=runs,

@@ -10,7 +10,8 @@ them, and other ones. Values per document say how much of the noise depends on t
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from bisect import bisect_left
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -31,6 +32,66 @@ Array = NDArray[np.float64]
 MOST_SEEDS = 10**6
 """`fine_tunes_to_detect` takes a difference that needs more seeds for one that none can show."""
 
+_NODES = 64  # quantiles of what seeds may show of their variance
+_STEPS = 50  # of a bisection: to the last digit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Design:
+    """The final comparison of two allocations (`rankadaptor_plugin.verdict.statistics`).
+
+    Attributes:
+        seeds: Seeds of each allocation, at least 2, the same for both.
+        confidence: Confidence of the interval of the difference, in (0, 1).
+        document_sd: Standard error of the difference that is due to the choice of documents and
+            does not shrink with more seeds, in the unit of the score.
+
+    Raises:
+        ConfigError: If a number is out of its range.
+    """
+
+    seeds: int
+    confidence: float = 0.95
+    document_sd: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fraction("confidence", self.confidence)
+        if self.seeds < 2:  # noqa: PLR2004  (a variance takes two)
+            raise ConfigError(
+                f"A comparison takes at least 2 seeds, not {self.seeds}. Raise the seeds."
+            )
+        _check_sd(self.document_sd)
+
+    def detectable(self, seed_sd: float | Array, power: float = 0.5) -> Array:
+        """Returns the true differences that the interval shows to be above zero.
+
+        Args:
+            seed_sd: Residual sd of one fine-tune, as `Reliability.seed_sd`; any shape.
+            power: Probability of showing it, in (0, 1); 0.5 is an even chance.
+        """
+        check_fraction("power", power)
+        df, level = self.seeds - 1, (1 + self.confidence) / 2
+        from_seeds = np.asarray(2 * np.square(seed_sd) / self.seeds)
+        critical = special.stdtrit(df, level)
+        if not self.document_sd:
+            factor = max(0.0, float(special.nctdtrinc(df, 1 - power, critical)))
+            return np.asarray(factor * np.sqrt(from_seeds))
+        # The interval takes the seeds' variance as these seeds show it, that of many documents as
+        # it is. The power is the mean over what the seeds may show.
+        shown = special.chdtri(df, (np.arange(_NODES) + 0.5) / _NODES) / df
+        squares = critical**2 * from_seeds[..., None] * shown
+        half_widths = np.sqrt(squares + (special.ndtri(level) * self.document_sd) ** 2)
+        stderr = np.sqrt(from_seeds + self.document_sd**2)
+        low, high = np.zeros_like(stderr), half_widths[..., 0] + 9 * stderr
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            chance = special.ndtr((middle[..., None] - half_widths) / stderr[..., None]).mean(-1)
+            low, high = (
+                np.where(chance < power, middle, low),
+                np.where(chance < power, high, middle),
+            )
+        return low
+
 
 @dataclass(frozen=True, kw_only=True)
 class Floor:
@@ -40,13 +101,10 @@ class Floor:
         plausible_gain: Expected true advantage of the allocation that a search picks over the
             average allocation, in the unit of the metric (accuracy: a fraction).
         plausible_gain_high: One-sided upper bound of it at `level`, for the noise as estimated.
-        detectable_gain: The final comparison shows a difference of this size with probability
-            `power`.
+        detectable_gain: The final comparison shows a difference of this size with an even chance.
         below_noise: True if even the bound is not above `detectable_gain`.
         trials: Number of trials of the search.
         seeds: Seeds of the final comparison.
-        confidence: Confidence of its interval, in (0, 1).
-        power: Probability that goes with `detectable_gain`, in (0, 1).
         level: Confidence of the bound, in (0, 1).
     """
 
@@ -56,8 +114,6 @@ class Floor:
     below_noise: bool
     trials: int
     seeds: int
-    confidence: float
-    power: float
     level: float
 
     @property
@@ -96,15 +152,12 @@ class Floor:
 
 
 def assess(
-    *,
     accuracy: Reliability,
     objective: Reliability,
     trials: int,
-    seeds: int,
-    confidence: float = 0.95,
-    power: float = 0.5,
+    design: Design,
+    *,
     level: float = 0.8,
-    document_sd: float = 0.0,
     seed_scale: float = 1.0,
 ) -> Floor:
     """Says if any plausible gain of a search is above the noise of the final comparison.
@@ -115,19 +168,16 @@ def assess(
     estimate, does not exceed what the comparison can show: a search whose expected gain just
     reaches that is called so with probability ``1 - level``. The bound is the quantile of the
     generalized confidence distribution of gain over detectable gain (Weerahandi 1993): with one
-    metric and without `document_sd` it is the exact F bound. With two metrics their errors are
-    taken to go together, which makes it rather too high than too low.
+    metric and without `Design.document_sd` it is the exact F bound. With two metrics their errors
+    are taken to go together, which makes it rather too high than too low.
 
     Args:
         accuracy: Reliability of the metric that the final comparison reports.
         objective: Reliability of what the search maximizes; the same object if it is that metric.
         trials: Number of trials of the search, at least 1.
-        seeds: Seeds per allocation of the final comparison, at least 2.
-        confidence: Confidence of the comparison's interval, in (0, 1).
-        power: A gain that is shown with this probability counts as detectable, in (0, 1).
-        level: Confidence of the upper bound, in (0, 1); the higher, the fewer gains
-            are called below the noise.
-        document_sd: See `least_detectable_gain`.
+        design: The final comparison.
+        level: Confidence of the upper bound, in (0, 1); the higher, the fewer gains are called
+            below the noise.
         seed_scale: Seed noise in the final comparison, as a multiple of that of `accuracy`: part of
             it is the chance of single answers, which shrinks with more documents.
 
@@ -135,17 +185,14 @@ def assess(
         ConfigError: If a number is out of its range.
     """
     check_fraction("level", level)
-    seed_sd = seed_scale * accuracy.seed_sd
     gain = expected_best_gain(trials, accuracy.between_sd, objective.icc)
-    floor = least_detectable_gain(
-        seeds, seed_sd, confidence=confidence, power=power, document_sd=document_sd
-    )
+    floor = float(design.detectable(seed_scale * accuracy.seed_sd))
     between, residual = plausible_variances(accuracy)
     chooser, noise = plausible_variances(objective)
     total = chooser + noise
     share = np.divide(chooser, total, out=np.zeros_like(total), where=total > 0)
     gains = _normal_maximum(trials) * np.sqrt(between * share)
-    floors = _detectable(seed_scale * np.sqrt(residual), seeds, confidence, power, document_sd)
+    floors = design.detectable(seed_scale * np.sqrt(residual))
     # Gain and floor are uncertain together, so their ratio is bounded. With a floor of 0 any gain
     # can be told from noise, and its bound decides nothing.
     high = float(np.quantile(gains / floors, level)) * floor if floor else gain
@@ -155,82 +202,32 @@ def assess(
         detectable_gain=floor,
         below_noise=floor > 0 and high <= floor,
         trials=trials,
-        seeds=seeds,
-        confidence=confidence,
-        power=power,
+        seeds=design.seeds,
         level=level,
     )
 
 
 def fine_tunes_to_detect(
-    gain: float,
-    seed_sd: float,
-    *,
-    confidence: float = 0.95,
-    power: float = 0.8,
-    document_sd: float = 0.0,
+    gain: float, seed_sd: float, design: Design, *, power: float = 0.8
 ) -> int | None:
     """Returns the fewest fine-tunes, of two allocations together, that show a true difference.
 
-    Both are fine-tuned with the same seeds and compared by a t test paired by seed. Arguments are
-    those of `least_detectable_gain`, of which this is the inverse.
+    This is the inverse of `Design.detectable`, whatever the seeds of the design.
 
     Returns:
         Twice the number of seeds, at least 4; None if more than `MOST_SEEDS` do not show it.
 
     Raises:
-        ConfigError: If an sd is negative, or a fraction not in (0, 1).
+        ConfigError: If an sd is negative, or the power not in (0, 1).
     """
+    _check_sd(seed_sd)
 
-    def shown(seeds: int) -> bool:
-        least = least_detectable_gain(
-            seeds, seed_sd, confidence=confidence, power=power, document_sd=document_sd
-        )
-        return 0 < gain >= least
+    def is_shown(seeds: int) -> bool:
+        return 0 < gain >= replace(design, seeds=seeds).detectable(seed_sd, power)
 
-    if not shown(MOST_SEEDS):
+    if not is_shown(MOST_SEEDS):
         return None
-    too_few, enough = 1, MOST_SEEDS
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        too_few, enough = (too_few, middle) if shown(middle) else (middle, enough)
-    return 2 * enough
-
-
-def least_detectable_gain(
-    seeds: int,
-    seed_sd: float,
-    *,
-    confidence: float = 0.95,
-    power: float = 0.5,
-    document_sd: float = 0.0,
-) -> float:
-    """Returns the true difference of two allocations that a comparison shows with a given power.
-
-    To show it means that the two-sided interval of the difference lies above zero. Exact, from the
-    noncentral t distribution, if `document_sd` is 0; else with degrees of freedom after Welch and
-    Satterthwaite, those of the documents taken as infinite.
-
-    Args:
-        seeds: Seeds of each of the two allocations, at least 2, the same for both.
-        seed_sd: Residual sd of one fine-tune, as `Reliability.seed_sd`, in the unit of the score.
-        confidence: Confidence of the interval, in (0, 1).
-        power: Probability of showing it, in (0, 1); 0.5 is an even chance.
-        document_sd: Standard error of the difference that is due to the choice of documents and
-            does not shrink with more seeds, in the unit of the score.
-
-    Raises:
-        ConfigError: If seeds are fewer than 2, an sd is negative, or a fraction not in (0, 1).
-    """
-    check_fraction("confidence", confidence)
-    check_fraction("power", power)
-    if seeds < 2:  # noqa: PLR2004  (a variance takes two)
-        raise ConfigError(f"A comparison takes at least 2 seeds, not {seeds}. Raise the seeds.")
-    if not (0 <= seed_sd < math.inf and 0 <= document_sd < math.inf):
-        raise ConfigError(
-            f"The standard deviations {seed_sd} and {document_sd} must be finite and 0 or more."
-        )
-    return float(_detectable(np.float64(seed_sd), seeds, confidence, power, document_sd))
+    return 2 * bisect_left(range(MOST_SEEDS), True, lo=2, key=is_shown)
 
 
 def expected_best_gain(trials: int, between_sd: float, icc: float) -> float:
@@ -267,8 +264,8 @@ def document_sd(
     """Returns the standard error of a difference that the choice of documents makes.
 
     From the differences between the first and each other allocation per document, the mean over
-    the seeds; scaled from the documents at hand to those of the final comparison. Like the
-    comparison itself it counts the chance of single answers here as well as among the seeds.
+    the seeds; scaled from the documents at hand to those of the final comparison. It counts the
+    chance of single answers here as well as among the seeds.
 
     Args:
         scores: Scores with values per document, by allocation and seed.
@@ -276,24 +273,18 @@ def document_sd(
         weights: Weight per task.
         report_documents: Documents of the final comparison by task.
     """
-    shares = task_shares(weights)
-    variances = []
-    for other in scores[1:]:
-        variance = 0.0
-        for task, share in shares.items():
-            first, second = (
-                np.mean([score.tasks[task].per_document[metric] for score in several], axis=0)
-                for several in (scores[0], other)
-            )
-            if len(first) > 1:
-                spread = float(np.var(first - second, ddof=1))
-                if metric == "accuracy":
-                    # That no answer differs among these documents does not mean that none can:
-                    # half of one more document, as Jeffreys' prior has it.
-                    spread = max(spread, 0.5 / (len(first) + 1))
-                variance += share**2 * spread / report_documents[task]
-        variances.append(variance)
-    return math.sqrt(sum(variances) / len(variances))
+    variance = 0.0
+    for task, share in task_shares(weights).items():
+        means = _table(scores, task, metric).mean(axis=1)
+        count = means.shape[1]
+        if count > 1:
+            spreads = (means[0] - means[1:]).var(axis=1, ddof=1)
+            if metric == "accuracy":
+                # That no answer differs among these documents does not mean that none can:
+                # half of one more document, as Jeffreys' prior has it.
+                spreads = np.maximum(spreads, 0.5 / (count + 1))
+            variance += share**2 * float(spreads.mean()) / report_documents[task]
+    return math.sqrt(variance)
 
 
 def seed_scale(
@@ -320,35 +311,25 @@ def seed_scale(
         return 1.0
     here = there = 0.0
     for task, share in task_shares(weights).items():
-        values = np.array(
-            [[score.tasks[task].per_document[metric] for score in several] for several in scores]
-        )
+        values = _table(scores, task, metric)
         n, k, count = values.shape
         if count == 1:  # shows no variance
             continue
-        rest = (
-            values
-            - values.mean(0, keepdims=True)
-            - values.mean(1, keepdims=True)
-            + values.mean((0, 1), keepdims=True)
-        )
+        rest = values - values.mean(0) - values.mean(1, keepdims=True) + values.mean((0, 1))
         single = float(rest.var(axis=2, ddof=1).sum()) / ((n - 1) * (k - 1))
         here += share**2 * single / count
         there += share**2 * single / report_documents[task]
     return math.sqrt((max(0.0, seed_sd**2 - here) + there) / seed_sd**2)
 
 
-def _detectable(
-    seed_sd: Array | np.float64, seeds: int, confidence: float, power: float, document_sd: float
-) -> Array:
-    """Returns the difference that is detected, in the shape of `seed_sd`."""
-    from_seeds = 2 * np.square(seed_sd) / seeds
-    variance = from_seeds + document_sd**2
-    with np.errstate(divide="ignore", invalid="ignore"):
-        df = np.where(variance > from_seeds, (variance / from_seeds) ** 2, 1.0) * (seeds - 1)
-    critical = special.stdtrit(df, (1 + confidence) / 2)
-    noncentrality: Array = special.nctdtrinc(df, 1 - power, critical)
-    return np.sqrt(variance) * np.maximum(0.0, noncentrality)
+def _table(scores: Sequence[Sequence[Score]], task: str, metric: str) -> Array:
+    """Returns values by allocation, seed and document."""
+    return np.array([[s.tasks[task].per_document[metric] for s in row] for row in scores])
+
+
+def _check_sd(value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ConfigError(f"The standard deviation {value} must be finite and 0 or more.")
 
 
 def _normal_maximum(count: int) -> float:

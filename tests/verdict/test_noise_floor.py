@@ -11,11 +11,11 @@ from scipy import stats
 
 from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.verdict.noise_floor import (
+    Design,
     Floor,
     assess,
     expected_best_gain,
     fine_tunes_to_detect,
-    least_detectable_gain,
 )
 from rankadaptor_plugin.verdict.reliability import Reliability, reliability
 
@@ -29,8 +29,16 @@ def table(icc: float, n: int, k: int, rng: np.random.Generator) -> Reliability:
 
 
 def floor(accuracy: Reliability, objective: Reliability | None = None, **options) -> Floor:
-    options = {"trials": 30, "seeds": 5, **options}
-    return assess(accuracy=accuracy, objective=objective or accuracy, **options)
+    design = {"seeds": 5} | {k: options.pop(k) for k in ("seeds", "document_sd") if k in options}
+    return assess(accuracy, objective or accuracy, 30, Design(**design), **options)
+
+
+def least_detectable_gain(seeds: int, sd: float, *, power: float = 0.5, **design) -> float:
+    return float(Design(seeds=seeds, **design).detectable(sd, power))
+
+
+def fine_tunes(gain: float, sd: float, *, power: float = 0.8, **design) -> int | None:
+    return fine_tunes_to_detect(gain, sd, Design(seeds=3, **design), power=power)
 
 
 def test_least_gain_has_its_power_in_the_noncentral_t() -> None:
@@ -47,16 +55,17 @@ def test_least_gain_by_simulation() -> None:
     assert np.mean(lows > 0) == pytest.approx(0.7, abs=0.012)
 
 
-def test_least_gain_with_documents_by_simulation() -> None:
-    rng = np.random.default_rng(1)
-    gain = least_detectable_gain(5, 1.0, power=0.7, document_sd=0.5)
-    shape = (20_000, 5)
-    differences = gain + math.sqrt(2) * rng.normal(size=shape) + 0.5 * rng.normal(size=(20_000, 1))
-    from_seeds = differences.var(1, ddof=1) / 5
-    variance = from_seeds + 0.25
-    critical = stats.t.ppf(0.975, 4 * (variance / from_seeds) ** 2)
-    shown = np.mean(differences.mean(1) > critical * np.sqrt(variance))
-    assert shown == pytest.approx(0.7, abs=0.03)
+@pytest.mark.parametrize(("seeds", "document_sd"), [(3, 0.1), (5, 0.5), (3, 2.0)])
+@pytest.mark.parametrize("power", [0.5, 0.8])
+def test_least_gain_with_documents_by_simulation(seeds, document_sd, power) -> None:
+    """The interval is that of the verdict, with documents enough that their variance is known."""
+    rng, count = np.random.default_rng(1), 20_000
+    gain = least_detectable_gain(seeds, 1.0, power=power, document_sd=document_sd)
+    differences = gain + math.sqrt(2) * rng.normal(size=(count, seeds))
+    differences += document_sd * rng.normal(size=(count, 1))
+    squares = stats.t.ppf(0.975, seeds - 1) ** 2 * differences.var(1, ddof=1) / seeds
+    half_widths = np.sqrt(squares + (stats.norm.ppf(0.975) * document_sd) ** 2)
+    assert np.mean(differences.mean(1) > half_widths) == pytest.approx(power, abs=0.015)
 
 
 def test_many_seeds_need_the_normal_quantiles() -> None:
@@ -66,23 +75,23 @@ def test_many_seeds_need_the_normal_quantiles() -> None:
 
 def test_fine_tunes_of_a_textbook_paired_test() -> None:
     # Cohen's d of 0.5 for the paired differences takes 34 pairs at 5 % and power 0.8.
-    assert fine_tunes_to_detect(0.5 * math.sqrt(2), 1.0) == 2 * 34
+    assert fine_tunes(0.5 * math.sqrt(2), 1.0) == 2 * 34
 
 
 def test_documents_set_a_limit_that_seeds_cannot_pass() -> None:
     limit = 1.959964 + 0.841621  # standard errors: the normal quantiles of 0.975 and 0.8
-    assert fine_tunes_to_detect(0.99 * limit, 1.0, document_sd=1.0) is None
-    assert fine_tunes_to_detect(1.01 * limit, 1.0, document_sd=1.0) is not None
+    assert fine_tunes(0.99 * limit, 1.0, document_sd=1.0) is None
+    assert fine_tunes(1.01 * limit, 1.0, document_sd=1.0) is not None
 
 
 @pytest.mark.parametrize("gain", [0.0, -1.0])
 def test_no_gain_is_never_detected(gain: float) -> None:
-    assert fine_tunes_to_detect(gain, 1.0) is None
-    assert fine_tunes_to_detect(gain, 0.0) is None
+    assert fine_tunes(gain, 1.0) is None
+    assert fine_tunes(gain, 0.0) is None
 
 
 def test_without_noise_the_fewest_fine_tunes_do() -> None:
-    assert fine_tunes_to_detect(1e-9, 0.0) == 4
+    assert fine_tunes(1e-9, 0.0) == 4
     assert least_detectable_gain(2, 0.0) == 0.0
 
 
@@ -96,7 +105,7 @@ def test_fine_tunes_are_the_inverse_of_the_least_gain(
     gain: float, sd: float, power: float, document_sd: float
 ) -> None:
     options = {"power": power, "document_sd": document_sd * gain}
-    count = fine_tunes_to_detect(gain, sd, **options)
+    count = fine_tunes(gain, sd, **options)
     if count is None:
         assert least_detectable_gain(10**6, sd, **options) > gain
         return
@@ -111,7 +120,7 @@ def test_larger_gains_and_less_noise_take_no_more_fine_tunes(
     gain: float, sd: float, factor: float
 ) -> None:
     def count(gain: float, sd: float) -> float:
-        return fine_tunes_to_detect(gain, sd) or math.inf
+        return fine_tunes(gain, sd) or math.inf
 
     assert count(factor * gain, sd) <= count(gain, sd) <= count(gain, factor * sd)
 
@@ -229,8 +238,6 @@ def made(gain: float, high: float, detectable: float) -> Floor:
         below_noise=high <= detectable,
         trials=30,
         seeds=5,
-        confidence=0.95,
-        power=0.5,
         level=0.8,
     )
 
@@ -263,10 +270,10 @@ def test_sentence_in_another_unit() -> None:
     ("call", "message"),
     [
         (lambda: least_detectable_gain(1, 1.0), "at least 2 seeds, not 1"),
-        (lambda: least_detectable_gain(2, -1.0), "-1.0 and 0.0 must be finite and 0 or more"),
-        (lambda: least_detectable_gain(2, 1.0, document_sd=math.nan), "1.0 and nan must be finite"),
+        (lambda: fine_tunes(1.0, -1.0), "-1.0 must be finite and 0 or more"),
+        (lambda: least_detectable_gain(2, 1.0, document_sd=math.nan), "nan must be finite"),
         (lambda: least_detectable_gain(2, 1.0, power=1.0), "power 1.0 must lie between 0 and 1"),
-        (lambda: fine_tunes_to_detect(1.0, 1.0, confidence=95), "confidence 95 must lie"),
+        (lambda: fine_tunes(1.0, 1.0, confidence=95), "confidence 95 must lie"),
         (lambda: expected_best_gain(0, 1.0, 0.5), "0 trials, an sd of 1.0"),
         (lambda: expected_best_gain(3, 1.0, 1.5), "a reliability of 1.5"),
         (lambda: floor(reliability([[1, 2], [3, 5]]), level=0.0), "level 0.0 must lie"),
