@@ -8,14 +8,12 @@ for all that entered together, so the verdict is not biased by any choice.
 
 from __future__ import annotations
 
-import json
 import logging
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.core.errors import ConfigError, OracleError, RecoveryError
 from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
-from rankadaptor_plugin.verdict.race import ConfirmationRun, Confirmed, run_name
+from rankadaptor_plugin.verdict.race import Confirmed, run_name, stored_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.core.ranks import RankAllocation
     from rankadaptor_plugin.core.run_folder import RunFolder
     from rankadaptor_plugin.search.study import TrialStore
-    from rankadaptor_plugin.verdict.race import Entrant, Rules
+    from rankadaptor_plugin.verdict.race import ConfirmationRun, Entrant, Rules
 
 logger = logging.getLogger(__name__)
 
@@ -123,22 +121,19 @@ class Confirmation:
 
     def _result(self, allocation: RankAllocation, seed: int) -> ConfirmationRun:
         """Returns a run, made anew only where it was not finished."""
-        name = f"evaluations/{run_name(allocation, seed)}"
-        result = self._folder.read_result(name, ConfirmationRun.from_json)
-        if result is None or not self._is_whole(allocation, seed):
-            done = self._run(allocation, seed)
-            if done.report is None or not done.is_finite():
+
+        def make() -> ConfirmationRun:
+            run = self._run(allocation, seed)
+            if run.report is None or not run.is_finite():
                 raise RecoveryError(
                     "A score on the report documents is absent or not a finite number. Lower "
                     "[recovery] learning_rate or check the oracle's tasks."
                 )
-            self._folder.write_score(f"{name}.parquet", done.report)
-            self._folder.write_json(f"{name}.json", done.to_json())
-            # As it reads back, so that an interrupted run ends like one that was not.
-            result = ConfirmationRun.from_json(json.loads(json.dumps(done.to_json())))
-        if result.report is not None:
-            report = self._folder.with_documents(f"{name}.parquet", result.report)
-            result = replace(result, report=report)
+            return run
+
+        name = f"evaluations/{run_name(allocation, seed)}"
+        is_whole = self._is_whole(allocation, seed)
+        result = stored_run(self._folder, name, make, "report", is_whole=is_whole)
         self._record(allocation, seed, result)
         return result
 
@@ -149,27 +144,17 @@ class Confirmation:
 
     def _record(self, allocation: RankAllocation, seed: int, result: ConfirmationRun | str) -> None:
         """Stores a run as a trial, once; the text is the reason of a failed one."""
-        trial = Trial(
-            position=len(self._recorded),
-            phase=Phase.CONFIRMATION,
-            allocation=allocation,
-            seed=seed,
-            state=TrialState.FAILED,
-        )
+        place: dict[str, Any] = {
+            "position": len(self._recorded),
+            "phase": Phase.CONFIRMATION,
+            "allocation": allocation,
+            "seed": seed,
+        }
         if isinstance(result, str):
-            trial = replace(trial, reason=result)
+            trial = Trial(state=TrialState.FAILED, reason=result, **place)
         else:
-            trial = replace(
-                trial,
-                state=TrialState.COMPLETE,
-                score=result.search,
-                objective=result.objective,
-                train_loss=result.train_loss,
-                validation_loss=result.validation_loss,
-                seconds=result.seconds,
-            )
+            trial = result.trial(**place)
         earlier = self._recorded.get((allocation, seed))
-        if earlier is not None and earlier.state is trial.state:
-            return
-        self._store.add(trial)
-        self._recorded[allocation, seed] = trial
+        if earlier is None or earlier.state is not trial.state:
+            self._store.add(trial)
+            self._recorded[allocation, seed] = trial

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rankadaptor_plugin.core.errors import OracleError, RecoveryError
 from rankadaptor_plugin.core.scores import unit_of_difference
-from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
+from rankadaptor_plugin.core.trials import Phase
 from rankadaptor_plugin.search.space import untried
 from rankadaptor_plugin.verdict.confirmation import FRESH
 from rankadaptor_plugin.verdict.noise_floor import (
@@ -27,7 +28,7 @@ from rankadaptor_plugin.verdict.noise_floor import (
     fine_tunes_to_detect,
     seed_scale,
 )
-from rankadaptor_plugin.verdict.race import ConfirmationRun, Runs, run_name
+from rankadaptor_plugin.verdict.race import run_name, stored_run
 from rankadaptor_plugin.verdict.reliability import Reliability, reliability
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.config.tables import RunConfig
     from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
     from rankadaptor_plugin.core.run_folder import RunFolder
+    from rankadaptor_plugin.core.trials import Trial
+    from rankadaptor_plugin.verdict.race import ConfirmationRun, Runs
 
 logger = logging.getLogger(__name__)
 
@@ -108,17 +111,11 @@ class Noise:
     def trials(self, space: RankSpace) -> list[Trial]:
         """Returns the runs with the search's seed as trials; only those that lie in the space."""
         return [
-            Trial(
+            runs[0].trial(
                 position=position,
                 phase=Phase.INITIALIZATION,
                 allocation=allocation,
                 seed=self.seeds[0],
-                state=TrialState.COMPLETE,
-                score=runs[0].search,
-                objective=runs[0].objective,
-                train_loss=runs[0].train_loss,
-                validation_loss=runs[0].validation_loss,
-                seconds=runs[0].seconds,
                 parameters=space.parameters(allocation),
             )
             for position, (allocation, runs) in enumerate(
@@ -175,14 +172,9 @@ def measure(
         several = []
         try:
             for seed in seeds:
-                result = _cached(allocation, seed, folder)
-                if result is None:
-                    on_run(done, total)
-                    result = run(allocation, seed)
-                    name = f"noise/{run_name(allocation, seed)}"
-                    folder.write_score(f"{name}.parquet", result.search)
-                    folder.write_json(f"{name}.json", result.to_json())
-                several.append(result)
+                on_run(done, total)
+                name = f"noise/{run_name(allocation, seed)}"
+                several.append(stored_run(folder, name, partial(run, allocation, seed), "search"))
                 done += 1
         except (RecoveryError, OracleError) as error:
             logger.warning("%s is left out of the noise floor: %s", allocation, error)
@@ -265,11 +257,3 @@ def noise_allocations(space: RankSpace, count: int, seed: int) -> list[RankAlloc
     tried = {tuple(space.row(uniform))}
     drawn = untried(space, tried, count - 1, np.random.default_rng([seed, FRESH]))
     return list(dict.fromkeys([uniform, *(space.allocation(row) for row in drawn)]))
-
-
-def _cached(allocation: RankAllocation, seed: int, folder: RunFolder) -> ConfirmationRun | None:
-    name = f"noise/{run_name(allocation, seed)}"
-    result = folder.read_result(name, ConfirmationRun.from_json)
-    if result is None:
-        return None
-    return result.with_search(folder.with_documents(f"{name}.parquet", result.search))

@@ -223,7 +223,7 @@ def fine_tunes_to_detect(
     _check_sd(seed_sd)
 
     def is_shown(seeds: int) -> bool:
-        return 0 < gain >= replace(design, seeds=seeds).detectable(seed_sd, power)
+        return gain > 0 and bool(gain >= replace(design, seeds=seeds).detectable(seed_sd, power))
 
     if not is_shown(MOST_SEEDS):
         return None

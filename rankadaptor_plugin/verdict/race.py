@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rankadaptor_plugin.core.scores import Score
+from rankadaptor_plugin.core.trials import Trial, TrialState
 from rankadaptor_plugin.verdict.statistics import compare, model_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from rankadaptor_plugin.core.ranks import RankAllocation
+    from rankadaptor_plugin.core.run_folder import RunFolder
     from rankadaptor_plugin.verdict.statistics import Difference, Model
 
 FINALIST, BEST_RANDOM = "finalist", "best random"
@@ -49,13 +52,21 @@ class ConfirmationRun:
     seconds: dict[str, float]
     validation_loss: float | None = None
 
-    def with_search(self, score: Score) -> ConfirmationRun:
-        """Returns the run with other scores on the search documents."""
-        return replace(self, search=score)
-
     def is_finite(self) -> bool:
         """Tells whether every score is a finite number."""
         return self.search.is_finite() and (self.report is None or self.report.is_finite())
+
+    def trial(self, **place: Any) -> Trial:
+        """Returns the run as a complete trial; `place` are the other fields of it."""
+        return Trial(
+            state=TrialState.COMPLETE,
+            score=self.search,
+            objective=self.objective,
+            train_loss=self.train_loss,
+            validation_loss=self.validation_loss,
+            seconds=self.seconds,
+            **place,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values, without those per document."""
@@ -82,6 +93,34 @@ Runs = tuple[ConfirmationRun, ...]  # one per seed
 def run_name(allocation: RankAllocation, seed: int) -> str:
     """Returns the file name, without ending, of a run; ranks of many layers would be too long."""
     return f"{hashlib.sha256(str(allocation).encode()).hexdigest()[:12]}-{seed}"
+
+
+def stored_run(
+    folder: RunFolder,
+    name: str,
+    make: Callable[[], ConfirmationRun],
+    part: Literal["search", "report"],
+    *,
+    is_whole: bool = True,
+) -> ConfirmationRun:
+    """Returns a run from the run folder; it is made anew where it was not finished.
+
+    Args:
+        folder: The run folder.
+        name: Path of the run's files in it, without ending.
+        make: Makes the run.
+        part: The score whose values per document are kept.
+        is_whole: False if something else that the run left is missing.
+    """
+    run = folder.read_result(name, ConfirmationRun.from_json) if is_whole else None
+    if run is None:
+        made = make()
+        folder.write_score(f"{name}.parquet", getattr(made, part))
+        folder.write_json(f"{name}.json", made.to_json())
+        # As it reads back, so that an interrupted run ends like one that was not.
+        run = ConfirmationRun.from_json(json.loads(json.dumps(made.to_json())))
+    score = folder.with_documents(f"{name}.parquet", getattr(run, part))
+    return replace(run, search=score) if part == "search" else replace(run, report=score)
 
 
 def baseline_label(ranks: Sequence[int]) -> str:
