@@ -22,10 +22,56 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.oracle.oracle import Oracle, OracleFactory
     from rankadaptor_plugin.pruning.contract import Pruner
     from rankadaptor_plugin.recovery.teacher import LiveTeacher
+    from rankadaptor_plugin.report.schema import (
+        Column,
+        Confirm,
+        Objective,
+        Result,
+        SearchSummary,
+        Verdict,
+    )
     from rankadaptor_plugin.search.samplers import (
         PerformanceModelFactory,
         SamplerFactory,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a recovery stage knows for the report, plain values only.
+
+    A field that `rankadaptor_plugin.report.schema.ReportData` has too is explained there; what is
+    left out was not done.
+
+    Attributes:
+        trainable: Numbers of trainable parameters by model.
+        fine_tuning_seconds: Seconds in fine-tunes.
+        evaluation_seconds: Seconds in evaluations.
+        seconds_per_trial: Mean of a complete trial.
+        adapters: Folders of the adapters by name of the model, relative to the run folder.
+    """
+
+    verdict: Verdict
+    objective: Objective
+    search: SearchSummary
+    confirm: Confirm
+    allocations: dict[str, list[int]]
+    trainable: dict[str, int]
+    seeds: dict[str, int | list[int]]
+    adapters: dict[str, str]
+    scores: dict[str, Column] = field(default_factory=dict)
+    results: dict[str, list[Result]] = field(default_factory=dict)
+    settings: dict[str, dict[str, float]] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    slots: list[str] = field(default_factory=list)
+    methods: list[str] = field(default_factory=list)
+    trials: list[dict[str, Any]] = field(default_factory=list)
+    front: list[dict[str, Any]] = field(default_factory=list)
+    knowledge: list[dict[str, Any]] = field(default_factory=list)
+    noise: dict[str, Any] | None = None
+    fine_tuning_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    seconds_per_trial: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +81,12 @@ class Recovered:
     Attributes:
         adapter: PEFT folder of the delivered adapter.
         allocation: Its ranks.
-        summary: What the report needs, plain values only.
+        summary: What the report says of it; without one, that nothing was compared.
     """
 
     adapter: Path
     allocation: RankAllocation
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: Summary | None = None
 
 
 @dataclass(kw_only=True)

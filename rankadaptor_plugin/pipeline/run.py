@@ -17,11 +17,11 @@ from rankadaptor_plugin.core.scores import Score
 from rankadaptor_plugin.models.base_model import load_model
 from rankadaptor_plugin.models.device import device_name, peak_memory_bytes, threads
 from rankadaptor_plugin.models.pruned_loading import load_pruned
-from rankadaptor_plugin.pipeline.context import Recovered
+from rankadaptor_plugin.pipeline.context import Recovered, Summary
 from rankadaptor_plugin.pipeline.preparation import Prepared, prepare
 from rankadaptor_plugin.pipeline.sample_texts import sample_texts
 from rankadaptor_plugin.pipeline.stage import measure_noise
-from rankadaptor_plugin.pipeline.summary import report_data
+from rankadaptor_plugin.pipeline.summary import Measured, foreign_summary, report_data
 from rankadaptor_plugin.recovery.files import load as load_adapter
 from rankadaptor_plugin.recovery.teacher import LiveTeacher, with_teacher
 from rankadaptor_plugin.report.report import write_report
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from rankadaptor_plugin.config.tables import RunConfig
     from rankadaptor_plugin.models.pruned_model import PrunedModel
-    from rankadaptor_plugin.report.schema import Result
+    from rankadaptor_plugin.report.schema import Entry, ReportData, Result
 
 
 logger = logging.getLogger(__name__)
@@ -94,9 +94,17 @@ def run(
                 f"The recovery stage returned {type(recovered).__name__}, not Recovered. Repair "
                 "the plugin that implements rankadaptor_post_prune."
             )
-        if "scores" not in recovered.summary:
+        summary = recovered.summary
+        if summary is None:
             scores["recovered"] = [session.evaluated_adapter(model, recovered.adapter)]
-        return session.report(model, recovered, scores)
+            summary = foreign_summary(recovered, session.context)
+        data = session.report(model, summary, scores)
+        return RunResult(
+            verdict=data["verdict"]["sentence"],
+            folder=folder.path,
+            adapter=recovered.adapter,
+            report=dict(data),
+        )
 
 
 def noise(
@@ -136,16 +144,13 @@ class _Session:
         self.results: dict[str, list[Result]] = {}
 
     def report(
-        self, pruned: PrunedModel, recovered: Recovered, scores: dict[str, list[Score]]
-    ) -> RunResult:
-        """Writes the report and returns what the run leaves behind."""
-        generation = self.texts(pruned, recovered)
+        self, pruned: PrunedModel, summary: Summary, scores: dict[str, list[Score]]
+    ) -> ReportData:
+        """Writes the report and returns what it says."""
+        generation = self.texts(pruned, summary)
         self._progress("report", 0)
-        data = report_data(
-            pruned,
-            recovered,
-            scores,
-            self.context,
+        measured = Measured(
+            scores=scores,
             results=self.results,
             generation=generation,
             timings=self.folder.timings(),
@@ -153,14 +158,10 @@ class _Session:
             peak_memory_bytes=peak_memory_bytes(self.prepared.device),
             device=device_name(self.prepared.device),
         )
+        data = report_data(pruned, summary, self.context, measured)
         write_report(self.folder.path, data)
         self._progress("report", 1)
-        return RunResult(
-            verdict=data["verdict"]["sentence"],
-            folder=self.folder.path,
-            adapter=recovered.adapter,
-            report=dict(data),
-        )
+        return data
 
     @contextlib.contextmanager
     def recovery_timed(self) -> Iterator[None]:
@@ -223,12 +224,12 @@ class _Session:
         self._progress(f"evaluate {name}", 1)
         return self.folder.with_documents(f"{file}.parquet", score)
 
-    def texts(self, pruned: PrunedModel, recovered: Recovered) -> list[dict[str, Any]]:
+    def texts(self, pruned: PrunedModel, summary: Summary) -> list[Entry]:
         """Returns what the models write, kept from an earlier session if it was asked alike."""
         table = self.config.generation
         if not table.max_new_tokens:
             return []
-        folders = recovered.summary.get("adapters", {"recovered": str(recovered.adapter)})
+        folders = summary.adapters
         adapters_now = {n: digest(self.folder.path / folder) for n, folder in folders.items()}
         asked = {**asdict(table), "prompts": list(table.prompts), "adapters": adapters_now}
         kept = self.folder.read_json("generations.json")

@@ -18,7 +18,7 @@ from rankadaptor_plugin.pipeline.method_race import (
     trained_parameters,
 )
 from rankadaptor_plugin.pipeline.search_step import SearchStep, own_seconds
-from rankadaptor_plugin.pipeline.summary import stage_summary
+from rankadaptor_plugin.pipeline.summary import StageResults, stage_summary
 from rankadaptor_plugin.recovery.slots import rank_space
 from rankadaptor_plugin.search.study import TrialStore
 from rankadaptor_plugin.verdict.confirmation import Confirmation, fresh_seeds
@@ -188,23 +188,20 @@ class _Stage:
         adapter = self.folder.write_folder(
             "adapter", lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True)
         )
-        summary = stage_summary(
-            found,
-            confirmed,
-            self.space,
-            self.config,
-            self.context.oracle,
-            self.objective,
-            noise,
-            self.step.knowledge.worth(found.trials),
-            extra,
-            self._trained,
+        results = StageResults(
+            search=found,
+            confirmed=confirmed,
+            noise=noise,
+            knowledge=self.step.knowledge.worth(found.trials),
+            seconds=extra,
+            trained=self._trained,
+            adapters={
+                name: self.tuner.adapter_name(allocation)
+                for name, allocation in confirmed.models.items()
+                if name != RECOVERED
+            },
         )
-        summary["adapters"] = {
-            name: self.tuner.adapter_name(allocation)
-            for name, allocation in confirmed.models.items()
-            if name != RECOVERED
-        }
+        summary = stage_summary(results, self.context, self.space, self.objective)
         return Recovered(adapter=adapter, allocation=delivered, summary=summary)
 
     def _trained(self, allocation: RankAllocation) -> int:

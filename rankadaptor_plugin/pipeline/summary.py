@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import platform
 import sys
+from dataclasses import dataclass
 from importlib.metadata import version
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 from rankadaptor_plugin.config import run_file
@@ -12,17 +14,20 @@ from rankadaptor_plugin.config.tables import FIXED
 from rankadaptor_plugin.core.ranks import WHOLE_LAYER
 from rankadaptor_plugin.core.trials import TrialState
 from rankadaptor_plugin.oracle.oracle import objective_metric, reported_target
+from rankadaptor_plugin.pipeline.context import Summary
 from rankadaptor_plugin.recovery.files import adapter_parameters
-from rankadaptor_plugin.report.words import (
-    EQUAL,
-    METHODS,
-    SEARCHED,
-    alone_sentence,
-    verdict_sentence,
-)
+from rankadaptor_plugin.report import words
 from rankadaptor_plugin.search.search import StopReason, pareto_front
 from rankadaptor_plugin.search.space import slot_names
-from rankadaptor_plugin.verdict.race import BEST_RANDOM, DEFAULT_RANK, baseline_label, run_name
+from rankadaptor_plugin.verdict.race import (
+    BEST_RANDOM,
+    DEFAULT_RANK,
+    RECOVERED,
+    SEARCHED,
+    UNIFORM,
+    baseline_label,
+    run_name,
+)
 from rankadaptor_plugin.verdict.statistics import score_cells
 
 if TYPE_CHECKING:
@@ -32,9 +37,16 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
     from rankadaptor_plugin.core.scores import Score
     from rankadaptor_plugin.models.pruned_model import PrunedModel
-    from rankadaptor_plugin.oracle.oracle import Objective, Oracle
+    from rankadaptor_plugin.oracle.oracle import Objective
     from rankadaptor_plugin.pipeline.context import Recovered, RunContext
-    from rankadaptor_plugin.report.schema import Entry, Footprint, ReportData, Result
+    from rankadaptor_plugin.report.schema import (
+        Confirm,
+        Entry,
+        Footprint,
+        ReportData,
+        Result,
+        Verdict,
+    )
     from rankadaptor_plugin.search.search import SearchResult
     from rankadaptor_plugin.verdict.noise import Noise
     from rankadaptor_plugin.verdict.race import Confirmed
@@ -53,135 +65,189 @@ _EQUAL = 0.01
 """Relative difference up to which numbers of trainable parameters count as equal."""
 
 
-def stage_summary(
-    found: SearchResult,
-    confirmed: Confirmed,
-    space: RankSpace,
-    config: RunConfig,
-    oracle: Oracle,
-    objective: Objective,
-    noise: Noise | None,
-    knowledge: Sequence[dict[str, Any]],
-    extra_seconds: Sequence[Mapping[str, float]],
-    trained: Callable[[RankAllocation], int],
-) -> dict[str, Any]:
-    """Returns the parts of the report that the recovery stage knows.
+@dataclass(frozen=True, kw_only=True)
+class StageResults:
+    """What the steps of the recovery stage came to.
 
-    `extra_seconds` are those of fine-tunes and evaluations outside of search and race, by part.
-    `trained` tells the trainable parameters of what was fine-tuned.
+    Attributes:
+        search: The search.
+        confirmed: The race.
+        noise: The noise floor, if it was measured.
+        knowledge: What `rankadaptor_plugin.search.transfer.transfer.Knowledge.worth` returned.
+        seconds: Those of fine-tunes and evaluations outside of search and race, by part.
+        trained: Tells the trainable parameters of what was fine-tuned.
+        adapters: Folders of the adapters by name of the model, relative to the run folder.
     """
-    delivered = confirmed.delivered
-    named = confirmed.models
-    allocations = {
-        name: a
-        for name, a in named.items()
-        if name == DEFAULT_RANK or name not in confirmed.methods
-    }
-    complete = [t for t in found.trials if t.state is TrialState.COMPLETE]
+
+    search: SearchResult
+    confirmed: Confirmed
+    noise: Noise | None
+    knowledge: Sequence[dict[str, Any]]
+    seconds: Sequence[Mapping[str, float]]
+    trained: Callable[[RankAllocation], int]
+    adapters: Mapping[str, str]
+
+
+def stage_summary(
+    results: StageResults, context: RunContext, space: RankSpace, objective: Objective
+) -> Summary:
+    """Returns the parts of the report that the recovery stage knows."""
+    config, oracle = context.config, context.oracle
+    search, confirmed, noise = results.search, results.confirmed, results.noise
+    models = confirmed.models
+    complete = [t for t in search.trials if t.state is TrialState.COMPLETE]
     runs = [run for several in confirmed.runs.values() for run in several]
-    seconds = [*extra_seconds, *(t.seconds for t in found.trials), *(run.seconds for run in runs)]
-    metrics = oracle.metrics("report")
-    comparisons = confirmed.differences(metrics)
-    chosen = confirmed.chosen
-    method = chosen.label if chosen is not None and chosen.is_method else None
-    return {
-        "verdict": {
-            "sentence": verdict_sentence(
-                comparisons.get(metrics[0]),
-                confirmed.baseline.ranks,
-                reported_target(config.oracle, oracle),
-                metrics[0],
-                searched=found.stop is not StopReason.NOISE or method is not None,
-                subject=_subject(found, confirmed),
-                parameters=_parameters(confirmed, trained),
-            )
-            if confirmed.competitors
-            else alone_sentence(confirmed.baseline.ranks),
-            "delivered": "uniform" if delivered == confirmed.baseline else method or "searched",
-            "baseline": baseline_label(confirmed.baseline.ranks),
-            "comparisons": {metric: c.to_json() for metric, c in comparisons.items()},
-            "target": reported_target(config.oracle, oracle),
-        },
-        "scores": {
+    seconds = [*results.seconds, *(t.seconds for t in search.trials), *(r.seconds for r in runs)]
+    metrics, weights = oracle.metrics("report"), oracle.weights("report")
+    return Summary(
+        verdict=_verdict(results, context),
+        scores={
             name: score_cells(
                 confirmed.reports(allocation),
                 metrics,
-                oracle.weights("report"),
+                weights,
                 confidence=config.confirm.confidence,
             )
-            for name, allocation in named.items()
+            for name, allocation in models.items()
         },
-        "results": {
+        results={
             name: [
                 {"file": f"evaluations/{run_name(allocation, seed)}.parquet", "seed": seed}
                 for seed in confirmed.seeds_of(allocation)
             ]
-            for name, allocation in named.items()
+            for name, allocation in models.items()
         },
-        "noise": noise and noise.to_json(),
-        "methods": list(confirmed.methods),
-        "labels": confirmed.labels,
-        "allocations": {name: list(a.ranks) for name, a in allocations.items()},
-        "settings": {name: dict(a.settings) for name, a in named.items() if a.settings},
-        "slots": [] if space.groups == WHOLE_LAYER else slot_names(space),
-        "trainable": {name: trained(a) for name, a in named.items()},
-        "trials": [trial.to_json() for trial in found.trials],
-        "objective": {
-            "metric": objective.metric,
-            "target": objective.target or "mean",
+        noise=noise.to_json() if noise else None,
+        methods=list(confirmed.methods),
+        labels=confirmed.labels,
+        allocations={
+            name: list(allocation.ranks)
+            for name, allocation in models.items()
+            if name == DEFAULT_RANK or name not in confirmed.methods
         },
-        "search": {
-            "stop_reason": found.stop.value,
-            "n_startup_trials": found.n_startup_trials,
+        settings={name: dict(a.settings) for name, a in models.items() if a.settings},
+        slots=[] if space.groups == WHOLE_LAYER else slot_names(space),
+        trainable={name: results.trained(a) for name, a in models.items()},
+        trials=[trial.to_json() for trial in search.trials],
+        objective={"metric": objective.metric, "target": objective.target or "mean"},
+        search={
+            "stop_reason": search.stop.value,
+            "n_startup_trials": search.n_startup_trials,
             "complete": len(complete),
-            "failed": sum(t.state is TrialState.FAILED for t in found.trials),
-            "interrupted": found.interrupted,
+            "failed": sum(t.state is TrialState.FAILED for t in search.trials),
+            "interrupted": search.interrupted,
             "method": _search_method(config),
         },
-        "front": (
-            [t.to_json() for t in pareto_front(found.trials, space)] if config.search.pareto else []
-        ),
-        "knowledge": list(knowledge),
-        "confirm": confirmed.to_json(trained),
-        "cost": {
-            "fine_tuning": sum(s.get("recovery", 0.0) for s in seconds),
-            "evaluation": sum(s.get("oracle", 0.0) for s in seconds),
-            "per_trial": (
-                sum(sum(t.seconds.values()) for t in complete) / len(complete) if complete else None
-            ),
-        },
-        "seeds": {
+        front=[t.to_json() for t in pareto_front(search.trials, space)]
+        if config.search.pareto
+        else [],
+        knowledge=list(results.knowledge),
+        confirm=cast("Confirm", confirmed.to_json(results.trained)),
+        fine_tuning_seconds=sum(s.get("recovery", 0.0) for s in seconds),
+        evaluation_seconds=sum(s.get("oracle", 0.0) for s in seconds),
+        seconds_per_trial=fmean(sum(t.seconds.values()) for t in complete) if complete else None,
+        seeds={
             "run": config.seed,
             "search": config.seed,
             "noise": list(noise.seeds) if noise else [],
             "confirm": list(confirmed.rules.seeds),
         },
+        adapters=dict(results.adapters),
+    )
+
+
+def _verdict(results: StageResults, context: RunContext) -> Verdict:
+    search, confirmed = results.search, results.confirmed
+    metrics = context.oracle.metrics("report")
+    target = reported_target(context.config.oracle, context.oracle)
+    differences = confirmed.differences(metrics)
+    chosen, ranks = confirmed.chosen, confirmed.baseline.ranks
+    method = chosen.label if chosen is not None and chosen.is_method else None
+    sentence = words.alone_sentence(ranks)
+    if confirmed.competitors:
+        sentence = words.verdict_sentence(
+            differences.get(metrics[0]),
+            ranks,
+            target,
+            metrics[0],
+            searched=search.stop is not StopReason.NOISE or method is not None,
+            subject=_subject(search, confirmed),
+            parameters=_parameters(confirmed, results.trained),
+        )
+    is_baseline = confirmed.delivered == confirmed.baseline
+    return {
+        "sentence": sentence,
+        "delivered": UNIFORM if is_baseline else method or SEARCHED,
+        "baseline": baseline_label(ranks),
+        "comparisons": {metric: d.to_json() for metric, d in differences.items()},
+        "target": target,
     }
 
 
-def _subject(found: SearchResult, confirmed: Confirmed) -> str:
+def foreign_summary(recovered: Recovered, context: RunContext) -> Summary:
+    """Returns what the report says of a stage of another package, which compared nothing."""
+    config, oracle = context.config, context.oracle
+    confidence = config.confirm.confidence
+    return Summary(
+        verdict={
+            "sentence": "recovered by another stage; it was not compared with uniform LoRA",
+            "delivered": "foreign",
+            "baseline": "none",
+            "comparisons": {},
+            "target": "",
+        },
+        allocations={RECOVERED: list(recovered.allocation.ranks)},
+        trainable={RECOVERED: adapter_parameters(recovered.adapter)},
+        objective={
+            "metric": objective_metric(config.oracle, oracle),
+            "target": config.oracle.target or "mean",
+        },
+        search={
+            "stop_reason": "none",
+            "n_startup_trials": 0,
+            "complete": 0,
+            "failed": 0,
+            "interrupted": 0,
+            "method": "none",
+        },
+        confirm={
+            "error_rate": round(1 - confidence, 12),  # 0.05, not 0.050000000000000044
+            "confidence": confidence,
+            "comparisons": 1,
+            "metric": oracle.metrics("report")[0],
+            "seeds": [],
+            "fine_tunes": 0,
+            "baselines": [],
+            "competitors": [],
+        },
+        seeds={"run": config.seed},
+        adapters={RECOVERED: str(recovered.adapter)},
+    )
+
+
+def _subject(search: SearchResult, confirmed: Confirmed) -> str:
     """Names what the verdict is about."""
     chosen = confirmed.chosen
     if chosen is not None and chosen.is_method:
         return chosen.label
-    if found.stop is StopReason.FIXED:
+    if search.stop is StopReason.FIXED:
         return "the given allocation"
     if chosen is not None and chosen.label == BEST_RANDOM:
         return "the best random allocation"
-    return METHODS if found.stop is StopReason.METHODS else SEARCHED
+    return words.METHODS if search.stop is StopReason.METHODS else words.SEARCHED
 
 
 def _parameters(confirmed: Confirmed, trained: Callable[[RankAllocation], int]) -> str:
     """Says how the numbers of parameters compare that the chosen one and its baseline train."""
     chosen = confirmed.chosen
     if chosen is None or not chosen.is_method:
-        return EQUAL
-    own, other = trained(chosen.allocation), trained(chosen.baseline)
-    if not own:
+        return words.EQUAL
+    count, other = trained(chosen.allocation), trained(chosen.baseline)
+    if not count:
         return "without any fine-tune"
-    more = own / other - 1
+    more = count / other - 1
     if abs(more) <= _EQUAL:
-        return EQUAL
+        return words.EQUAL
     return f"with {100 * abs(more):.0f} % {'more' if more > 0 else 'fewer'} trainable parameters"
 
 
@@ -191,139 +257,104 @@ def _search_method(config: RunConfig) -> str:
     return FIXED if config.search.is_fixed else config.search.method
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What the run itself measured, around the recovery stage.
+
+    Attributes:
+        scores: Scores on the report documents, by model.
+        results: Files with values per document of these scores, by model.
+        generation: Texts of the models.
+        timings: Seconds by stage.
+        evaluation_seconds: Seconds of these evaluations.
+        peak_memory_bytes: Most memory in use.
+        device: Name of the device.
+    """
+
+    scores: Mapping[str, Sequence[Score]]
+    results: Mapping[str, Sequence[Result]]
+    generation: Sequence[Entry]
+    timings: Mapping[str, float]
+    evaluation_seconds: float
+    peak_memory_bytes: int | None
+    device: str
+
+
 def report_data(
-    pruned: PrunedModel,
-    recovered: Recovered,
-    scores: Mapping[str, Sequence[Score]],
-    context: RunContext,
-    *,
-    results: Mapping[str, Sequence[Result]],
-    generation: Sequence[dict[str, Any]],
-    timings: Mapping[str, float],
-    evaluation_seconds: float,
-    peak_memory_bytes: int | None,
-    device: str,
+    pruned: PrunedModel, summary: Summary, context: RunContext, measured: Measured
 ) -> ReportData:
     """Returns all of report.json.
 
     Args:
         pruned: The pruned model.
-        recovered: What the recovery stage handed back; a foreign stage may leave its summary
-            empty, the report then shows what the run itself measured.
-        scores: Scores on the report documents that the run itself measured, by model.
+        summary: What the recovery stage knows.
         context: The run.
-        results: Files with values per document of these scores, by model.
-        generation: Texts of the models.
-        timings: Seconds by stage.
-        evaluation_seconds: Seconds of evaluations outside the recovery stage.
-        peak_memory_bytes: Most memory in use.
-        device: Name of the device.
+        measured: What the run itself measured.
     """
-    summary, config = recovered.summary, context.config
-    oracle = context.oracle
+    config, oracle = context.config, context.oracle
     weights, metrics = oracle.weights("report"), oracle.metrics("report")
     counts = {
         purpose: {task: len(ids) for task, ids in by_task.items()}
-        for purpose, by_task in context.oracle.describe()["documents"].items()
+        for purpose, by_task in oracle.describe()["documents"].items()
     }
-    cost = summary.get("cost", {})
-    fine_tuning = cost.get("fine_tuning", 0.0)
-    evaluation = cost.get("evaluation", 0.0) + evaluation_seconds
     columns = {
         name: score_cells(list(several), metrics, weights, confidence=config.confirm.confidence)
-        for name, several in scores.items()
+        for name, several in measured.scores.items()
     }
-    ranks = list(recovered.allocation.ranks)
+    dtype = pruned.model.dtype
+    evaluation = summary.evaluation_seconds + measured.evaluation_seconds
+    spent = summary.fine_tuning_seconds + evaluation
     return {
-        "verdict": summary.get(
-            "verdict",
-            {
-                "sentence": "recovered by another stage; it was not compared with uniform LoRA",
-                "delivered": "foreign",
-                "baseline": "none",
-                "comparisons": {},
-                "target": "",
-            },
-        ),
+        "verdict": summary.verdict,
         "tasks": list(weights),
         "metrics": list(metrics),
         "weights": dict(weights),
-        "scores": columns | summary.get("scores", {}),
-        "allocations": summary.get("allocations", {"recovered": ranks}),
+        "scores": columns | summary.scores,
+        "allocations": summary.allocations,
         "parameters": {
             "base": pruned.base_parameters,
             "pruned": pruned.parameters,
-            "trainable": summary.get("trainable")
-            or {"recovered": adapter_parameters(recovered.adapter)},
+            "trainable": summary.trainable,
         },
-        "dtype": str(pruned.model.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "footprints": {
-            "base": cast("Footprint", pruned.base_footprint.with_bytes(pruned.model.dtype)),
-            "pruned": cast("Footprint", pruned.footprint.with_bytes(pruned.model.dtype)),
+            "base": cast("Footprint", pruned.base_footprint.with_bytes(dtype)),
+            "pruned": cast("Footprint", pruned.footprint.with_bytes(dtype)),
         },
         "widths": [[w.heads, w.kv_heads, w.channels] for w in pruned.widths],
         "kept_layers": list(pruned.kept_layers),
         "layers": {"base": len(pruned.base_shape.layers), "pruned": len(pruned.widths)},
         "hidden_sizes": {"base": pruned.base_shape.hidden, "pruned": pruned.shape.hidden},
-        "trials": summary.get("trials", []),
-        "objective": summary.get(
-            "objective",
-            {
-                "metric": objective_metric(config.oracle, oracle),
-                "target": config.oracle.target or "mean",
-            },
-        ),
-        "search": summary.get(
-            "search",
-            {
-                "stop_reason": "none",
-                "n_startup_trials": 0,
-                "complete": 0,
-                "failed": 0,
-                "interrupted": 0,
-                "method": "none",
-            },
-        ),
-        "front": summary.get("front", []),
-        "knowledge": summary.get("knowledge", []),
-        "confirm": summary.get(
-            "confirm",
-            {
-                "error_rate": 1 - config.confirm.confidence,
-                "confidence": config.confirm.confidence,
-                "metric": metrics[0],
-                "comparisons": 1,
-                "seeds": [],
-                "fine_tunes": 0,
-                "baselines": [],
-                "competitors": [],
-            },
-        ),
+        "trials": summary.trials,
+        "objective": summary.objective,
+        "search": summary.search,
+        "front": summary.front,
+        "knowledge": summary.knowledge,
+        "confirm": summary.confirm,
         "cost": {
-            "stages": dict(timings),
-            "fine_tuning": fine_tuning,
+            "stages": dict(measured.timings),
+            "fine_tuning": summary.fine_tuning_seconds,
             "evaluation": evaluation,
-            "other": max(0.0, sum(timings.values()) - fine_tuning - evaluation),
-            "per_trial": cost.get("per_trial"),
-            "peak_memory_bytes": peak_memory_bytes,
+            "other": max(0.0, sum(measured.timings.values()) - spent),
+            "per_trial": summary.seconds_per_trial,
+            "peak_memory_bytes": measured.peak_memory_bytes,
         },
         "versions": versions(),
-        "seeds": summary.get("seeds", {"run": config.seed}),
+        "seeds": summary.seeds,
         "documents": {"search": counts["search"], "report": counts["report"]},
-        "results": {name: list(files) for name, files in results.items()}
-        | summary.get("results", {}),
-        "noise": summary.get("noise"),
-        "generation": cast("list[Entry]", list(generation)),
+        "results": {n: list(files) for n, files in measured.results.items()} | summary.results,
+        "noise": summary.noise,
+        "generation": list(measured.generation),
         "config": run_file.to_dict(config),
-        "device": device,
-        "slots": summary.get("slots", []),
-        "settings": summary.get("settings", {}),
-        "methods": summary.get("methods", []),
-        "labels": summary.get("labels", {}),
+        "device": measured.device,
+        "slots": summary.slots,
+        "settings": summary.settings,
+        "methods": summary.methods,
+        "labels": summary.labels,
     }
 
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that shape a result."""
-    found = {"python": platform.python_version(), "platform": sys.platform}
-    return found | {package: version(package) for package in PACKAGES}
+    python = {"python": platform.python_version(), "platform": sys.platform}
+    return python | {package: version(package) for package in PACKAGES}
