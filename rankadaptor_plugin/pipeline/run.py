@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,7 @@ class RunResult:
     verdict: str
     folder: Path
     adapter: Path
-    report: dict[str, Any]
+    report: dict[str, Any] = field(repr=False)
 
 
 def run(
