@@ -212,8 +212,8 @@ class RankSpace:
     @property
     def limit(self) -> int | None:
         """Most trainable parameters by budget and limit together."""
-        given = [n for n in (self.budget, self.max_parameters) if n is not None]
-        return min(given, default=None)
+        limits = [n for n in (self.budget, self.max_parameters) if n is not None]
+        return min(limits, default=None)
 
     @property
     def is_limited(self) -> bool:
@@ -253,7 +253,7 @@ class RankSpace:
         return replace(allocation, settings=tuple(settings))
 
     def within_limits(self, allocation: RankAllocation) -> bool:
-        """Tells whether an allocation keeps the limits, whatever its ranks are."""
+        """True if an allocation keeps the limits, whatever its ranks are."""
         parameters, ranks = self.parameters(allocation), sum(allocation.ranks)
         return (self.limit is None or parameters <= self.limit) and (
             self.max_rank_sum is None or ranks <= self.max_rank_sum
@@ -315,7 +315,7 @@ class RankSpace:
         return allocation
 
     def contains(self, allocation: RankAllocation) -> bool:
-        """Tells whether an allocation lies in the space; uniform LoRA need not."""
+        """True if an allocation lies in the space; uniform LoRA need not."""
         try:
             self.check(allocation)
         except RankSpaceError:

@@ -18,7 +18,7 @@ RECORD = "rankadaptor_trial"
 
 
 class TrialState(enum.StrEnum):
-    """How a trial ended."""
+    """End of a trial."""
 
     COMPLETE = "complete"
     FAILED = "failed"
@@ -34,7 +34,7 @@ class Phase(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What evaluating an allocation gives back to the search.
+    """Result of evaluating an allocation.
 
     Attributes:
         score: Scores per task on the search documents.

@@ -61,7 +61,7 @@ class TimeLimits:
     twice: bool
 
     def reached(self, trials: Sequence[Trial]) -> StopReason | None:
-        """Tells whether one more trial, as long as the longest so far, may exceed a limit."""
+        """Returns the limit that one more trial, as long as the longest so far, may exceed."""
         wall = [sum(trial.seconds.values()) for trial in trials]
         device = [sum(v for k, v in t.seconds.items() if k != "search") for t in trials]
         scoring = max((t.seconds.get("oracle", 0.0) for t in trials), default=0.0)
@@ -236,9 +236,9 @@ class SearchStep:
         if earlier:
             self._hook.rankadaptor_on_resume(trials=earlier, context=self._context)
         first = [] if noise is None else noise.trials(self._space)[:total]
-        known = [trial.allocation for trial in earlier]
-        if known == [trial.allocation for trial in first[: len(known)]]:
-            for trial in first[len(known) :]:
+        tried = [trial.allocation for trial in earlier]
+        if tried == [trial.allocation for trial in first[: len(tried)]]:
+            for trial in first[len(tried) :]:
                 store.add(trial, self._space)
                 self._hook.rankadaptor_after_trial(trial=trial, context=self._context)
             self._progress("search", len(store.trials()), total)
@@ -296,8 +296,10 @@ class SearchStep:
         self._hook.rankadaptor_on_progress(stage=stage, done=done, total=total)
 
 
-def _unsearched(store: TrialStore, stop: StopReason, *found: RankAllocation) -> SearchResult:
-    return SearchResult(trials=tuple(store.trials()), stop=stop, interrupted=0, recommended=found)
+def _unsearched(store: TrialStore, stop: StopReason, *allocations: RankAllocation) -> SearchResult:
+    return SearchResult(
+        trials=tuple(store.trials()), stop=stop, interrupted=0, recommended=allocations
+    )
 
 
 def own_seconds(noise: Noise | None, trials: Sequence[Trial]) -> list[dict[str, float]]:

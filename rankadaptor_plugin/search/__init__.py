@@ -1,4 +1,4 @@
-"""Which rank allocation is tried next: loop, trial store, samplers, knowledge of earlier studies.
+"""Search of rank allocations: loop, trial store, samplers, and knowledge of earlier studies.
 
 `search` is handed a function that fine-tunes and scores an allocation, and knows nothing else of
 models. Samplers are those of Optuna's interface: ours (`bayes`), the paper's (`paper`) and Optuna's

@@ -49,7 +49,7 @@ N_STARTUP_TRIALS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerSettings:
-    """What a sampler is built from, anew for every trial.
+    """Settings that a sampler is built from, anew for every trial.
 
     Attributes:
         space: The rank space.

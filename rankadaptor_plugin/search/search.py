@@ -256,7 +256,7 @@ def _stop_reason(trials: Sequence[Trial], config: SearchConfig) -> StopReason | 
 
 
 def _is_close(trial: Trial, tolerance: float) -> bool:
-    """Tells whether |Q - P| < tolerance; never for tolerance 0, initial and failed trials."""
+    """True if |Q - P| < tolerance; never for tolerance 0, initial and failed trials."""
     if trial.predicted is None or trial.objective is None or trial.phase is not Phase.ITERATION:
         return False
     return abs(trial.predicted - trial.objective) < tolerance

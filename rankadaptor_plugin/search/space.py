@@ -140,7 +140,7 @@ def allocation_in(space: RankSpace, trial: FrozenTrial) -> RankAllocation | None
 
 @dataclass(frozen=True, kw_only=True)
 class Observations:
-    """What a study has measured, higher values being better.
+    """Measurements of a study, higher values being better.
 
     Attributes:
         trials: Trials with a value, in order.
@@ -194,7 +194,7 @@ def value_of(trial: FrozenTrial) -> float | None:
 
 @dataclass(frozen=True, eq=False)
 class LayerFeatures:
-    """What is known of the slots of a rank space before anything is fine-tuned.
+    """Features of the slots of a rank space, known before anything is fine-tuned.
 
     Attributes:
         names: What the columns are, see `rankadaptor_plugin.pipeline.layer_features`.
@@ -218,7 +218,7 @@ class LayerFeatures:
 
     @classmethod
     def from_json(cls, data: Any) -> LayerFeatures:
-        """Takes back what `to_json` returned.
+        """Builds features from what `to_json` returned.
 
         Raises:
             ArtifactError: If it is something else.
@@ -244,7 +244,7 @@ def space_to_json(space: RankSpace) -> dict[str, Any]:
 
 
 def space_from_json(data: Any) -> RankSpace:
-    """Takes back what `space_to_json` returned.
+    """Builds a space from what `space_to_json` returned.
 
     Raises:
         ArtifactError: If it is something else.
@@ -270,7 +270,7 @@ def space_from_json(data: Any) -> RankSpace:
 
 
 def space_difference(stored: RankSpace, now: RankSpace) -> str | None:
-    """Says what makes the trials of one space useless in another.
+    """Returns the difference that makes the trials of one space useless in another.
 
     Budget and limits may differ: they only say which allocations are looked at.
 

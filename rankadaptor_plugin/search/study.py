@@ -143,7 +143,7 @@ class TrialStore:
             ) from error
 
     def claim(self, space: RankSpace, layers: Mapping[str, Any] | None = None) -> None:
-        """Notes in the study which space its trials belong to, and what its layers are like.
+        """Stores in the study the space of its trials, and features of its layers.
 
         Args:
             space: The rank space S.

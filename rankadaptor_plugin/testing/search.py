@@ -101,7 +101,7 @@ class PerformanceModelConformance:
     """Rank correlation with the planted function that 40 noiseless values must give."""
 
     any_units = True
-    """Whether offset and scale of the values make no difference."""
+    """True if offset and scale of the values make no difference."""
 
     spaces = (
         SPACE,
@@ -167,14 +167,14 @@ class PerformanceModelConformance:
     def test_the_same_seed_gives_the_same_predictions(self) -> None:
         """Nothing but the seed and the data decides."""
         ranks, values = self._data()
-        found = []
+        predictions = []
         for _ in range(2):
             model = self.performance_model(SPACE, 7)
             model.fit(ranks, values)
-            found.append(model.predict(ranks))
-        np.testing.assert_array_equal(found[0].mean, found[1].mean)
-        np.testing.assert_array_equal(found[0].stddev, found[1].stddev)
-        assert found[0].noise == found[1].noise
+            predictions.append(model.predict(ranks))
+        np.testing.assert_array_equal(predictions[0].mean, predictions[1].mean)
+        np.testing.assert_array_equal(predictions[0].stddev, predictions[1].stddev)
+        assert predictions[0].noise == predictions[1].noise
 
     def test_a_fit_forgets_earlier_fits(self) -> None:
         """`fit` starts from the pretrained state, so the order of calls does not matter."""

@@ -1,4 +1,4 @@
-"""Reading finished studies: what is taken, and what is said where nothing can be learnt."""
+"""Reading finished studies: what is taken, and what is said where nothing can be learned."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_what_is_not_there_is_named_and_not_made(run, spec, message, monkeypatch
         ([trial(0), trial(1, (4, 4))], "a trial does not have the 3 ranks of its rank space"),
     ],
 )
-def test_trials_that_nothing_can_be_learnt_from_are_refused(tmp_path, trials, message):
+def test_trials_that_nothing_can_be_learned_from_are_refused(tmp_path, trials, message):
     write(tmp_path / "study.db", trials)
     with pytest.raises(ArtifactError, match=message) as caught:
         read_source(str(tmp_path))

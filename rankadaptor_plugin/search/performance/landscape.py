@@ -1,4 +1,4 @@
-"""What is maximized over a rank space: effects of columns, pairwise products, total parameters.
+"""Functions to maximize over a rank space: effects of columns, pairwise products, parameters.
 
 The value of a row is the sum over its columns of the effect of the level taken, plus the products
 of the standardized codes of two columns, plus a parabola in the total of trainable parameters. What
@@ -158,7 +158,7 @@ class Landscape:
 
 
 class Limits:
-    """What the levels of rows may spend together, k limits in all.
+    """Limits on what the levels of a row spend together, k in all.
 
     Rows outside are moved inside by the steps that lose least for what they save; with a budget,
     rows are then filled up by the steps that gain most for what they spend.
@@ -209,7 +209,7 @@ class Limits:
         return np.array(spent, dtype=np.int64).reshape(len(spent), len(index))
 
     def is_bare(self, index: Ints) -> NDArray[np.bool_]:
-        """Tells which rows have no adapter at all, shape (n,)."""
+        """Returns a mask of the rows without any adapter, shape (n,)."""
         if not self._may_be_bare:
             return np.zeros(len(index), dtype=bool)
         return np.asarray(take(self._codes.ranks, index).sum(axis=1) == 0, dtype=bool)
@@ -238,16 +238,16 @@ class Limits:
             For each limit what the change of each column to each level spends, shape (n, c, h), and
             the least and the most that all changes may spend together, each of shape (n,).
         """
-        found = []
-        given = list(zip(self.spend, floor, self.most, strict=True))
+        ranges = []
+        limits = list(zip(self.spend, floor, self.most, strict=True))
         if self._may_be_bare:
             one = np.ones(len(index), dtype=np.int64)
-            given.append((self._codes.ranks, one, self._codes.ranks.sum()))
-        for spend, least, most in given:
+            limits.append((self._codes.ranks, one, self._codes.ranks.sum()))
+        for spend, least, most in limits:
             now = take(spend, index)
             spent = now.sum(axis=1)
-            found.append((spend - now[..., None], least - spent, most - spent))
-        return found
+            ranges.append((spend - now[..., None], least - spent, most - spent))
+        return ranges
 
     def with_adapter(self, index: Ints) -> Ints:
         """Gives rows without any adapter the smallest one, shape (n, c)."""

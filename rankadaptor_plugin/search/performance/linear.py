@@ -74,15 +74,15 @@ def structures(space: RankSpace) -> Floats:
 
     Each structure adds up to 1, in the order own, smooth, shared, settings, total, pairs.
     """
-    found = []
+    shares = []
     for settings, smooth, shared, total, pairs in itertools.product(
         _SETTINGS if space.settings else (0.0,), _SMOOTH, _SHARED, _TOTAL, _PAIRS
     ):
         ranks = (1 - pairs) * (1 - settings)
         own = ranks * (1 - smooth - shared - total)
         alone = (1 - pairs) * settings
-        found.append((own, ranks * smooth, ranks * shared, alone, ranks * total, pairs))
-    return np.array(found)
+        shares.append((own, ranks * smooth, ranks * shared, alone, ranks * total, pairs))
+    return np.array(shares)
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ class Cell:
 
 
 class Posterior:
-    """What standardized values of n rows teach.
+    """Posterior of the function, given standardized values of n rows.
 
     Args:
         prior: The components.
@@ -344,7 +344,7 @@ class Posterior:
 
     @property
     def cells(self) -> list[Cell]:
-        """The cells that matter, heaviest first; found when they are first asked for."""
+        """The cells that matter, heaviest first; computed on first use."""
         if self._averaged is None:
             weights = self.weights.sum(axis=1)
             order = np.argsort(-weights, kind="stable")[:_CELLS]

@@ -1,4 +1,4 @@
-"""What every performance model Q offers (paper, section 3.2), and what its predictions are.
+"""Interface of the performance models Q (paper, section 3.2), and their predictions.
 
 The models themselves: the paper's network (`rankadaptor_plugin.search.performance.mlp`) and
 Bayesian linear regression (`rankadaptor_plugin.search.performance.linear`).
@@ -22,7 +22,7 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a performance model expects of n allocations.
+    """Expectation of a performance model for n allocations.
 
     Attributes:
         mean: Expected value, shape (n,), float64, in the units of the values of the last `fit`.
@@ -37,7 +37,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class PriorEffects:
-    """What is expected of the ranks before the first fine-tune, column by column.
+    """Effects of the ranks that are expected before the first fine-tune, column by column.
 
     Attributes:
         name: Where it comes from, for the report.

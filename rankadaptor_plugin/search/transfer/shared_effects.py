@@ -35,7 +35,7 @@ _CHOOSING = 8  # studies that choose the kernel; more would not change it, but t
 
 @dataclass(frozen=True, kw_only=True)
 class Points:
-    """Where the weights are that are to be learnt.
+    """Where the weights are that are to be learned.
 
     Attributes:
         similarity: How alike the points are apart from what follows, shape (P, P), in [0, 1],
@@ -126,9 +126,9 @@ def shared_effects(points: Points, studies: Sequence[StudyValues]) -> tuple[Arra
                 if tried == setting or not any(tried.weights):
                     continue
                 trial = model if number == 0 else _Model(points, some, tried)
-                found = trial.evidence(tried)
-                if found > best + _GAIN:
-                    best, setting, model = found, tried, trial
+                evidence = trial.evidence(tried)
+                if evidence > best + _GAIN:
+                    best, setting, model = evidence, tried, trial
         if setting == before:
             break
     return _Model(points, studies, setting).weights(setting)

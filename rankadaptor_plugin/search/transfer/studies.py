@@ -1,4 +1,4 @@
-"""What earlier studies taught: finished studies as they are read, and the file that holds them.
+"""Earlier studies to learn from: reading finished ones, and the file that holds several.
 
 The file is safetensors. Its tensors are called ``N.rows``, ``N.values`` and ``N.features`` for
 source number N; all else is JSON in its header. Studies that are read are never changed.
@@ -98,7 +98,7 @@ def read_source(spec: str) -> list[SourceStudy]:
     Raises:
         ConfigError: If there is no such folder, file or study.
         ArtifactError: If it cannot be read, does not say what its rank space was, or its trials
-            cannot be learnt from.
+            cannot be learned from.
     """
     place, _, wanted = (spec, "", "") if Path(spec).exists() else spec.rpartition("#")
     place, wanted = (place, wanted) if place else (spec, "")
@@ -161,7 +161,7 @@ def _chosen(studies: Sequence[optuna.Study], wanted: str, label: str) -> list[op
         which = f"The study {missing[0]!r}" if missing else "No study"
         raise ArtifactError(
             f"{which} in {label} says{' not' if missing else ''} what its rank space was. "
-            "Only studies made by this version or a later one can be learnt from."
+            "Only studies made by this version or a later one can be learned from."
         )
     return chosen
 
@@ -216,23 +216,23 @@ def _features(data: Any, space: RankSpace) -> LayerFeatures:
 
 def _scores(trials: Sequence[Trial], name: str) -> tuple[tuple[str, ...], NDArray[np.float64]]:
     """Returns the scores that all trials have and in which they differ."""
-    found = [_values(trial) for trial in trials]
-    common = [key for key in found[0] if all(key in values for values in found)]
-    kept: list[str] = []
+    scores = [_values(trial) for trial in trials]
+    common = [key for key in scores[0] if all(key in values for values in scores)]
+    varied: list[str] = []
     constant: list[str] = []
     for key in common:
-        column = [values[key] for values in found]
+        column = [values[key] for values in scores]
         if not all(map(math.isfinite, column)):
             continue
-        (kept if max(column) > min(column) else constant).append(key)
-    if not kept:
+        (varied if max(column) > min(column) else constant).append(key)
+    if not varied:
         raise ArtifactError(
             f"{name}: all {len(trials)} trials have the same scores, so there is nothing to "
             "learn. Leave this study out."
         )
     for key in constant:
         log.warning("%s: %s is the same in all trials and is left out.", name, key)
-    return tuple(kept), np.array([[values[key] for key in kept] for values in found])
+    return tuple(varied), np.array([[values[key] for key in varied] for values in scores])
 
 
 def _values(trial: Trial) -> dict[str, float]:
@@ -339,7 +339,7 @@ def collect(specs: Sequence[str], path: Path) -> MetaKnowledge:
 
     Raises:
         ConfigError: If there is no such study, or two hold the same trials.
-        ArtifactError: If a study cannot be learnt from, or the file cannot be written.
+        ArtifactError: If a study cannot be learned from, or the file cannot be written.
     """
     check_free(path)
     sources = tuple(source for spec in specs for source in read_source(spec))

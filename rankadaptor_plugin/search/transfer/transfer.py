@@ -180,7 +180,7 @@ def _effects(
 
 
 class _Quantity(NamedTuple):
-    """What a column varies: its name, the values of its levels, and how much it counts."""
+    """Quantity that a column varies: its name, the values of its levels, and its weight."""
 
     name: str
     levels: Array
@@ -227,8 +227,8 @@ def _points(
     together: Sequence[tuple[RankSpace, LayerFeatures]],
 ) -> tuple[Points, list[np.ndarray[tuple[int, ...], np.dtype[np.int64]]]]:
     """Returns the distinct points of all columns, and the point of each column of each space."""
-    found = [names for _, features in together for names in features.names if names != _DEPTH]
-    names = list(dict.fromkeys(found))
+    every = (name for _, features in together for name in features.names if name != _DEPTH)
+    names = list(dict.fromkeys(every))
     numbers: dict[tuple[object, ...], int] = {}
     places = []
     for space, features in together:
