@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(f"lm_eval.{__name__}")
 
 NAME = "rankadaptor"
-"""What lm-eval calls the model type."""
+"""Name of the model type in lm-eval."""
 
 Shapes = dict[str, tuple[int, ...]]
 """Shape of each tensor by its name."""
@@ -122,7 +122,7 @@ def locate(pretrained: object, adapter: object | None) -> tuple[Path, Path | Non
 
     Raises:
         ArtifactError: If a folder is missing, or a run has no model or no adapter yet.
-        ConfigError: If `pretrained` is no path.
+        ConfigError: If `pretrained` is not a path.
     """
     if not isinstance(pretrained, (str, os.PathLike, int)):  # lm-eval reads "7" as a number
         raise ConfigError(

@@ -90,7 +90,6 @@ SMALL = {
         "tasks": ["tiny_boolq", "tiny_piqa"],
         "search_documents": 12,
         "report_documents": 20,
-        "batch_size": 32,
     },
     "performance_model": {"meta_epochs": 20, "epochs": 20},
     "search": {"n_startup_trials": 3, "n_trials": 5, "candidates": 200, "tolerance": 0.0},

@@ -32,7 +32,7 @@ ACCURACY_METRICS = {
     "arc_challenge": "acc_norm",
     "openbookqa": "acc_norm",
 }
-"""What counts as the accuracy of each benchmark."""
+"""lm-eval's metric that counts as the accuracy of each benchmark."""
 
 DOCUMENTS = ("report", "search")
 _OWN_KEYS = ("class", "stock", "benchmark", "documents")

@@ -1,4 +1,4 @@
-"""What this package uses of lm-eval beyond its public interface, all of it here.
+"""All that this package uses of lm-eval beyond its public interface.
 
 `INTERNALS` names each piece and what stops working without it; a test looks for all of them, so
 that a new version of lm-eval fails there first. lm-eval 0.4.13 has no public way to any of it.
@@ -31,7 +31,7 @@ INTERNALS = {
     "lm_eval.tasks:TaskManager.__init__:include_path": "the command lm-eval with plugins' tasks",
     "lm_eval.utils:env.from_string": "building requests at ten times the speed",
 }
-"""What is used, as ``module:object`` or ``module:function:parameter``, and for what."""
+"""Purpose of each piece, by ``module:object`` or ``module:function:parameter``."""
 
 
 def task_file(path: Path) -> dict[str, Any]:
@@ -97,9 +97,9 @@ def with_tasks(folders: Iterable[Path]) -> Iterator[None]:
     @functools.wraps(plain)
     def with_ours(*args: Any, **named: Any) -> None:
         call = signature.bind(*args, **named)
-        given = call.arguments.get("include_path") or []
-        several = isinstance(given, (list, tuple))
-        call.arguments["include_path"] = [*ours, *(given if several else [given])]
+        paths = call.arguments.get("include_path") or []
+        several = isinstance(paths, (list, tuple))
+        call.arguments["include_path"] = [*ours, *(paths if several else [paths])]
         plain(*call.args, **call.kwargs)
 
     TaskManager.__init__ = with_ours

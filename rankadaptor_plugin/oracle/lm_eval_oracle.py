@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 FEWSHOT_SEED = 1234
-"""What lm-eval's own commands draw few-shot examples with."""
+"""Seed with which lm-eval's own commands draw few-shot examples."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ class TaskRequests:
         for question in self.questions:
             # A task with several filters has several answers; the first counts.
             answers = [next(iter(r.filtered_resps.values())) for r in question.requests]
-            found = self._task.process_results(question.doc, answers)
-            values["accuracy"].append(float(found[self._metric]))
+            results = self._task.process_results(question.doc, answers)
+            values["accuracy"].append(float(results[self._metric]))
             # Tasks with acc_mutual_info append a second request per choice, without the question.
             choices = np.array([answer[0] for answer in answers[: len(question.sizes)]])
             for metric, value in choice_scores(choices, question.gold, question.sizes).items():

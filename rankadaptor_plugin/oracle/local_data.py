@@ -157,7 +157,7 @@ def piqa_parts(goal: str, choices: Sequence[str], gold: int) -> Row:
 
 
 def science(row: Row, *, question: str, nested: bool = False) -> Row:
-    """A question of ARC or OpenBookQA with labelled choices.
+    """A question of ARC or OpenBookQA with labeled choices.
 
     Args:
         row: With `question`, ``choices`` and ``answerKey``, or `nested`.
@@ -253,19 +253,19 @@ def _query(row: Row, build: Build) -> Row:
 
 
 def _instruction(row: Row, build: Build, *, head: str, word: str) -> Row:
-    """LLM-Adapters: question, numbered choices and the form of the answer in one text."""
+    """LLM-Adapters: question, numbered choices and the format of the answer in one text."""
     refusal = RowError(
         "has an instruction that cannot be taken apart without guessing: it must be "
         f"'{head.strip()} ...', then '{word}1: ...', '{word}2: ...' and 'Answer format: ...', each "
         "once. Give the file in its original layout."
     )
     whole = text(row, "instruction")
-    form = re.search(r"(?:\n\n| )Answer format: (\S+)$", whole)
-    if form is None or not whole.startswith(head):
+    ending = re.search(r"(?:\n\n| )Answer format: (\S+)$", whole)
+    if ending is None or not whole.startswith(head):
         raise refusal
-    names = form[1].split("/")
+    names = ending[1].split("/")
     marks = [f"{word}{number}" for number in range(1, len(names) + 1)]
-    body = whole[len(head) : form.start()]
+    body = whole[len(head) : ending.start()]
     # A mark that comes twice could as well belong to the question or to a choice.
     found = re.findall(rf"{word}\d+:|Answer format:", body)
     parts = re.split(rf"(?:\n\n| )(?:{'|'.join(marks)}): ", body)
@@ -393,8 +393,8 @@ def load_split(data_dir: Path, benchmark: str, split: str) -> list[Row]:
     check_copies(data_dir, [(benchmark, split)])
     rows: list[Row] = []
     for file in find_copy(data_dir, benchmark, split):
-        found = _with_labels(read_rows(file), file, benchmark)
-        rows += convert(found, benchmark, source=str(file))
+        labeled = _with_labels(read_rows(file), file, benchmark)
+        rows += convert(labeled, benchmark, source=str(file))
     return rows
 
 

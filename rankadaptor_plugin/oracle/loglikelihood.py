@@ -36,11 +36,11 @@ _CHUNK = 2**24
 """Most logits that are held in float32 at once."""
 
 _shares: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
-"""Whether a model, without its adapter, has been found to share prefixes exactly."""
+"""True if a model, without its adapter, shares prefixes exactly; filled at the first comparison."""
 
 
 class Reading(NamedTuple):
-    """What was read off one pass, on its device: log-probabilities in nats, and greedy hits."""
+    """Log-probabilities in nats and greedy hits, read off one pass, on its device."""
 
     logprobs: torch.Tensor
     hits: torch.Tensor

@@ -1,4 +1,4 @@
-"""Which forward passes answer a list of multiple-choice requests: planned once, run many times.
+"""Forward passes that answer a list of multiple-choice requests: planned once, run many times.
 
 Equal inputs are one row, and an input that begins another is read off the longer one. Rows with a
 long beginning in common, such as the choices of one question, may be computed in two passes: over

@@ -1,4 +1,4 @@
-"""What an oracle is: its contract, what the search maximizes, and two oracles as one.
+"""Contract of oracles, the objective that the search maximizes, and two oracles as one.
 
 Plugins hand an `OracleFactory` to ``rankadaptor_register_oracles``.
 """
@@ -63,7 +63,7 @@ class Oracle(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class OracleSettings:
-    """What an oracle is built from.
+    """Settings that an oracle is built from.
 
     Attributes:
         config: The ``[oracle]`` table.
@@ -166,7 +166,7 @@ def objective_metric(config: OracleConfig, oracle: Oracle) -> str:
 
 
 def check_task_names(config: OracleConfig, known: Collection[str]) -> None:
-    """Refuses a target or a weight of a task that there is not.
+    """Refuses a target or a weight of an unknown task.
 
     Raises:
         ConfigError: With the names that there are.
@@ -190,7 +190,7 @@ def reported_target(config: OracleConfig, oracle: Oracle) -> str:
 
 
 def check(config: RunConfig) -> None:
-    """Says what is wrong with the table ``[oracle]`` before a tokenizer or task is loaded.
+    """Checks the table ``[oracle]`` before a tokenizer or task is loaded.
 
     Raises:
         ConfigError: If a folder is missing, or the held-out text is the recovery corpus.

@@ -155,7 +155,7 @@ class Tasks:
             except FileNotFoundError as error:
                 failure = failure or error
             except IndexError as error:  # lm-eval looks at the first document
-                fault = "a first document with an empty choice, or an answer that is no choice"
+                fault = "a first document with an empty choice, or an answer that is not a choice"
                 if "size 0" in str(error):
                     fault = "no documents, perhaps because its process_docs leaves none"
                 raise OracleError(f"The task {name!r} has {fault}. Correct its data.") from error

@@ -69,7 +69,7 @@ class OracleConformance:
                     assert np.isclose(task.values[metric], np.mean(values))
 
     def test_search_and_report_documents_are_disjoint(self) -> None:
-        """What chose an allocation must not judge it."""
+        """Documents that chose an allocation must not judge it."""
         documents = self.oracle(0).describe()["documents"]
         assert set(documents) == set(PURPOSES)
         for task in documents["search"].keys() & documents["report"].keys():
