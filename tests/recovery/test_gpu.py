@@ -32,7 +32,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.05}
 
 def settings(**changes) -> RecoveryConfig:
     chosen = {
-        "steps": 6,
+        "max_steps": 6,
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 1,
         "learning_rate": 5e-3,
@@ -88,7 +88,7 @@ def test_a_gpu_gives_the_losses_of_the_cpu(make_base, tuned_on):
 def test_a_half_precision_base_has_float32_adapters_and_stays(make_base, tuned_on, dtype):
     base = make_base(dtype)
     before = copy.deepcopy(base.state_dict())
-    done = tuned_on(base, settings(steps=20))
+    done = tuned_on(base, settings(max_steps=20))
     assert done.losses[-1] < done.losses[0]
     assert {p.dtype for n, p in done.model.named_parameters() if ".lora_" in n} == {torch.float32}
     after = done.model.unload().state_dict()
@@ -131,7 +131,7 @@ def test_too_little_memory_halves_the_pass(make_base, tuned_on, monkeypatch):
 
 
 def test_a_seed_fixes_dropout_on_the_gpu(make_base, tuned_on):
-    config = settings(dropout=0.3)
+    config = settings(lora_dropout=0.3)
     state = torch.cuda.get_rng_state(CUDA)
     one, same = (tuned_on(make_base(), config, seed=3) for _ in range(2))
     torch.testing.assert_close(one.losses, same.losses)
@@ -150,7 +150,7 @@ def test_a_quantized_base_is_fine_tuned(make_base, tuned_on, tmp_path, quantize)
         device_map={"": CUDA},
         dtype=torch.bfloat16,
     )
-    done = tuned_on(base, settings(steps=20))
+    done = tuned_on(base, settings(max_steps=20))
     assert done.losses[-1] < done.losses[0]
 
 
