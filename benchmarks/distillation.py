@@ -40,7 +40,7 @@ from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.models.base_model import load_model
 from rankadaptor_plugin.pipeline.preparation import prepare
 from rankadaptor_plugin.plugins import plugin_manager
-from rankadaptor_plugin.recovery.recover import recover
+from rankadaptor_plugin.recovery import recover
 from rankadaptor_plugin.recovery.slots import rank_space
 from rankadaptor_plugin.recovery.teacher import LiveTeacher, with_teacher
 from rankadaptor_plugin.verdict.statistics import Model, compare, mean_interval, model_of

@@ -45,9 +45,9 @@ from rankadaptor_plugin.models.base_model import load_model
 from rankadaptor_plugin.pipeline.method_race import given_entrants, trained_parameters
 from rankadaptor_plugin.pipeline.preparation import prepare
 from rankadaptor_plugin.plugins import plugin_manager
+from rankadaptor_plugin.recovery import recover
 from rankadaptor_plugin.recovery.batches import passes
 from rankadaptor_plugin.recovery.files import without_old_name
-from rankadaptor_plugin.recovery.recover import recover
 from rankadaptor_plugin.recovery.slots import rank_space
 from rankadaptor_plugin.verdict.statistics import Model, compare, mean_interval, model_of
 

@@ -53,7 +53,7 @@ from rankadaptor_plugin.oracle.perplexity import PerplexityOracle
 from rankadaptor_plugin.oracle.tasks import Tasks, choose
 from rankadaptor_plugin.pipeline.preparation import Prepared, prepare
 from rankadaptor_plugin.plugins import plugin_manager
-from rankadaptor_plugin.recovery.recover import recover
+from rankadaptor_plugin.recovery import recover
 from rankadaptor_plugin.recovery.slots import rank_space
 from rankadaptor_plugin.tasks import task_dir
 from rankadaptor_plugin.verdict.noise import noise_allocations, noise_seeds

@@ -28,6 +28,7 @@ from rankadaptor_plugin.models.pruned_model import RECORD
 from rankadaptor_plugin.pipeline.export import MARK
 from rankadaptor_plugin.pipeline.registries import register_families, registries
 from rankadaptor_plugin.plugins import plugin_manager
+from rankadaptor_plugin.recovery.files import WRAPPER
 from rankadaptor_plugin.recovery.files import load as load_adapter
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ Shapes = dict[str, tuple[int, ...]]
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # what PEFT puts before the names of the model below
 
 
 class RankAdaptorLM(HFLM):  # type: ignore[misc]
@@ -163,7 +163,7 @@ def check_adapter(folder: Path, model: PreTrainedModel) -> None:
     """
     found = _adapter_shapes(folder)
     # Full weights that PEFT saves beside an adapter, such as trained embeddings.
-    known: Shapes = {_PREFIX + name: tuple(t.shape) for name, t in model.state_dict().items()}
+    known: Shapes = {WRAPPER + name: tuple(t.shape) for name, t in model.state_dict().items()}
     try:
         config = PeftConfig.from_pretrained(str(folder))
         with warnings.catch_warnings():

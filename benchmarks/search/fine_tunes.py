@@ -37,8 +37,7 @@ from rankadaptor_plugin.core.scores import METRICS, Score
 from rankadaptor_plugin.models.base_model import load_model
 from rankadaptor_plugin.pipeline.preparation import prepare
 from rankadaptor_plugin.plugins import plugin_manager
-from rankadaptor_plugin.recovery import adapters
-from rankadaptor_plugin.recovery.recover import recover
+from rankadaptor_plugin.recovery import adapters, recover
 
 if TYPE_CHECKING:
     from rankadaptor_plugin.config.tables import RunConfig

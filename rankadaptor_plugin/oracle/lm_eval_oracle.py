@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rankadaptor_plugin.config.tables import OracleConfig
@@ -155,7 +154,7 @@ class Requests:
         for task in self._tasks.values():
             yield from task.asked()
 
-    def score(self, model: PreTrainedModel | PeftModel) -> Score:
+    def score(self, model: PreTrainedModel) -> Score:
         """Scores a model, which must be in evaluation mode."""
         if self._planned is None:
             self._planned = self._plan(model)
@@ -167,7 +166,7 @@ class Requests:
             begin = end
         return Score(tasks=scores)
 
-    def _plan(self, model: PreTrainedModel | PeftModel) -> Plan:
+    def _plan(self, model: PreTrainedModel) -> Plan:
         """Tokenises and packs the requests; the models of a run have one context window."""
         with quiet("lm_eval"):
             lm = HFLM(
@@ -290,7 +289,7 @@ class LmEvalOracle:
         }
         return {"documents": ids, "digest": sha.hexdigest()[:16]}
 
-    def score(self, model: PreTrainedModel | PeftModel, documents: str) -> Score:
+    def score(self, model: PreTrainedModel, documents: str) -> Score:
         """Scores a model, which is put into evaluation mode.
 
         Args:

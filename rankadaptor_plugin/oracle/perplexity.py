@@ -22,7 +22,6 @@ from rankadaptor_plugin.oracle.loglikelihood import loglikelihoods, plan
 from rankadaptor_plugin.oracle.oracle import check_task_names
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rankadaptor_plugin.oracle.oracle import OracleSettings
@@ -103,7 +102,7 @@ class PerplexityOracle:
             "digest": sha.hexdigest()[:16],
         }
 
-    def score(self, model: PreTrainedModel | PeftModel, documents: str) -> Score:
+    def score(self, model: PreTrainedModel, documents: str) -> Score:
         """Scores a model, which is put into evaluation mode.
 
         The values per window are weighted by their tokens, so that their mean is that of all

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.core.trials import Outcome
 from rankadaptor_plugin.recovery.adapters import bare_model
+from rankadaptor_plugin.recovery.fine_tune import recover
 from rankadaptor_plugin.recovery.methods.methods import LORA
-from rankadaptor_plugin.recovery.recover import recover
 from rankadaptor_plugin.verdict.race import ConfirmationRun, run_name
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rankadaptor_plugin.pipeline.texts import evaluated, prompt_tokens, without_wrapper
+from rankadaptor_plugin.pipeline.texts import prompt_tokens
+from rankadaptor_plugin.recovery.adapters import base_of, evaluated
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rankadaptor_plugin.pipeline.texts import Sample
@@ -67,7 +67,7 @@ def distinct(tokens: Sequence[int], n: int) -> float | None:
 
 
 def perplexities(
-    judge: PreTrainedModel | PeftModel,
+    judge: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[Sample],
 ) -> list[float | None]:
@@ -87,7 +87,7 @@ def perplexities(
     Raises:
         ConfigError: If a prompt has no tokens, or the context window is too small.
     """
-    bare = without_wrapper(judge)
+    bare = base_of(judge)
     found: list[float | None] = []
     with evaluated(bare), torch.no_grad():
         for sample in samples:

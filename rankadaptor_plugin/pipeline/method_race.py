@@ -6,12 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rankadaptor_plugin.config.tables import SEARCHED_RANKS, UNIFORM_LORA
-from rankadaptor_plugin.core.errors import ConfigError, RankSpaceError
+from rankadaptor_plugin.core.errors import RankSpaceError
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.recovery.files import adapter_parameters
 from rankadaptor_plugin.recovery.methods.methods import (
     Method,
-    check_scaling,
     parse_method,
     pattern_allocation,
 )
@@ -23,34 +22,6 @@ if TYPE_CHECKING:
 
     from rankadaptor_plugin.config.tables import RecoveryConfig
     from rankadaptor_plugin.core.ranks import RankSpace
-
-
-def check_methods(config: RecoveryConfig) -> None:
-    """Checks the recovery methods of a run file.
-
-    Raises:
-        ConfigError: If one is unknown or cannot have a switch of the run, or two are the same.
-    """
-    methods = config.methods
-    for text in (*methods, UNIFORM_LORA):
-        check_scaling(parse_method(text).with_switches(config), config)
-    own = (SEARCHED_RANKS, UNIFORM_LORA)
-    seen: dict[Method, str] = {parse_method(name).with_switches(config): name for name in own}
-    for text in methods:
-        if text in seen.values():
-            continue
-        method = parse_method(text).with_switches(config)
-        if method in seen:
-            raise ConfigError(
-                f'[recovery] methods: "{text}" is the same as "{seen[method]}". Write it once, '
-                "like that."
-            )
-        if method.name == SEARCHED_RANKS and SEARCHED_RANKS not in methods:
-            raise ConfigError(
-                f'[recovery] methods: "{text}" takes the ranks of "{SEARCHED_RANKS}", which is not '
-                "among them. Add it, or leave this one out."
-            )
-        seen[method] = text
 
 
 def given_entrants(methods: Sequence[str], space: RankSpace) -> list[Entrant]:

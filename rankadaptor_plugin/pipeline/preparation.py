@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
 
-from rankadaptor_plugin import oracle, search, verdict
+from rankadaptor_plugin import oracle, recovery, search, verdict
 from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.run_file import corpus_file, model_folder
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError
@@ -33,12 +33,9 @@ from rankadaptor_plugin.oracle.oracle import (
 )
 from rankadaptor_plugin.pipeline import registries as plugin_list
 from rankadaptor_plugin.pipeline.context import RunContext
-from rankadaptor_plugin.pipeline.method_race import check_methods
 from rankadaptor_plugin.pruning.calibration_text import calibration_documents, calibration_samples
 from rankadaptor_plugin.pruning.depth import check_importance
 from rankadaptor_plugin.pruning.importance import check_names
-from rankadaptor_plugin.recovery.batches import check_sequences
-from rankadaptor_plugin.recovery.teacher import check_teacher
 from rankadaptor_plugin.search.study import TrialStore
 
 if TYPE_CHECKING:
@@ -126,7 +123,8 @@ def prepare(
         else load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     )
     window = _window(config, source, pruned)
-    corpus = _corpus(config, tokenizer, window)
+    corpus = load_corpus(corpus_file(config.corpus.path), tokenizer, config.corpus)
+    recovery.check_corpus(corpus, config.recovery, window)
     _check_prompts(config, tokenizer)
     paths = list(manager.hook.rankadaptor_lm_eval_task_paths())
     if config.oracle.include_path:
@@ -185,27 +183,6 @@ def check(
         _check_prune(config, source)
     _check_recovery(config, source, pruned, device, dtype)
     search.check(config, *_shape(config, source, pruned))
-
-
-def _corpus(config: RunConfig, tokenizer: PreTrainedTokenizerBase, window: int | None) -> Corpus:
-    """Loads the recovery corpus and warns of settings that it leaves without effect."""
-    table = config.recovery
-    corpus = load_corpus(corpus_file(config.corpus.path), tokenizer, config.corpus)
-    if not corpus.validation and (table.load_best_model_at_end or table.eval_steps):
-        logger.warning(
-            "[recovery] load_best_model_at_end and eval_steps look at held-out rows, but there are "
-            "none: [corpus] val_set_size is 0"
-        )
-    check_sequences(corpus.sequences, window)
-    steps = table.steps_for(len(corpus.sequences))
-    if table.warmup_steps >= steps:
-        logger.warning(
-            "[recovery] warmup_steps %d is no less than the %d steps of a fine-tune, which never "
-            "reaches learning_rate",
-            table.warmup_steps,
-            steps,
-        )
-    return corpus
 
 
 def _check_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -285,21 +262,19 @@ def _check_recovery(
     dtype: str | torch.dtype,
 ) -> None:
     """Says what is wrong with the fine-tunes before weights are loaded."""
-    table = config.recovery
-    check_methods(table)
+    teacher = student = None
+    if pruned is not None and config.recovery.distill_weight:
+        student = pruned.model.config
+        teacher = AutoConfig.from_pretrained(
+            source, trust_remote_code=config.trust_remote_code, local_files_only=True
+        )
+    recovery.check(config, teacher, student)
     quantization_config(config.quantize, device, dtype)
-    if pruned is None:
-        return
-    if config.quantize:
+    if pruned is not None and config.quantize:
         raise ConfigError(
             f'quantize is "{config.quantize}", but the model is in memory already. Load it that '
             'way, and leave quantize = "".'
         )
-    if table.distill_weight:
-        teacher = AutoConfig.from_pretrained(
-            source, trust_remote_code=config.trust_remote_code, local_files_only=True
-        )
-        check_teacher(teacher, pruned.model.config)
 
 
 def _calibration(

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import pluggy
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from rankadaptor_plugin.config.tables import RunConfig
@@ -179,9 +178,9 @@ class _Session:
 
     def evaluated_adapter(self, pruned: PrunedModel, adapter: Path) -> Score:
         """Scores the adapter of a foreign stage, which may be another one than last time."""
-        wrapped: list[PeftModel] = []
+        wrapped: list[PreTrainedModel] = []
 
-        def load() -> PeftModel:
+        def load() -> PreTrainedModel:
             wrapped.append(load_adapter(pruned.model, adapter))
             return wrapped[0]
 
@@ -201,9 +200,7 @@ class _Session:
             trust_remote_code=self.config.trust_remote_code,
         )
 
-    def evaluated(
-        self, name: str, model: Callable[[], PreTrainedModel | PeftModel], of: str = ""
-    ) -> Score:
+    def evaluated(self, name: str, model: Callable[[], PreTrainedModel], of: str = "") -> Score:
         """Returns a model's score on the report documents, kept from an earlier session if any."""
         file = f"evaluations/{name}{of and f'-{of}'}"
         self._progress(f"evaluate {name}", 0)

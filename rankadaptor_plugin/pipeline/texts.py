@@ -18,11 +18,11 @@ from transformers import GenerationConfig
 
 from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.corpus.corpus import encode
+from rankadaptor_plugin.recovery.adapters import base_of, evaluated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Decoding = Literal["greedy", "sampled"]
@@ -128,7 +128,7 @@ class Sample:
 
 
 def generate(
-    model: PreTrainedModel | PeftModel,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     settings: Settings,
@@ -147,7 +147,7 @@ def generate(
     Raises:
         ConfigError: If a prompt has no tokens, or the context window is too small.
     """
-    bare = without_wrapper(model)
+    bare = base_of(model)
     longest = settings.max_new_tokens
     heads = [prompt_tokens(bare, tokenizer, prompt.text, longest) for prompt in prompts]
     devices = {p.device for p in bare.parameters() if p.device.type == "cuda"}
@@ -176,11 +176,6 @@ def generate(
                     )
                 )
     return samples
-
-
-def without_wrapper(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Returns the model that PEFT wraps; its adapter stays in place."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def prompt_tokens(
@@ -240,18 +235,6 @@ def _text(tokenizer: PreTrainedTokenizerBase, head: list[int], tokens: tuple[int
     if whole.startswith(before):
         return whole[len(before) :]
     return str(tokenizer.decode([*tokens], clean_up_tokenization_spaces=False))
-
-
-@contextmanager
-def evaluated(model: PreTrainedModel) -> Iterator[None]:
-    """Puts a model into evaluation mode for a while."""
-    trained = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in trained:
-            module.training = True
 
 
 @contextmanager

@@ -267,6 +267,18 @@ def has_adapters(model: PreTrainedModel) -> bool:
 
 
 @contextlib.contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode while the block lasts; each module gets its mode back."""
+    trained = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
+
+
+@contextlib.contextmanager
 def restored_on_failure(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Leaves the model below as it was, and without adapter layers, if the block fails."""
     bare = base_of(model)

@@ -120,7 +120,6 @@ class HeldOut:
         if self._config.load_best_model_at_end and not (is_last or tuned.is_settled):
             return  # of weights from before the last ranks were dropped nobody knows which count
         loss = mean_loss(tuned.model.get_base_model(), self._sequences, self._micro)
-        tuned.model.train()
         if self.loss is None or loss < self.loss or not self._config.load_best_model_at_end:
             self.loss = loss
             if self._config.load_best_model_at_end:

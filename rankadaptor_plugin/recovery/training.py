@@ -16,6 +16,7 @@ import torch
 
 from rankadaptor_plugin.core.errors import RecoveryError
 from rankadaptor_plugin.models.device import is_out_of_memory
+from rankadaptor_plugin.recovery.adapters import evaluated
 from rankadaptor_plugin.recovery.batches import passes, trained_tokens
 from rankadaptor_plugin.recovery.fused_lora import fused
 from rankadaptor_plugin.recovery.losses import forward_logits, token_loss
@@ -185,20 +186,39 @@ def _accumulated(
     teacher: LiveTeacher | None,
 ) -> float:
     """Adds up the gradients of one optimizer step, in as many passes as memory asks for."""
-    device = tuned.model.device
-    states = torch.get_rng_state(), _device_state(device)
+
+    def undo() -> None:
+        for parameter in tuned.parameters():
+            parameter.grad = None
+
+    def add_up() -> float:
+        return _gradients(tuned, batch, config, micro, scaler, teacher)
+
+    return _within_memory(add_up, undo, tuned.model.device, micro)
+
+
+def _within_memory(
+    compute: Callable[[], float],
+    undo: Callable[[], None],
+    device: torch.device,
+    micro: MicroBatch,
+) -> float:
+    """Computes again with half as many sequences per pass, each time that memory runs out."""
+    state = torch.get_rng_state()
+    device_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     while True:
         try:
-            return _gradients(tuned, batch, config, micro, scaler, teacher)
+            return compute()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        for parameter in tuned.parameters():
-            parameter.grad = None
-        _make_room(device, micro)
-        torch.set_rng_state(states[0])  # the same dropout again
-        if states[1] is not None:
-            torch.cuda.set_rng_state(states[1], device)
+        undo()  # out here the error no longer holds on to the tensors of the last pass
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        micro.halve()
+        torch.set_rng_state(state)  # the same dropout again
+        if device_state is not None:
+            torch.cuda.set_rng_state(device_state, device)
 
 
 def _gradients(
@@ -232,38 +252,29 @@ def _gradients(
     return float(total)
 
 
-def _make_room(device: torch.device, micro: MicroBatch) -> None:
-    """Halves a pass; called where the error no longer holds on to the tensors of the last one."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    micro.halve()
-
-
 @torch.no_grad()
 def mean_loss(
     model: PreTrainedModel, sequences: Sequence[TrainingSequence], micro: MicroBatch
 ) -> float:
     """Returns the loss on sequences that are not trained on, in nats per trained token.
 
-    The model is put into evaluation mode. Where memory does not suffice `micro` is halved.
+    Where memory runs out, `micro` is halved.
 
     Raises:
-        RecoveryError: If memory does not suffice for one sequence.
+        RecoveryError: If memory runs out with one sequence.
     """
-    model.eval()
-    while True:
-        try:
-            total = 0.0
-            for part in passes(sequences, micro.size):
-                given = part.to(model.device)
-                with mixed_precision(model):
-                    logits = forward_logits(model, given)
-                total += float(token_loss(logits, given))
-            return total / trained_tokens(sequences)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        _make_room(model.device, micro)
+
+    def add_up() -> float:
+        total = 0.0
+        for part in passes(sequences, micro.size):
+            given = part.to(model.device)
+            with mixed_precision(model):
+                logits = forward_logits(model, given)
+            total += float(token_loss(logits, given))
+        return total / trained_tokens(sequences)
+
+    with evaluated(model):
+        return _within_memory(add_up, lambda: None, model.device, micro)
 
 
 def mixed_precision(model: PreTrainedModel) -> torch.autocast:
@@ -292,7 +303,3 @@ def learning_rate_factor(step: int, config: RecoveryConfig) -> float:
     if config.lr_scheduler_type == "constant":
         return 1.0
     return max(0.0, (config.max_steps - step) / max(1, config.max_steps - config.warmup_steps))
-
-
-def _device_state(device: torch.device) -> torch.Tensor | None:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None

@@ -29,11 +29,11 @@ from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.core.scores import Score, TaskScore
 from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
 from rankadaptor_plugin.pipeline.method_race import (
-    check_methods,
     found_entrants,
     given_entrants,
     trained_parameters,
 )
+from rankadaptor_plugin.recovery.checks import check_methods
 from rankadaptor_plugin.report import tables
 from rankadaptor_plugin.report.report import markdown, page
 from rankadaptor_plugin.report.words import METHODS, alone_sentence, verdict_sentence

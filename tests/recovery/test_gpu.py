@@ -17,8 +17,8 @@ from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.corpus.sequences import IGNORED, Corpus, TrainingSequence
 from rankadaptor_plugin.models.device import peak_memory_bytes
 from rankadaptor_plugin.recovery import training
+from rankadaptor_plugin.recovery.fine_tune import recover
 from rankadaptor_plugin.recovery.losses import forward_logits
-from rankadaptor_plugin.recovery.recover import recover
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,7 +16,7 @@ from rankadaptor_plugin.corpus.sequences import IGNORED, Corpus, TrainingSequenc
 from rankadaptor_plugin.recovery import training
 from rankadaptor_plugin.recovery.adapters import trainable_parameters
 from rankadaptor_plugin.recovery.batches import passes
-from rankadaptor_plugin.recovery.recover import recover
+from rankadaptor_plugin.recovery.fine_tune import recover
 from rankadaptor_plugin.recovery.training import learning_rate_factor
 
 CONFIG = RecoveryConfig(

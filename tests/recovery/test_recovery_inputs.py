@@ -30,7 +30,7 @@ from rankadaptor_plugin.corpus.sequences import IGNORED, Corpus, TeacherTokens, 
 from rankadaptor_plugin.lm_eval_model import RankAdaptorLM
 from rankadaptor_plugin.pipeline.context import Recovered
 from rankadaptor_plugin.recovery.files import RECORD
-from rankadaptor_plugin.recovery.recover import recover
+from rankadaptor_plugin.recovery.fine_tune import recover
 from rankadaptor_plugin.recovery.teacher import LiveTeacher
 from rankadaptor_plugin.search.study import TrialStore
 

@@ -17,7 +17,7 @@ from rankadaptor_plugin.core.errors import (
 )
 from rankadaptor_plugin.corpus.sequences import Corpus, TrainingSequence
 from rankadaptor_plugin.recovery import training
-from rankadaptor_plugin.recovery.recover import recover
+from rankadaptor_plugin.recovery.fine_tune import recover
 
 CONFIG = RecoveryConfig(
     max_steps=4,

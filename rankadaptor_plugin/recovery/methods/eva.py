@@ -20,6 +20,7 @@ from rankadaptor_plugin.recovery.adapters import (
     LoraSettings,
     adapted_modules,
     attach_ranks,
+    evaluated,
     weight_of,
 )
 from rankadaptor_plugin.recovery.batches import batches, padded
@@ -63,13 +64,13 @@ def attach_eva(
     """
     if not sequences:
         raise CorpusError("EVA reads the corpus, which is empty. Give at least one sequence.")
-    mode = bare.training
-    found = _Components(bare.eval(), ranks)
+    found = _Components(bare, ranks)
     try:
-        for given in _stream(sequences, 2 * max(found.most.values()), seed):
-            if found.settled():
-                break
-            found.add(given)
+        with evaluated(bare):
+            for given in _stream(sequences, 2 * max(found.most.values()), seed):
+                if found.settled():
+                    break
+                found.add(given)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -77,8 +78,6 @@ def attach_eva(
             f"Out of memory with {_SEQUENCES} sequences at once, which EVA reads. Lower "
             "[corpus] max_length, or leave eva out."
         ) from None
-    finally:
-        bare.train(mode)
     chosen = found.ranks()
     model = attach_ranks(
         bare,

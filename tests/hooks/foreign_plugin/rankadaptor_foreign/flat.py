@@ -9,7 +9,7 @@ from rankadaptor_plugin import hookimpl
 def rankadaptor_post_prune(pruned, context):
     from rankadaptor_plugin.core.ranks import RankAllocation
     from rankadaptor_plugin.pipeline.context import Recovered
-    from rankadaptor_plugin.recovery.recover import recover
+    from rankadaptor_plugin.recovery import recover
 
     allocation = RankAllocation((1,) * len(pruned.widths))
     settings = context.config.recovery

@@ -6,9 +6,11 @@ a search see the same batches in the same order, and the global random state is 
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,11 +44,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.recovery.teacher import LiveTeacher
 
 _SEEDS = 2**63  # as many as torch takes
-_UNRECORDED = (
-    "methods",
-    "max_steps",
-    "num_train_epochs",
-)  # settings that say nothing of one fine-tune
+_UNRECORDED = ("methods", "max_steps", "num_train_epochs")  # settings of no single fine-tune
 
 
 @torch.enable_grad()
@@ -71,7 +69,7 @@ def recover(
         recipe: Name of a preset, a preset with changes
             (`rankadaptor_plugin.config.recipes.recipe`), or a ``[recovery]`` table.
         seed: Seed of initial weights, batches and dropout.
-        method: A recovery method (`rankadaptor_plugin.recovery.methods.methods`); empty takes that
+        method: A recovery method (`rankadaptor_plugin.recovery.methods`); empty takes that
             of the allocation, else the one that the recipe names, else LoRA.
         teacher: The unpruned model, for distillation without cached predictions.
 
@@ -83,51 +81,38 @@ def recover(
         RecoveryError: If the fine-tune diverges, memory runs out, or the call is made under
             ``torch.inference_mode()``.
     """
-    if torch.is_inference_mode_enabled():
-        raise RecoveryError(
-            "recover() trains, which torch.inference_mode() does not allow. Call it outside of it."
-        )
     began = time.perf_counter()
-    _check_seed(seed)
+    _check_call(seed)
     allocation = _as_allocation(allocation)
     config, table = _as_settings(recipe)
     corpus = _as_corpus(corpus, tokenizer, table, model)
-    config = replace(
-        config, max_steps=config.steps_for(len(corpus.sequences)), num_train_epochs=0.0
-    )
-    spec = methods.parse_method(method or allocation.method or _method(config))
-    spec = spec.with_switches(config)
+    whole = config.steps_for(len(corpus.sequences))
+    config = replace(config, max_steps=whole, num_train_epochs=0.0)
+    name = method or allocation.method or _method(config)
+    spec = methods.parse_method(name).with_switches(config)
     steps = 0 if spec.name == methods.NONE else config.max_steps
     micro = MicroBatch(config.per_device_train_batch_size)
+    teacher = teacher if config.distill_weight else None
     if config.distill_weight:
         check_predictions(model.config, corpus.sequences, teacher)
-    else:
-        teacher = None
-    devices = seeded_devices(model.device)
     held_out = HeldOut(corpus, config, steps, micro)
-    with restored_on_failure(model), torch.random.fork_rng(devices=devices):
+    with restored_on_failure(model), torch.random.fork_rng(devices=seeded_devices(model.device)):
         torch.manual_seed(seed)  # PEFT's own first weights draw from it
         tuned = methods.begin(
             model, spec, allocation, config, seed=seed, steps=steps, sequences=corpus.sequences
         )
         torch.manual_seed(seed)  # as many numbers as PEFT drew depend on the ranks
         order = batches(corpus.sequences, config.batch_size, seed)
+        look = partial(held_out.after, tuned)
         losses = training.train(
-            tuned,
-            order,
-            config,
-            steps,
-            micro=micro,
-            teacher=teacher,
-            on_step=lambda done: held_out.after(tuned, done),
+            tuned, order, config, steps, micro=micro, teacher=teacher, on_step=look
         )
         held_out.restore(tuned)
         if not losses:  # nothing was trained: what the losses are as it is
             held_out.after(tuned, 0)
             losses = [training.mean_loss(tuned.model.get_base_model(), next(order), micro)]
         finished = tuned.finish()
-    last = losses[-max(1, len(losses) // 10) :]
-    train_loss = sum(last) / len(last)
+    train_loss = statistics.fmean(losses[-max(1, len(losses) // 10) :])
     return RecoveredAdapter(
         model=finished.eval(),
         allocation=allocation,
@@ -138,16 +123,23 @@ def recover(
         seconds=time.perf_counter() - began,
         micro_batch_size=micro.size,
         provenance={
-            "method": str(spec),
-            "ranks": list(allocation.ranks),
-            "seed": seed,
-            "steps": steps,
-            "sequences": len(corpus.sequences),
-            "settings": {k: v for k, v in asdict(config).items() if k not in _UNRECORDED},
-            "train_loss": train_loss,
-            "validation_loss": held_out.loss,
+            **_record(allocation, spec, corpus, config),
+            **{"seed": seed, "steps": steps},
+            **{"train_loss": train_loss, "validation_loss": held_out.loss},
         },
     )
+
+
+def _record(
+    allocation: RankAllocation, spec: methods.Method, corpus: Corpus, config: RecoveryConfig
+) -> dict[str, Any]:
+    """Returns what a fine-tune is made from, plain values."""
+    return {
+        "method": str(spec),
+        "ranks": list(allocation.ranks),
+        "sequences": len(corpus.sequences),
+        "settings": {k: v for k, v in asdict(config).items() if k not in _UNRECORDED},
+    }
 
 
 def _method(config: RecoveryConfig) -> str:
@@ -165,7 +157,11 @@ def _method(config: RecoveryConfig) -> str:
     return methods.LORA if only == SEARCHED_RANKS else only
 
 
-def _check_seed(seed: int) -> None:
+def _check_call(seed: int) -> None:
+    if torch.is_inference_mode_enabled():
+        raise RecoveryError(
+            "recover() trains, which torch.inference_mode() does not allow. Call it outside of it."
+        )
     if type(seed) is not int or not 0 <= seed < _SEEDS:
         raise ConfigError(f"The seed is {seed!r}; it must be a whole number of 0 or more.")
 
