@@ -28,8 +28,8 @@ from rankadaptor_plugin.models.pruned_model import RECORD
 from rankadaptor_plugin.pipeline.export import MARK
 from rankadaptor_plugin.pipeline.registries import register_families, registries
 from rankadaptor_plugin.plugins import plugin_manager
-from rankadaptor_plugin.recovery.files import WRAPPER
 from rankadaptor_plugin.recovery.files import load as load_adapter
+from rankadaptor_plugin.recovery.peft_internals import WRAPPER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

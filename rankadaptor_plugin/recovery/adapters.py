@@ -20,13 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from rankadaptor_plugin.models.structures import decoder_layers, structure_of
 from rankadaptor_plugin.models.units import is_transposed
-from rankadaptor_plugin.recovery.files import WRAPPER, without_old_name
+from rankadaptor_plugin.recovery.peft_internals import (
+    WRAPPER,
+    BaseTunerLayer,
+    LoraLayer,
+    without_old_name,
+)
 from rankadaptor_plugin.recovery.slots import module_ranks
 
 if TYPE_CHECKING:

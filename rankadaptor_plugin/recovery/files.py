@@ -6,7 +6,6 @@ So a hash of the base model is saved beside an adapter, and compared before it i
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -22,15 +21,13 @@ from transformers.pytorch_utils import Conv1D
 from rankadaptor_plugin.core.atomic_folder import write_folder
 from rankadaptor_plugin.core.errors import ArtifactError
 from rankadaptor_plugin.models.structures import matrix_shape
+from rankadaptor_plugin.recovery.peft_internals import WRAPPED, WRAPPER, without_old_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from transformers import PreTrainedModel
-
-WRAPPER = "base_model.model."
-"""What PEFT puts before the names of the model below."""
 
 RECORD = "rankadaptor.json"
 """File beside an adapter that says where it comes from."""
@@ -39,10 +36,6 @@ BASE = "base"
 """Key in it of the fingerprint of the base model."""
 
 _SAMPLE = 1024  # values of a tensor that are hashed
-
-_WRAPPED = (
-    ".base_layer."  # what PEFT puts before the names of a matrix that it has put an adapter on
-)
 _COMPARABLE = (torch.float32, torch.bfloat16)  # of one checkpoint both round to the same bfloat16
 _WEIGHTS = "adapter_model.safetensors"
 _FILES = {_WEIGHTS, "adapter_config.json", "README.md", RECORD}
@@ -140,14 +133,6 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return whole
 
 
-@contextlib.contextmanager
-def without_old_name() -> Iterator[None]:
-    """Hides that PEFT 0.21 asks for an attribute that transformers 5.23 has renamed."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        yield
-
-
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """Returns what tells a base model from others.
 
@@ -193,7 +178,7 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, tupl
         if any(parts[i] != "base_layer" for i in above):
             continue
         shape = matrix_shape(matrices[name]) if name in matrices else tuple(tensor.shape)
-        yield name.removeprefix(WRAPPER).replace(_WRAPPED, "."), tensor, shape
+        yield name.removeprefix(WRAPPER).replace(WRAPPED, "."), tensor, shape
 
 
 def _on_cpu(samples: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -14,25 +14,24 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from peft.tuners.lora import Linear
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from rankadaptor_plugin.recovery.adapters import ADAPTER
+from rankadaptor_plugin.recovery.peft_internals import Linear, has_hooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 def can_fuse(matrix: nn.Module) -> TypeGuard[nn.Linear]:
-    """Tells whether a module computes nothing but the product with a frozen matrix."""
+    """True if a module computes nothing but the product with a frozen matrix."""
     return (
         type(matrix) is nn.Linear
         and not matrix.weight.requires_grad
         and "forward" not in vars(matrix)  # accelerate's, which moves inputs between devices
-        and not matrix._forward_hooks
-        and not matrix._forward_pre_hooks
+        and not has_hooks(matrix)
     )
 
 

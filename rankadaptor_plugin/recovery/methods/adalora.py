@@ -24,8 +24,8 @@ from rankadaptor_plugin.recovery.adapters import (
     has_transposed_matrices,
     trainable_parameters,
 )
-from rankadaptor_plugin.recovery.files import without_old_name
 from rankadaptor_plugin.recovery.methods.tuning import adamw
+from rankadaptor_plugin.recovery.peft_internals import without_old_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

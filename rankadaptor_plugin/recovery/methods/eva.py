@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.utils.incremental_pca import IncrementalPCA
 
 from rankadaptor_plugin.core.errors import CorpusError, RecoveryError
 from rankadaptor_plugin.models.device import is_out_of_memory
@@ -24,6 +23,7 @@ from rankadaptor_plugin.recovery.adapters import (
     weight_of,
 )
 from rankadaptor_plugin.recovery.batches import batches, padded
+from rankadaptor_plugin.recovery.peft_internals import IncrementalPCA
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -14,7 +14,6 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 
 from rankadaptor_plugin.models.units import is_transposed
 from rankadaptor_plugin.recovery.adapters import (
@@ -27,6 +26,7 @@ from rankadaptor_plugin.recovery.adapters import (
     weight_of,
 )
 from rankadaptor_plugin.recovery.methods.tuning import Tuning
+from rankadaptor_plugin.recovery.peft_internals import dequantize_module_weight
 
 if TYPE_CHECKING:
     from peft import PeftModel
