@@ -1,4 +1,4 @@
-"""What the search maximizes."""
+"""The objective that the search maximizes, and what is checked of its table."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.tables import OracleConfig
 from rankadaptor_plugin.core.errors import ConfigError, OracleError
 from rankadaptor_plugin.core.scores import Score, TaskScore
-from rankadaptor_plugin.oracle.oracle import Objective, objective_metric
+from rankadaptor_plugin.oracle.oracle import Objective, check, objective_metric
 
 numbers = st.floats(-100, 100)
 
@@ -67,3 +68,34 @@ def test_a_score_needs_one_value_per_document_and_metric():
         TaskScore.of({"choice_logprob": [1.0], "margin": [1.0, 2.0]})
     with pytest.raises(OracleError, match="at least one document"):
         TaskScore.of({"choice_logprob": []})
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("task_path", "include_path"),
+        ("num_fewshot", "include_path"),
+        ("batch_size", "batch_tokens"),
+    ],
+)
+def test_a_former_or_foreign_setting_is_answered_with_the_present_one(key, hint):
+    with pytest.raises(ConfigError, match=f"oracle.{key} .*Did you mean '{hint}'"):
+        run_file.from_dict({"oracle": {"tasks": ["a"], key: 1}})
+
+
+@pytest.mark.parametrize("key", ["include_path", "data_dir"])
+def test_a_missing_folder_is_refused(tmp_path, key):
+    config = run_file.from_dict({"oracle": {"tasks": ["a"], key: str(tmp_path / "no")}})
+    with pytest.raises(
+        ConfigError, match=rf"\[oracle\] {key} .*no is not a folder. Name the folder"
+    ):
+        check(config)
+
+
+def test_a_text_that_is_trained_on_is_refused(tmp_path):
+    text = tmp_path / "corpus.jsonl"
+    text.write_text('{"text": "a"}', encoding="utf-8")
+    tables = {"corpus": {"path": str(text)}, "oracle": {"tasks": ["a"], "text": str(text)}}
+    with pytest.raises(ConfigError, match="is the recovery corpus"):
+        check(run_file.from_dict(tables))
+    check(run_file.from_dict({**tables, "corpus": {}}))
