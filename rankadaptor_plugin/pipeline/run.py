@@ -19,9 +19,9 @@ from rankadaptor_plugin.models.device import device_name, peak_memory_bytes, thr
 from rankadaptor_plugin.models.pruned_loading import load_pruned
 from rankadaptor_plugin.pipeline.context import Recovered, Summary
 from rankadaptor_plugin.pipeline.preparation import Prepared, prepare
-from rankadaptor_plugin.pipeline.sample_texts import sample_texts
 from rankadaptor_plugin.pipeline.stage import measure_noise
 from rankadaptor_plugin.pipeline.summary import Measured, foreign_summary, report_data
+from rankadaptor_plugin.pipeline.texts import sample_texts
 from rankadaptor_plugin.recovery.files import load as load_adapter
 from rankadaptor_plugin.recovery.teacher import LiveTeacher, with_teacher
 from rankadaptor_plugin.report.report import write_report
