@@ -1,4 +1,4 @@
-"""Writes a finished run as a model folder that loads elsewhere.
+"""Export of a finished run as a model folder that loads elsewhere.
 
 Three formats. ``hf``: the pruned model and below it the delivered adapter. ``hf-remote-code``: the
 same with the file that pruned classes need, for where this package is not installed. ``merged``:
@@ -47,7 +47,7 @@ _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 
 
-def export(run: Path, form: Format, output: Path | None = None) -> str:
+def export(run: Path, format_: Format, output: Path | None = None) -> str:
     """Exports the pruned model and the delivered adapter of a finished run.
 
     The folder appears complete or not at all; an export already there is replaced. Weights keep
@@ -55,7 +55,7 @@ def export(run: Path, form: Format, output: Path | None = None) -> str:
 
     Args:
         run: The run folder, or its run file.
-        form: What to write, see above.
+        format_: What to write, see above.
         output: Folder to write; None for ``export-<format>`` in the run folder.
 
     Returns:
@@ -69,27 +69,27 @@ def export(run: Path, form: Format, output: Path | None = None) -> str:
     """
     folder = run_folder(run)
     _check_finished(folder)
-    target = (folder.path / f"export-{form}" if output is None else output).resolve()
+    target = (folder.path / f"export-{format_}" if output is None else output).resolve()
     if target.exists() and not _replaceable(target):
         raise ArtifactError(
             f"{target} holds something other than an export and is left alone. Choose another "
             "--output."
         )
     try:
-        model = write_folder(target, lambda partial: _fill(partial, folder, form))
+        model = write_folder(target, lambda partial: _fill(partial, folder, format_))
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ArtifactError(
             f"The export {target} cannot be written: {reason}. Check the folder's permissions and "
             "the free space."
         ) from error
-    return _how_to_load(target, model, form)
+    return _how_to_load(target, model, format_)
 
 
 def _check_finished(folder: RunFolder) -> None:
     if not folder.path.is_dir() or not (folder.path / "inputs.json").is_file():
         raise ArtifactError(
-            f"{folder.path} is no run folder. Give one that rankadaptor-plugin run has written."
+            f"{folder.path} is not a run folder. Give one that rankadaptor-plugin run has written."
         )
     parts = [folder.pruned, folder.adapter / _ADAPTER_CONFIG, folder.adapter / _ADAPTER_WEIGHTS]
     for part in (*parts, folder.path / "report.json"):
@@ -104,7 +104,7 @@ def _replaceable(folder: Path) -> bool:
     return folder.is_dir() and ((folder / MARK).is_file() or not any(folder.iterdir()))
 
 
-def _fill(partial: Path, run: RunFolder, form: Format) -> PreTrainedModel:
+def _fill(partial: Path, run: RunFolder, format_: Format) -> PreTrainedModel:
     """Writes an export and checks it.
 
     Returns:
@@ -112,7 +112,7 @@ def _fill(partial: Path, run: RunFolder, form: Format) -> PreTrainedModel:
     """
     check_checkpoint(run.pruned)  # says what is wrong with the run, not with the export
     read_record(run.pruned)
-    if form == "merged":
+    if format_ == "merged":
         pruned = load_pruned(run.pruned)
         pruned.model = merged(pruned.model, run.adapter)
         pruned.provenance = {**pruned.provenance, "merged_adapter": True}
@@ -123,8 +123,8 @@ def _fill(partial: Path, run: RunFolder, form: Format) -> PreTrainedModel:
         shutil.copytree(run.pruned, partial, ignore=without_code, dirs_exist_ok=True)
         _copy_adapter(run.adapter, partial / "adapter")
     model = check_checkpoint(partial)
-    _write_code(partial, model, with_code=form != "hf" and is_pruned(model))
-    _write_json(partial / MARK, {"format": form, "rankadaptor_plugin": __version__})
+    _write_code(partial, model, with_code=format_ != "hf" and is_pruned(model))
+    _write_json(partial / MARK, {"format": format_, "rankadaptor_plugin": __version__})
     return model
 
 
@@ -144,14 +144,14 @@ def _copy_adapter(source: Path, target: Path) -> None:
 
 
 def _write_code(folder: Path, model: PreTrainedModel, *, with_code: bool) -> None:
-    """Lets a model load by code in its folder, or sees to it that it asks for none."""
+    """Lets a model load by code in its folder, or makes sure that it asks for none."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config.pop("auto_map", None)
     if with_code:
         stock = stock_class(model)
         if getattr(transformers, stock.__name__, None) is not stock:
             raise UnsupportedModelError(
-                f"{stock.__name__} is no class of transformers itself, so the exported code "
+                f"{stock.__name__} is not a class of transformers itself, so the exported code "
                 "cannot build on it. Use --format hf."
             )
         source = Path(str(modeling_rankadaptor.__file__))
@@ -167,18 +167,20 @@ def _write_json(path: Path, values: object) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _how_to_load(target: Path, model: PreTrainedModel, form: Format) -> str:
-    what = "the model with the adapter merged" if form == "merged" else "the model and its adapter"
+def _how_to_load(target: Path, model: PreTrainedModel, format_: Format) -> str:
+    what = (
+        "the model with the adapter merged" if format_ == "merged" else "the model and its adapter"
+    )
     lines = [f"Wrote {what} to {target} ({type(model).__name__})."]
     load = f'model = AutoModelForCausalLM.from_pretrained("{target}"'
     if not is_pruned(model):
         lines.append(f"Load:    {load})  # a class of transformers, which needs no code of ours")
-    elif form != "hf":
+    elif format_ != "hf":
         lines.append(f"Load:    {load}, trust_remote_code=True)  # AutoTokenizer likewise")
     else:
         built_in = structure_of(model) in BUILT_IN
         note = "" if built_in else "  # first register_family(...), as its plugin does"
         lines.append(f"Load:    import rankadaptor_plugin; {load}){note}")
-    if form != "merged":
+    if format_ != "merged":
         lines.append(f'Adapter: model = PeftModel.from_pretrained(model, "{target / "adapter"}")')
     return "\n".join(lines)

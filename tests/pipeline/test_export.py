@@ -377,7 +377,7 @@ def _rmtree(folder):
 @pytest.mark.parametrize(
     ("form", "spoil", "message"),
     [
-        ("hf", lambda f: (f / "inputs.json").unlink(), "is no run folder"),
+        ("hf", lambda f: (f / "inputs.json").unlink(), "is not a run folder"),
         ("hf", lambda f: (f / "report.json").unlink(), "not finished: report.json is missing"),
         ("hf", lambda f: _rmtree(f / "pruned"), "not finished: pruned is missing"),
         ("hf", lambda f: _rmtree(f / "adapter"), "not finished: adapter.adapter_config.json is"),
@@ -453,7 +453,7 @@ def test_leftovers_of_a_killed_export_are_removed(runs, tmp_path):
 def test_a_class_that_transformers_itself_lacks_gets_no_code(runs, tmp_path, monkeypatch):
     other = type("OtherForCausalLM", (), {})
     monkeypatch.setattr(export_module, "stock_class", lambda model: other)
-    with pytest.raises(Exception, match="OtherForCausalLM is no class of transformers"):
+    with pytest.raises(Exception, match="OtherForCausalLM is not a class of transformers"):
         export(runs["llama"].folder, "hf-remote-code", tmp_path / "new")
     export(runs["llama"].folder, "hf", tmp_path / "new")
 
