@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -138,22 +138,38 @@ class Score:
         return cls(tasks={name: TaskScore(**task) for name, task in data.items()})
 
 
-METRIC_UNITS = {
-    "accuracy": "%",
-    "choice_logprob": "nats",
-    "margin": "nats",
-    "gold_logprob": "nats per byte",
-    "log_likelihood": "nats per token",
-}
+class Metric(NamedTuple):
+    """What tables say of a metric.
+
+    Attributes:
+        unit: Unit of its values; accuracy is shown in percent.
+        meaning: What it measures, in plain words.
+        low: The least value that it can have.
+        high: The greatest one.
+    """
+
+    unit: str = ""
+    meaning: str = ""
+    low: float = -math.inf
+    high: float = math.inf
 
 
-METRIC_MEANINGS = {
-    "accuracy": "share of documents answered correctly",
-    "choice_logprob": "log-probability of the right choice among the choices",
-    "margin": "log-likelihood of the right choice minus that of the best wrong one",
-    "gold_logprob": "log-likelihood of the right choice per byte",
-    "log_likelihood": "log-likelihood of a token of running text; perplexity is its exp(-x)",
+KNOWN_METRICS = {
+    "accuracy": Metric("%", "share of documents answered correctly", low=0.0, high=1.0),
+    "choice_logprob": Metric(
+        "nats", "log-probability of the right choice among the choices", high=0.0
+    ),
+    "margin": Metric("nats", "log-likelihood of the right choice minus that of the best wrong one"),
+    "gold_logprob": Metric(
+        "nats per byte", "log-likelihood of the right choice per byte", high=0.0
+    ),
+    "log_likelihood": Metric(
+        "nats per token",
+        "log-likelihood of a token of running text; perplexity is its exp(-x)",
+        high=0.0,
+    ),
 }
+"""The metrics of the built-in oracles, by name."""
 
 _FORMER_METRICS = {"clp": "choice_logprob", "gold_ll": "gold_logprob"}
 
@@ -164,7 +180,7 @@ def metric_meanings(names: Iterable[str]) -> str:
     Returns:
         One sentence per metric, such as ``accuracy: share of documents answered correctly.``
     """
-    return " ".join(f"{n}: {METRIC_MEANINGS[n]}." for n in names if n in METRIC_MEANINGS)
+    return " ".join(f"{n}: {KNOWN_METRICS[n].meaning}." for n in names if n in KNOWN_METRICS)
 
 
 def metric_suggestion(name: str, metrics: Sequence[str]) -> str:
@@ -173,19 +189,16 @@ def metric_suggestion(name: str, metrics: Sequence[str]) -> str:
     return suggestion(former if former in metrics else name, list(metrics))
 
 
-_BOUNDS = {
-    "accuracy": (0.0, 1.0),
-    "choice_logprob": (-math.inf, 0.0),
-    "gold_logprob": (-math.inf, 0.0),
-    "log_likelihood": (-math.inf, 0.0),
-}
+def described(metric: str) -> Metric:
+    """Returns what is known of a metric: nothing of one that a plugin brings."""
+    return KNOWN_METRICS.get(metric, Metric())
 
 
 def bounds(metric: str) -> tuple[float, float]:
     """Returns the least and the greatest value that a metric can have."""
-    return _BOUNDS.get(metric, (-math.inf, math.inf))
+    return described(metric).low, described(metric).high
 
 
 def unit_of_difference(metric: str) -> str:
     """Names the unit of a difference in a metric; accuracy differs in points."""
-    return "points" if metric == "accuracy" else METRIC_UNITS.get(metric, "")
+    return "points" if metric == "accuracy" else described(metric).unit

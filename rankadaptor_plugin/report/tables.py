@@ -10,7 +10,7 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rankadaptor_plugin.core.scores import METRIC_MEANINGS, METRIC_UNITS, unit_of_difference
+from rankadaptor_plugin.core.scores import KNOWN_METRICS, described, unit_of_difference
 from rankadaptor_plugin.report.words import (
     MODELS,
     UNKNOWN,
@@ -176,7 +176,7 @@ def comparisons(data: ReportData) -> Table:
             "confidence": lambda pair: f"{100 * pair[1]['confidence']:g} %",
             "seeds": lambda pair: str(_first(pair[1]["seeds"])),
             "documents": lambda pair: str(pair[1]["documents"]),
-            "what it measures": lambda pair: METRIC_MEANINGS.get(pair[0], ""),
+            "what it measures": lambda pair: described(pair[0]).meaning,
         },
         ("metric", "unit", "what it measures"),
     )
@@ -189,9 +189,10 @@ def _first(seeds: Any) -> Any:
 def race(data: ReportData) -> Table:
     """Tabulates the competitors of the race."""
     metric = data["confirm"]["metric"]
+    meaning, unit = described(metric).meaning, unit_of_difference(metric)
     return Table.of(
-        f"difference to LoRA of equal size in {metric} ({unit_of_difference(metric) or metric}), "
-        "paired by seed and document",
+        f"difference to LoRA of equal size in {metric}{f' ({meaning})' if meaning else ''}"
+        f"{f', in {unit}' if unit else ''}, paired by seed and document",
         data["confirm"]["competitors"],
         {
             "competitor": lambda entry: entry["label"] + (", verdict" if entry["chosen"] else ""),
@@ -325,7 +326,7 @@ def _spread(value: float, name: str) -> str:
     # Spreads are small: a digit more than the score itself.
     if name == "accuracy":
         return number(100 * value, 2)
-    return number(value, 4) if name in METRIC_UNITS else scored(value, name)
+    return number(value, 4) if name in KNOWN_METRICS else scored(value, name)
 
 
 # ------------------------------------------------------------------------------------- the search

@@ -11,8 +11,8 @@ import unicodedata
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.core.scores import (
-    METRIC_MEANINGS,
-    METRIC_UNITS,
+    KNOWN_METRICS,
+    described,
     metric_meanings,
     unit_of_difference,
 )
@@ -69,7 +69,7 @@ READING = (
     ),
     (
         "Metrics",
-        f"{metric_meanings(METRIC_MEANINGS)} Higher is better for all. The noise floor says how "
+        f"{metric_meanings(KNOWN_METRICS)} Higher is better for all. The noise floor says how "
         "noisy each of them is.",
     ),
     (
@@ -118,13 +118,13 @@ def interval(cell: Mapping[str, Any] | None, metric: str, name: str = "mean") ->
 
 def metric_label(metric: str) -> str:
     """Names a metric and its unit."""
-    unit = METRIC_UNITS.get(metric)
+    unit = described(metric).unit
     return f"{metric} in {unit}" if unit else metric
 
 
 def metric_title(metric: str) -> str:
     """Names a metric, its unit and, in plain words, what it is."""
-    meaning = METRIC_MEANINGS.get(metric)
+    meaning = described(metric).meaning
     return metric_label(metric) + (f" ({meaning})" if meaning else "")
 
 
@@ -237,8 +237,9 @@ def search_line(data: ReportData) -> str:
         f"Method {search['method']}: {search['complete']} trials complete, "
         f"{search['failed']} failed, {search['interrupted']} interrupted; the first {initial} were "
         f"planned as initialization phase. Stopped: {search['stop_reason']}. "
-        f"Objective: {objective_label(data)}, on the search documents."
-    )
+        f"Objective: {objective_label(data)}, on the search documents. "
+        f"{metric_meanings([data['objective']['metric']])}"
+    ).rstrip()
 
 
 def race_line(data: ReportData) -> str:
@@ -260,7 +261,7 @@ def objective_label(data: ReportData) -> str:
     """Names what the search maximized, such as ``choice_logprob, mean of the tasks (nats)``."""
     metric, target = data["objective"]["metric"], data["objective"]["target"]
     place = "mean of the tasks" if target in ("", "mean") else f"task {target}"
-    unit = METRIC_UNITS.get(metric)
+    unit = described(metric).unit
     return f"{metric}, {place}{f' ({unit})' if unit else ''}"
 
 
