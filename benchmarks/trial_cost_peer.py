@@ -3,7 +3,7 @@
     python benchmarks/trial_cost_peer.py train JOB RANKS ADAPTER
     python benchmarks/trial_cost_peer.py evaluate JOB ADAPTER RESULT
 
-Started by ``trial_cost.py``, which writes JOB and says what stands in it. The first process loads
+Started by ``trial_cost.py``, which writes JOB and documents its content. The first process loads
 the pruned model, tokenizes, attaches LoRA, trains and writes ADAPTER; the second one asks lm-eval's
 own model of model and adapter, and writes RESULT. Each imports no more than it needs, and prints
 the seconds of its parts.

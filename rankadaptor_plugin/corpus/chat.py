@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.corpus.rows import Message
 
 _DATE = "26 Jul 2024"
-"""What Llama's templates take for today; the one of 3.1 falls back to it."""
+"""Date of today in Llama's templates; the one of 3.1 falls back to it."""
 
 
 def chat_sequences(
     messages: list[Message], tokenizer: PreTrainedTokenizerBase, max_length: int, where: str
 ) -> list[TrainingSequence]:
-    """Tokenizes a conversation; the loss is on what the assistant says, and on how it ends.
+    """Tokenizes a conversation; the loss is on the turns of the assistant and their ends.
 
     A turn of the assistant begins where the conversation so far, with the prompt for an answer,
     ends. It ends where the conversation with that turn ends. Templates that write earlier turns in

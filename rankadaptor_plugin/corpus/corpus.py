@@ -141,13 +141,13 @@ def _sequences(
             running += encode(tokenizer, row["text"]) + _end(tokenizer)
             continue
         if "messages" in row:
-            found = chat_sequences(row["messages"], tokenizer, config.max_length, where)
+            cut = chat_sequences(row["messages"], tokenizer, config.max_length, where)
         else:
-            found = _instruction(row, tokenizer, config)
-        if not found:
+            cut = _instruction(row, tokenizer, config)
+        if not cut:
             logger.debug("%s has no response within %d tokens", where, config.max_length)
             dropped += 1
-        sequences += found
+        sequences += cut
     for start in range(0, len(running), config.max_length):
         block = torch.tensor(running[start : start + config.max_length])
         if len(block) > 1:

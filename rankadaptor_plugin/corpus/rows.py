@@ -62,7 +62,7 @@ def hub_rows(name: str, limit: int = 0) -> list[dict[str, Any]]:
     Raises:
         CorpusError: If it cannot be had, or a row is malformed.
     """
-    import datasets  # takes a second, for those alone who name the hub
+    import datasets  # takes a second, needed only where the hub is named
 
     try:
         split = datasets.load_dataset(name, split="train")
@@ -121,9 +121,9 @@ def checked_rows(rows: Sequence[Any], name: str) -> list[dict[str, Any]]:
 
 
 def prompt_and_response(row: dict[str, Any], template: str) -> tuple[str, str]:
-    """Returns what a row with a response reads as; the two follow each other without a gap.
+    """Returns prompt and response of a row; the two follow each other without a gap.
 
-    A conversation reads as its turns, line by line, for those who take it as text.
+    A conversation reads as its turns, line by line, where it is taken as text.
     """
     if "messages" in row:
         *before, last = (message["content"] for message in row["messages"])

@@ -124,7 +124,7 @@ class FineTuner:
         return replace(run, report=report, seconds={**run.seconds, "oracle": oracle_seconds})
 
     def is_whole(self, allocation: RankAllocation, seed: int) -> bool:
-        """Tells whether a run that was scored has left its adapter, if it should."""
+        """True if a run that was scored has left its adapter, where it should."""
         folder = self._folder.path / self.adapter_name(allocation)
         return seed != self._delivered_seed or folder.is_dir()
 

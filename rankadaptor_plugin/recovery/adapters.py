@@ -16,7 +16,7 @@ import math
 import re
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
@@ -89,7 +89,7 @@ class LoraSettings:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """What an adapter adds to one matrix: scaling * up @ down.
+    """Addend of an adapter to one matrix: scaling * up @ down.
 
     Attributes:
         down: A, shape (rank, in).
@@ -329,8 +329,7 @@ def adapter_weights(model: PeftModel) -> list[nn.Parameter]:
 
 def weight_of(module: LoraLayer, kind: str, adapter: str = ADAPTER) -> nn.Parameter:
     """Returns a weight of an adapted module; `kind` is ``"lora_A"`` or ``"lora_B"``."""
-    found: Any = getattr(module, kind)[adapter]
-    weight: nn.Parameter = found.weight
+    weight: nn.Parameter = getattr(module, kind)[adapter].weight
     return weight
 
 

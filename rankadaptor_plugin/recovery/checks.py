@@ -1,4 +1,4 @@
-"""What can be known of the fine-tunes of a run before any weight is loaded."""
+"""Checks of a run's fine-tunes before any weight is loaded."""
 
 from __future__ import annotations
 

@@ -80,13 +80,13 @@ def save_adapter(
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Sees to it that nothing but an adapter is replaced."""
+    """Raises ArtifactError if anything but an adapter would be replaced."""
     if not folder.exists():
         return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
     if strange := sorted(names - _FILES):
         raise ArtifactError(
-            f"{folder} holds something else than an adapter ({strange[0]}). Choose a new folder."
+            f"{folder} holds something other than an adapter ({strange[0]}). Choose a new folder."
         )
 
 
@@ -118,7 +118,7 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     check_base(model, folder)
     try:
         with warnings.catch_warnings(), without_old_name():
-            # Without its weights PEFT would merge a fresh adapter, that is none.
+            # Without its weights PEFT would merge a fresh adapter, which adds nothing.
             warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
             if not (folder / _WEIGHTS).is_file():
                 raise ValueError(f"{_WEIGHTS} is missing")
@@ -134,7 +134,7 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    """Returns what tells a base model from others.
+    """Returns hashes that tell a base model from others.
 
     At most 1024 evenly spaced values of a tensor are looked at, rounded to bfloat16, so that a
     float32 checkpoint has the same hash when it is loaded as bfloat16.
@@ -148,7 +148,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     """
     shapes, weights, samples = hashlib.sha256(), hashlib.sha256(), []
     comparable = True
-    for name, tensor, shape in sorted(_base_parameters(model), key=lambda found: found[0]):
+    for name, tensor, shape in sorted(_base_parameters(model), key=lambda row: row[0]):
         shapes.update(f"{name} {shape}\n".encode())
         comparable = comparable and tensor.dtype in _COMPARABLE and not tensor.is_meta
         if comparable:
@@ -203,7 +203,7 @@ def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
 
 
 def check_base(model: nn.Module, folder: Path) -> None:
-    """Sees to it that an adapter belongs on a model, as far as its record tells.
+    """Checks that an adapter belongs on a model, as far as its record tells.
 
     Args:
         model: The base model, with or without an adapter on it.

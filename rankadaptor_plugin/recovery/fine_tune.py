@@ -170,7 +170,7 @@ def _as_allocation(allocation: RankAllocation | Sequence[int]) -> RankAllocation
     """Returns ranks as an allocation.
 
     Raises:
-        RankSpaceError: If they are no list of whole numbers.
+        RankSpaceError: If they are not a list of whole numbers.
     """
     if isinstance(allocation, RankAllocation):
         return allocation
@@ -187,7 +187,7 @@ def _as_settings(recipe: RecoveryConfig | Recipe | str) -> tuple[RecoveryConfig,
     """Returns the two tables of a recipe.
 
     Raises:
-        ConfigError: If it is none.
+        ConfigError: If it is not one.
     """
     if isinstance(recipe, RecoveryConfig):
         return recipe, CorpusConfig()
@@ -211,7 +211,7 @@ def _as_corpus(
 
     Args:
         corpus: That, or rows, a file, or a name on the hub.
-        tokenizer: Of use for the latter.
+        tokenizer: Used for the latter.
         table: The ``[corpus]`` table, of which `path` is not used.
         model: The model, or a PEFT model of it.
 

@@ -56,10 +56,10 @@ def adapted_product(
     Returns:
         Shape (..., out), in the type of the matrix.
     """
-    found: torch.Tensor = _AdaptedProduct.apply(  # type: ignore[no-untyped-call]
+    product: torch.Tensor = _AdaptedProduct.apply(  # type: ignore[no-untyped-call]
         x, dropped, matrix.weight, matrix.bias, down, up, scale
     )
-    return found
+    return product
 
 
 @contextlib.contextmanager
@@ -129,14 +129,14 @@ class _AdaptedProduct(torch.autograd.Function):
         down, up, rows = (tensor.to(weight.dtype) for tensor in (down, up, x))
         fed = _rows(rows if dropped is None else dropped.to(weight.dtype))
         inner = (fed @ down.mT).mul_(scale)
-        found = functional.linear(rows, weight, bias)
-        _rows(found).addmm_(inner, up.mT)
+        product = functional.linear(rows, weight, bias)
+        _rows(product).addmm_(inner, up.mT)
         # The gradient of A alone asks for the input.
         kept = fed if ctx.needs_input_grad[4] else None
         ctx.save_for_backward(kept, inner, weight, down, up)
         ctx.scale, ctx.is_dropped = scale, dropped is not None
         ctx.shape, ctx.dtype = x.shape, x.dtype
-        return found
+        return product
 
     @staticmethod
     @once_differentiable

@@ -35,10 +35,10 @@ __all__ = [
 ]
 
 WRAPPER = "base_model.model."
-"""What PEFT puts before the names of the model below."""
+"""Prefix of PEFT before the names of the model below."""
 
 WRAPPED = ".base_layer."
-"""What it puts before the names of a matrix that has an adapter."""
+"""Part that PEFT adds to the name of a matrix that has an adapter."""
 
 LORA_LAYER = (
     *("lora_A", "lora_B", "lora_dropout", "lora_variant", "scaling", "r", "base_layer"),

@@ -1,4 +1,4 @@
-"""What a fine-tune leaves: a recovered model, and its loss on rows that it was not trained on."""
+"""Result of a fine-tune: a recovered model, and its loss on rows that it was not trained on."""
 
 from __future__ import annotations
 

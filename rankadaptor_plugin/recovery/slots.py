@@ -1,6 +1,6 @@
-"""Which matrices of a model have which rank: slots, targets, and what a rank costs.
+"""Slots of a model: which matrices share a rank, which get an adapter, and what a rank costs.
 
-A slot is what has one rank of its own: a layer, a module group or a projection. Slots follow from
+A slot has one rank of its own: a layer, a module group or a projection. Slots follow from
 the family alone; targets say which of their matrices get an adapter. A slot without any stays, and
 costs nothing.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.core.ranks import RankAllocation
     from rankadaptor_plugin.models.modeling_rankadaptor import Structure
 
-_LISTED = 1000  # rank spaces up to this size are listed to see whether there is a choice
+_LISTED = 1000  # rank spaces up to this size are listed, to see if there is a choice
 
 
 def target_matrices(structure: Structure, targets: Collection[str] = ()) -> tuple[str, ...]:
@@ -42,7 +42,7 @@ def target_matrices(structure: Structure, targets: Collection[str] = ()) -> tupl
             empty: all.
 
     Raises:
-        ConfigError: If a target is no matrix of this family.
+        ConfigError: If a target is not a matrix of this family.
     """
     matrices = structure.matrices
     known = {name: {name, name.rpartition(".")[2]} for name in matrices}
@@ -73,7 +73,7 @@ def rank_costs(
             Llama the seven projections that LLM-Pruner and the paper name.
 
     Raises:
-        ConfigError: If a target is no matrix of this model.
+        ConfigError: If a target is not a matrix of this model.
     """
     structure = structure_of(model)
     adapted = set(target_matrices(structure, targets))
@@ -96,14 +96,14 @@ def rank_space(
 
     Args:
         model: The pruned model.
-        pruned_layers: Whether a layer was pruned, one flag per layer.
+        pruned_layers: One flag per layer, True if it was pruned.
         config: The ``[rank_space]`` table.
         recovery: The ``[recovery]`` table, with the targets, and with what uniform LoRA takes of
             searched settings.
 
     Raises:
         RankSpaceError: If a rank is larger than a matrix, or there is nothing to search.
-        ConfigError: If a target is no matrix of this model.
+        ConfigError: If a target is not a matrix of this model.
     """
     recovery = recovery or RecoveryConfig()
     structure = structure_of(model)
@@ -166,21 +166,21 @@ def module_ranks(
     Raises:
         RankSpaceError: If there is not one rank per layer, per group, or per projection, a rank is
             larger than its matrix, or no matrix is left with an adapter.
-        ConfigError: If a target is no matrix of this model.
+        ConfigError: If a target is not a matrix of this model.
     """
     adapted = set(target_matrices(structure_of(model), targets))
-    found = {
+    ranks = {
         f"{layer}.{name}": rank
         for layer, name, rank in matrix_ranks(model, allocation)
         if rank and name in adapted
     }
-    if not found:
+    if not ranks:
         raise RankSpaceError(
             f"The allocation {allocation} gives none of [recovery] target_modules {list(targets)} "
             "an adapter. Add modules, or give these a rank above 0."
         )
-    _check_ranks(model, found)
-    return found
+    _check_ranks(model, ranks)
+    return ranks
 
 
 def matrix_ranks(model: PreTrainedModel, allocation: RankAllocation) -> list[tuple[str, str, int]]:
@@ -201,7 +201,7 @@ def matrix_ranks(model: PreTrainedModel, allocation: RankAllocation) -> list[tup
 
 
 def _check_ranks(model: PreTrainedModel, ranks: Mapping[str, int]) -> None:
-    """Sees to it that no module has a higher rank than its matrix can have."""
+    """Raises RankSpaceError if a module has a higher rank than its matrix can have."""
     shapes = {name: matrix_shape(model.get_submodule(name)) for name in ranks}
     too_high = [name for name, rank in ranks.items() if rank > min(shapes[name])]
     if too_high:

@@ -1,4 +1,4 @@
-"""What the unpruned model predicts, computed once per corpus and kept on disk.
+"""Predictions of the unpruned model, computed once per corpus and kept on disk.
 
 A fine-tune that distills needs the teacher's predictions for every trained token, the same in each
 of the hundreds of fine-tunes of a search. So they are computed once and cut to the k likeliest
@@ -148,12 +148,16 @@ def with_teacher(
     if cache is not None:
         key = _key(corpus.sequences, fingerprint, top_k, temperature)
         file = cache / f"{key}.safetensors"
-    found = _read(file, sum(counts)) if file else None
-    if found is None:
-        found = _predict(teacher().eval(), corpus.sequences, top_k, temperature, batch_tokens)
-        if file and _write(file, found):
-            found = _read(file, sum(counts)) or found  # mapped, it need not stay in memory
-    parts = zip(*(torch.split(tensor, counts) for tensor in _tensors(found).values()), strict=True)
+    predictions = _read(file, sum(counts)) if file else None
+    if predictions is None:
+        predictions = _predict(teacher().eval(), corpus.sequences, top_k, temperature, batch_tokens)
+        if file and _write(file, predictions):
+            predictions = (
+                _read(file, sum(counts)) or predictions
+            )  # mapped, it need not stay in memory
+    parts = zip(
+        *(torch.split(tensor, counts) for tensor in _tensors(predictions).values()), strict=True
+    )
     return dataclasses.replace(
         corpus,
         sequences=[
@@ -176,7 +180,7 @@ def _predict(
     total = ends[-1]
     kept = min(top_k, model.config.get_text_config().vocab_size)
     # Made outside of the inference mode: its tensors could not be part of a loss.
-    found = TeacherTokens(
+    predictions = TeacherTokens(
         torch.empty(total, kept, dtype=torch.int32),
         torch.empty(total, kept, dtype=torch.float16),
         torch.empty(total, dtype=torch.float32),
@@ -191,10 +195,10 @@ def _predict(
                 scores = torch.log_softmax(some.float() / temperature, dim=-1)
                 best, indices = scores.topk(kept)
                 rest = scores.scatter(1, indices, -torch.inf).logsumexp(1)
-                found.indices[where] = indices.int().cpu()
-                found.log_probabilities[where] = best.clamp(min=LEAST).half().cpu()
-                found.rest[where] = rest.clamp(min=LEAST).cpu()
-    return found
+                predictions.indices[where] = indices.int().cpu()
+                predictions.log_probabilities[where] = best.clamp(min=LEAST).half().cpu()
+                predictions.rest[where] = rest.clamp(min=LEAST).cpu()
+    return predictions
 
 
 def _groups(sequences: Sequence[TrainingSequence], batch_tokens: int) -> Iterator[list[int]]:
@@ -241,19 +245,19 @@ def _read(file: Path, total: int) -> TeacherTokens | None:
     try:
         with safe_open(file, "pt") as opened:
             said = (opened.metadata() or {}).get("checksum")
-            found = TeacherTokens(
+            predictions = TeacherTokens(
                 **{f.name: opened.get_tensor(f.name) for f in dataclasses.fields(TeacherTokens)}
             )
-        if len(found.rest) != total or _checksum(found) != said:
+        if len(predictions.rest) != total or _checksum(predictions) != said:
             raise ValueError("its content does not match its checksum")
     except (OSError, SafetensorError, ValueError) as error:
         logger.warning("The teacher's predictions in %s are torn (%s); made anew", file, error)
         return None
-    return found
+    return predictions
 
 
 def _write(file: Path, predictions: TeacherTokens) -> bool:
-    """Writes the predictions, whole or not at all; returns whether they were written."""
+    """Writes the predictions, whole or not at all; returns True if they were written."""
     # Runs may share the folder.
     partial = file.with_name(f".{file.stem}.{os.getpid()}.partial")
     try:

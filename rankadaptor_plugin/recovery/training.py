@@ -65,7 +65,7 @@ class MicroBatch:
 
 
 class Watch:
-    """Tells when a fine-tune cannot be saved.
+    """Watch over a fine-tune that cannot be saved any more.
 
     Args:
         vocabulary: Number of tokens, which guessing chooses from.
@@ -103,7 +103,7 @@ class Watch:
             )
 
     def check_skipped(self, step: int, skipped: bool) -> None:
-        """Looks at whether a step was left out because its gradients are no numbers in float16.
+        """Looks at a step that may have been skipped, its gradients not being finite in float16.
 
         Raises:
             RecoveryError: If that happens again and again, whatever the loss scale.
@@ -133,7 +133,7 @@ def train(
         batches: The sequences of each step.
         config: The ``[recovery]`` table; its ``max_steps`` are those of the whole schedule.
         steps: Steps to run.
-        micro: How much goes through at once; changed where memory does not suffice.
+        micro: How much goes through at once; halved where memory runs out.
         teacher: The unpruned model, where it predicts on the way.
         on_step: Called with the number of steps done after each.
 
@@ -141,7 +141,7 @@ def train(
         The loss of each step, in nats per trained token.
 
     Raises:
-        RecoveryError: If the fine-tune diverges, or memory does not suffice for one sequence.
+        RecoveryError: If the fine-tune diverges, or memory runs out with one sequence.
     """
     model: PreTrainedModel = tuned.model.get_base_model()
     optimizer = tuned.optimizer(config.learning_rate, config.weight_decay)
@@ -165,7 +165,7 @@ def train(
             scaler.update()
             skipped = scaler.get_scale() < scale
             watch.check_skipped(step, skipped)
-            if skipped:  # what is no number must not be weighed by the method either
+            if skipped:  # the method must not weigh gradients that are not finite either
                 for parameter in parameters:
                     parameter.grad = None if parameter.grad is None else parameter.grad.zero_()
             else:

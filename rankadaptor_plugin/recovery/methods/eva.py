@@ -64,13 +64,13 @@ def attach_eva(
     """
     if not sequences:
         raise CorpusError("EVA reads the corpus, which is empty. Give at least one sequence.")
-    found = _Components(bare, ranks)
+    components = _Components(bare, ranks)
     try:
         with evaluated(bare):
-            for given in _stream(sequences, 2 * max(found.most.values()), seed):
-                if found.settled():
+            for given in _stream(sequences, 2 * max(components.most.values()), seed):
+                if components.settled():
                     break
-                found.add(given)
+                components.add(given)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -78,7 +78,7 @@ def attach_eva(
             f"Out of memory with {_SEQUENCES} sequences at once, which EVA reads. Lower "
             "[corpus] max_length, or leave eva out."
         ) from None
-    chosen = found.ranks()
+    chosen = components.ranks()
     model = attach_ranks(
         bare,
         {name: rank for name, rank in chosen.items() if rank},
@@ -87,7 +87,7 @@ def attach_eva(
     )
     with torch.no_grad():
         for name, module in adapted_modules(model).items():
-            weight_of(module, "lora_A").copy_(found.of(name)[: chosen[name]])
+            weight_of(module, "lora_A").copy_(components.of(name)[: chosen[name]])
     return model
 
 
@@ -159,7 +159,7 @@ class _Components:
         self._likeness[name] = torch.cosine_similarity(pca.components_, before, dim=1)
 
     def settled(self) -> bool:
-        """Tells whether another batch would change nothing that is used."""
+        """True if another batch would change nothing that is used."""
         return bool(self._source) and not self._pending()
 
     def _pending(self) -> list[str]:
@@ -178,7 +178,7 @@ class _Components:
     def ranks(self) -> dict[str, int]:
         """Distributes the budget; modules may get none."""
         shares = [self._shares(name) for name in self._names]
-        owners = [i for i, found in enumerate(shares) for _ in found]
+        owners = [i for i, share in enumerate(shares) for _ in share]
         order = torch.cat(shares).argsort(descending=True, stable=True)[: self._budget]
         chosen = dict.fromkeys(self._names, 0)
         for at in order.tolist():

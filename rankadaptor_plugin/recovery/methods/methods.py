@@ -40,7 +40,7 @@ NONE = "none"
 """The method that fine-tunes nothing."""
 
 SWITCHES = ("dora", "rslora", "pissa")
-"""What may be added to a method, in the order in which it is written."""
+"""Switches that may be added to a method, in the order in which they are written."""
 
 METHODS = {
     LORA: SWITCHES,
@@ -131,7 +131,7 @@ def parse_method(text: str) -> Method:
 
 def _numbers(numbers: str, text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in numbers.split("-")]
-    # isdecimal alone takes digits of all scripts, which are no way to write ranks here.
+    # isdecimal alone takes digits of all scripts, which ranks are not written in here.
     if not all(part.isascii() and part.isdecimal() for part in parts) or not any(map(int, parts)):
         raise ConfigError(
             f"The recovery method {text!r} has no list of ranks. Write whole numbers of 0 or more, "
@@ -188,7 +188,7 @@ class Tuned(Protocol):
 
     @property
     def is_settled(self) -> bool:
-        """Whether `finish` keeps every rank that is trained now."""
+        """True if `finish` keeps every rank that is trained now."""
 
     def parameters(self) -> list[nn.Parameter]:
         """Returns what is trained; nothing for the method ``none``."""
@@ -250,7 +250,7 @@ def begin(
         RankSpaceError: If the allocation does not fit the model.
         ConfigError: If the method cannot have a switch of the run, needs a scaling above 0, or is
             AdaLoRA on a model that is spread over several devices.
-        RecoveryError: If `base` is no PEFT model but has adapters, or memory does not suffice.
+        RecoveryError: If `base` is a bare model with adapter layers in it, or memory runs out.
         CorpusError: If EVA has no sequences.
     """
     method = method.with_switches(config)

@@ -3,8 +3,8 @@
 With W = U S V^T cut after the r greatest singular values, A starts as sqrt(S / s) V^T and B as
 U sqrt(S / s), s being LoRA's scaling. The paper trains them above the residual W - s B0 A0. Here W
 stays as it is, for other adapters live on it: a second, frozen adapter -s B0 A0 stands for the
-residual while training, and the two end as one ordinary adapter of rank 2 r, which is the form that
-PiSSA's own conversion to LoRA has.
+residual while training, and the two end as one ordinary adapter of rank 2 r, as after PiSSA's own
+conversion to LoRA.
 """
 
 from __future__ import annotations

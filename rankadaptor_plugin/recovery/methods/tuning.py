@@ -1,4 +1,4 @@
-"""A fine-tune in the making: the form that most methods share."""
+"""A fine-tune in the making, as most methods need it: AdamW on an adapter."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Tuning:
 
     @property
     def is_settled(self) -> bool:
-        """Whether `finish` keeps every rank that is trained now: always."""
+        """True: `finish` keeps every rank that is trained."""
         return True
 
     def parameters(self) -> list[nn.Parameter]:
