@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from optuna.storages import InMemoryStorage
 from safetensors.numpy import save_file
 
+from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.tables import (
     ConfirmConfig,
     OracleConfig,
@@ -190,6 +191,11 @@ def test_random_allocations_beside_no_search_are_refused(methods, more, message)
     with pytest.raises(ConfigError, match=message):
         check(config(*methods, confirm=ConfirmConfig(best_random=True), **more))
     check(config("rankadaptor", confirm=ConfirmConfig(best_random=True)))
+
+
+def test_fewer_than_three_seeds_are_refused_for_a_verdict():
+    with pytest.raises(ConfigError, match=r"confirm.seeds is 2; it must be at least 3"):
+        run_file.from_dict({"confirm": {"seeds": 2}})
 
 
 def test_methods_are_checked_by_name():
