@@ -32,7 +32,7 @@ print(sorted(heavy & sys.modules.keys()))
 """
 
 SMALLER = {
-    "steps": "2",
+    "max_steps": "2",
     "search_documents": "12",
     "report_documents": "20",
     "n_startup_trials": "2",
