@@ -1,4 +1,4 @@
-"""The pictures of the HTML report, as inline SVG without scripts.
+"""Pictures of the HTML report, as inline SVG without scripts.
 
 Colors come from the classes of the page's style sheet, so the pictures follow light and dark.
 Every mark carries a title, every picture a label for those who cannot see it.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from html import escape
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from rankadaptor_plugin.report.words import number
@@ -65,7 +66,7 @@ def ranks(
     slots: Sequence[str] = (),
     label: str = "searched",
 ) -> str:
-    """Draws two bars per layer, uniform (wide) and searched (narrow, in front).
+    """Draws two bars per layer, even ranks (wide) and searched ones (narrow, in front).
 
     Where `slots` names more than layers, the bars are those in their order. `label` is what the
     narrow ones are called.
@@ -79,18 +80,15 @@ def ranks(
     marks += _x_labels(
         frame, range(0, layers, every), "slot, layer by layer" if slots else "layer (0 = bottom)"
     )
-    # The uniform bar stands wide behind the searched one: readable down to a few pixels per layer.
+    # The even bar stands wide behind the searched one: readable down to a few pixels per layer.
     slot = min(frame.x(1) - frame.x(0), 64.0)
+    bars = (("uniform", "even", uniform, 0.86 * slot), ("searched", label, searched, 0.46 * slot))
     for layer in range(layers):
-        for name, values, share in (("uniform", uniform, 0.86), ("searched", searched, 0.46)):
+        for kind, name, values, width in bars:
             if layer < len(values):
-                width, height = share * slot, frame.y(0) - frame.y(values[layer])
-                shown = escape(label) if name == "searched" else "even"
-                marks.append(
-                    f'<rect class="{name}" x="{frame.x(layer) - width / 2:.2f}" '
-                    f'y="{frame.y(values[layer])}" width="{width:.2f}" height="{height:.2f}">'
-                    f"<title>{named[layer]}: {shown} rank {values[layer]}</title></rect>"
-                )
+                x, y = frame.x(layer) - width / 2, frame.y(values[layer])
+                title = f"{named[layer]}: {name} rank {values[layer]}"
+                marks.append(_rect(kind, x, y, width, frame.y(0) - y, title))
     listed = ", ".join(f"{name}: {rank}" for name, rank in zip(named, searched, strict=False))
     return _svg(frame, f"Ranks by layer. {label.capitalize()}: {listed or 'none'}.", marks)
 
@@ -101,18 +99,15 @@ def scatter(points: Sequence[Point], unit: str, digits: int) -> str:
     both = [(p, q, m) for p, q, m in pairs if q is not None and m is not None]
     if not both:
         return ""
-    span = _span([value for _, q, m in both for value in (q, m)])
+    low, high = span = _span([value for _, q, m in both for value in (q, m)])
     frame = Frame(360, 330, span, span)
     marks = _y_axis(frame, f"measured ({unit})")
     marks += _x_axis(frame, f"predicted ({unit})")
-    low, high = span
-    marks.append(
-        f'<line class="diagonal" x1="{frame.x(low)}" y1="{frame.y(low)}" x2="{frame.x(high)}" '
-        f'y2="{frame.y(high)}"><title>predicted equals measured</title></line>'
-    )
+    diagonal = f"M{frame.x(low)} {frame.y(low)}L{frame.x(high)} {frame.y(high)}"
+    marks.append(_path("diagonal", diagonal, "predicted equals measured"))
     for point, q, m in both:
-        text = f"trial {point.position}: predicted {number(q, digits)}, measured "
-        marks.append(_dot(frame.x(q), frame.y(m), text + number(m, digits)))
+        title = f"trial {point.position}: predicted {number(q, digits)}, measured "
+        marks.append(_dot(frame.x(q), frame.y(m), title + number(m, digits)))
     return _svg(frame, f"Predicted against measured, {len(both)} trials, in {unit}.", marks)
 
 
@@ -123,45 +118,37 @@ def best_so_far(points: Sequence[Point], unit: str, digits: int) -> str:
         return ""
     last = max(p.position for p in points)
     frame = Frame(360, 330, (0.5, last + 0.5), _span(values))
-    marks = []
-    initial = [p.position for p in points if p.initial]
-    if initial:
-        width = frame.x(max(initial) + 0.5) - frame.x(0.5)
-        marks.append(
-            f'<rect class="phase" x="{frame.x(0.5)}" y="{frame.top}" width="{width:.2f}" '
-            f'height="{frame.height - frame.top - frame.bottom}"><title>initialization phase: '
-            f"trials 1 to {max(initial)}</title></rect>"
-        )
+    base, marks = frame.height - frame.bottom, []
+    if initial := [p.position for p in points if p.initial]:
+        left, right = frame.x(0.5), frame.x(max(initial) + 0.5)
+        title = f"initialization phase: trials 1 to {max(initial)}"
+        marks.append(_rect("phase", left, frame.top, right - left, base - frame.top, title))
     marks += _y_axis(frame, f"measured ({unit})")
     every = max(1, math.ceil((last + 1) / MOST_LABELS))
     marks += _x_labels(frame, range(0, last + 1, every), "trial")
     best = -math.inf
     steps: list[str] = []
     for p in sorted(points, key=lambda p: p.position):
+        x, y = frame.x(p.position), base - 8
         if p.measured is None:
-            x, y = frame.x(p.position), frame.height - frame.bottom - 8
-            marks.append(
-                f'<path class="failed" d="M{x - 4} {y - 4}l8 8m0 -8l-8 8">'
-                f"<title>trial {p.position}: {p.state}</title></path>"
-            )
+            cross = f"M{x - 4} {y - 4}l8 8m0 -8l-8 8"
+            marks.append(_path("failed", cross, f"trial {p.position}: {p.state}"))
             continue
         if p.measured > best:
-            start = "V" if steps else f"M{frame.x(p.position)} "
-            steps.append(f"{start}{frame.y(p.measured)}")
+            steps.append(f"{'V' if steps else f'M{x} '}{frame.y(p.measured)}")
             best = p.measured
-        steps.append(f"H{frame.x(p.position)}")
-        text = f"trial {p.position}: measured {number(p.measured, digits)}"
-        marks.append(_dot(frame.x(p.position), frame.y(p.measured), text))
+        steps.append(f"H{x}")
+        title = f"trial {p.position}: measured {number(p.measured, digits)}"
+        marks.append(_dot(x, frame.y(p.measured), title))
     title = f"best so far, {number(best, digits)} at the end"
-    steps.append(f"H{frame.x(last + 0.5)}")
-    marks.append(f'<path class="best" d="{" ".join(steps)}"><title>{title}</title></path>')
+    marks.append(_path("best", " ".join([*steps, f"H{frame.x(last + 0.5)}"]), title))
     return _svg(frame, f"Best value over {last + 1} trials, in {unit}: {title}.", marks)
 
 
 def front(
     points: Sequence[tuple[int, float]], best: Sequence[tuple[int, float]], unit: str, digits: int
 ) -> str:
-    """Draws scores against trainable parameters, and the front as a line.
+    """Draws scores against trainable parameters, and the Pareto front as a line.
 
     Args:
         points: (parameters, score) of all complete trials.
@@ -182,7 +169,7 @@ def front(
     steps = [f"M{frame.x(start[0])} {frame.y(start[1])}"]
     steps += [f"H{frame.x(size)}V{frame.y(score)}" for size, score in later]
     title = f"front of {len(best)} allocations"
-    marks.append(f'<path class="best" d="{"".join(steps)}"><title>{title}</title></path>')
+    marks.append(_path("best", "".join(steps), title))
     return _svg(frame, f"Score against trainable parameters: {title}.", marks)
 
 
@@ -191,13 +178,12 @@ def difference(estimate: float, low: float, high: float, unit: str, title: str) 
     room = max(abs(low), abs(high)) * 1.15 or 1.0
     frame = Frame(360, 100, (-room, room), (0, 2), left=12, right=12, top=2)
     text = f"{number(estimate, 2)}, interval {number(low, 2)} to {number(high, 2)} {unit}"
-    middle = frame.y(1)
-    marks = _x_axis(frame, f"{title} ({unit})")
-    marks += [
-        f'<line class="zero" x1="{frame.x(0)}" x2="{frame.x(0)}" y1="{frame.y(2)}" '
-        f'y2="{frame.y(0)}"><title>no difference</title></line>',
-        f'<path class="best" d="M{frame.x(low)} {middle - 8}v16m0 -8H{frame.x(high)}m0 -8v16">'
-        f"<title>{escape(text)}</title></path>",
+    middle, zero = frame.y(1), frame.x(0)
+    ends = f"M{frame.x(low)} {middle - 8}v16m0 -8H{frame.x(high)}m0 -8v16"
+    marks = [
+        *_x_axis(frame, f"{title} ({unit})"),
+        _path("zero", f"M{zero} {frame.y(2)}V{frame.y(0)}", "no difference"),
+        _path("best", ends, text),
         _dot(frame.x(estimate), middle, text, 6.0),
     ]
     return _svg(frame, f"Paired difference: {text}.", marks)
@@ -206,16 +192,13 @@ def difference(estimate: float, low: float, high: float, unit: str, title: str) 
 def share_bar(shares: Sequence[tuple[str, float, float]]) -> str:
     """Draws parts of a whole, given as (name, amount, share in [0, 1]), as one bar."""
     frame = Frame(720, 34, (0, 1), (0, 1), left=0, right=0, top=0, bottom=0)
-    marks, start = [], 0.0
-    for i, (name, _, share) in enumerate(shares):
-        text = f"{escape(name)}: {100 * share:.1f} %"
-        marks.append(
-            f'<rect class="part{i}" x="{frame.x(start)}" y="0" width="{720 * share:.2f}" '
-            f'height="34"><title>{text}</title></rect>'
-        )
-        start += share
-    label = ", ".join(f"{name} {100 * share:.1f} %" for name, _, share in shares)
-    return _svg(frame, f"Share of the time: {label}.", marks)
+    starts = accumulate((share for _, _, share in shares), initial=0.0)
+    texts = [f"{name} {100 * share:.1f} %" for name, _, share in shares]
+    marks = [
+        _rect(f"part{i}", frame.x(start), 0, 720 * share, 34, text)
+        for i, (start, (_, _, share), text) in enumerate(zip(starts, shares, texts, strict=False))
+    ]
+    return _svg(frame, f"Share of the time: {', '.join(texts)}.", marks)
 
 
 def _svg(frame: Frame, label: str, marks: Sequence[str]) -> str:
@@ -225,8 +208,21 @@ def _svg(frame: Frame, label: str, marks: Sequence[str]) -> str:
     )
 
 
+def _rect(kind: str, x: float, y: float, width: float, height: float, title: str) -> str:
+    box = f'x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}"'
+    return f'<rect class="{kind}" {box}><title>{escape(title)}</title></rect>'
+
+
+def _path(kind: str, steps: str, title: str) -> str:
+    return f'<path class="{kind}" d="{steps}"><title>{escape(title)}</title></path>'
+
+
 def _dot(x: float, y: float, title: str, radius: float = 4.0) -> str:
     return f'<circle cx="{x}" cy="{y}" r="{radius}"><title>{escape(title)}</title></circle>'
+
+
+def _text(kind: str, place: str, text: str) -> str:
+    return f'<text class="{kind}" {place}>{escape(text)}</text>'
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
@@ -253,13 +249,9 @@ def _y_axis(frame: Frame, title: str, *, whole: bool = False) -> list[str]:
             continue
         y = frame.y(value)
         marks.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>')
-        marks.append(f'<text class="end" x="{left - 6}" y="{y + 4}">{number(value, digits)}</text>')
+        marks.append(_text("end", f'x="{left - 6}" y="{y + 4}"', number(value, digits)))
     middle = round((frame.top + frame.height - frame.bottom) / 2, 1)
-    marks.append(
-        f'<text class="middle" transform="translate(13 {middle}) rotate(-90)">{escape(title)}'
-        "</text>"
-    )
-    return marks
+    return [*marks, _text("middle", f'transform="translate(13 {middle}) rotate(-90)"', title)]
 
 
 def _x_axis(frame: Frame, title: str) -> list[str]:
@@ -271,9 +263,7 @@ def _x_labels(frame: Frame, values: Sequence[float], title: str, digits: int = 0
     base = frame.height - frame.bottom
     left, right = frame.left, frame.width - frame.right
     marks = [f'<line class="axis" x1="{left}" x2="{right}" y1="{base}" y2="{base}"/>']
-    for v in values:
-        x = frame.x(v)
-        marks.append(f'<text class="middle" x="{x}" y="{base + 18}">{number(v, digits)}</text>')
-    middle = (left + right) / 2
-    marks.append(f'<text class="middle" x="{middle}" y="{base + 42}">{escape(title)}</text>')
-    return marks
+    for value in values:
+        place = f'x="{frame.x(value)}" y="{base + 18}"'
+        marks.append(_text("middle", place, number(value, digits)))
+    return [*marks, _text("middle", f'x="{(left + right) / 2}" y="{base + 42}"', title)]

@@ -251,7 +251,7 @@ def race_line(data: ReportData) -> str:
     # Methods differ in what they train; the table of parameters has the numbers.
     equal = "" if data.get("methods") else " of equal size"
     return (
-        f"{count} {'competitor' if count == 1 else 'competitors'}, each against LoRA{equal}, on "
+        f"{'1 competitor' if count == 1 else f'{count} competitors, each'} against LoRA{equal}, on "
         f"the report documents; {seeds} fresh seeds each; {race['fine_tunes']} fine-tunes. Rate of "
         f"false gains: {100 * race['error_rate']:g} %, all competitors together."
     )
