@@ -138,11 +138,6 @@ def test_batches_are_a_new_order_of_all_sequences_in_every_pass_over_them():
     assert again == drawn
 
 
-def test_a_corpus_without_sequences_is_refused():
-    with pytest.raises(CorpusError, match="no training sequence"):
-        check_sequences([])
-
-
 def test_a_sequence_without_trained_tokens_is_refused_by_its_number():
     """The label of the first token counts for nothing: nothing comes before it."""
     masked = sequence(4, masked=4)

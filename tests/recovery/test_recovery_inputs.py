@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -90,11 +89,42 @@ def refused(make_llama, corpus):
 # ---------------------------------------------------------------------------- ranks and matrices
 
 
-def test_a_rank_above_the_smaller_side_of_a_matrix_is_refused(refused):
-    refused(
+REFUSED = {
+    "a rank above the smaller side of a matrix": (
+        {"allocation": RankAllocation((9, 2))},
         *(RankSpaceError, "Rank 9 is too high for Layer 0: self_attn.k_proj", "(8, 16)"),
-        allocation=RankAllocation((9, 2)),
-    )
+    ),
+    "a plain list for another depth": (
+        {"allocation": [4, 2, 2]},
+        *(RankSpaceError, "3 ranks for 2 layers"),
+    ),
+    "a pattern longer than the model": (
+        {"method": "pattern:1-2-3"},
+        *(RankSpaceError, "The pattern 1-2-3 has 3 ranks for 2 layers"),
+    ),
+    "an unknown method": (
+        {"method": "adalor"},
+        *(ConfigError, "Unknown recovery method 'adalor'", "Did you mean 'adalora'?"),
+    ),
+    "several methods": (
+        {"recipe": recipe("quick", methods=["adalora", "eva"])},
+        *(ConfigError, "names the methods adalora, eva", "Name one, or give recover() a method"),
+    ),
+    "an empty corpus": (
+        {"data": Corpus(sequences=[], dropped=0)},
+        *(CorpusError, "holds no training sequence", "Give at least one row"),
+    ),
+    "distillation without a teacher": (
+        {"recipe": dataclasses.replace(CONFIG, distill_weight=0.5)},
+        *(ConfigError, "distill_weight is above 0", "no predictions of a teacher"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_trained_is_refused_in_one_line(refused, case):
+    arguments, kind, *fragments = REFUSED[case]
+    refused(kind, *fragments, **arguments)
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora", "eva", "lora-fa", "pissa", "dora", "none"])
@@ -116,18 +146,7 @@ def test_every_method_refuses_a_matrix_that_is_not_there(refused, method):
     )
 
 
-def test_a_plain_list_of_ranks_is_checked_too(refused):
-    refused(RankSpaceError, "3 ranks for 2 layers", allocation=[4, 2, 2])
-
-
 # ---------------------------------------------------------------------------------- what is read
-
-
-def test_an_empty_corpus_is_refused(refused):
-    refused(
-        *(CorpusError, "holds no training sequence", "Give at least one row"),
-        data=Corpus(sequences=[], dropped=0),
-    )
 
 
 def test_no_rows_are_refused(refused, make_tokenizer):
@@ -224,17 +243,6 @@ def test_a_run_of_a_model_without_padding_token_works(tmp_path, write_run_file, 
 # -------------------------------------------------------------------------- settings and methods
 
 
-def test_an_unknown_method_is_refused(refused):
-    refused(
-        *(ConfigError, "Unknown recovery method 'adalor'", "Did you mean 'adalora'?"),
-        method="adalor",
-    )
-
-
-def test_a_pattern_longer_than_the_model_is_refused(refused):
-    refused(RankSpaceError, "The pattern 1-2-3 has 3 ranks for 2 layers", method="pattern:1-2-3")
-
-
 def test_switches_that_exclude_each_other_are_refused_before_a_run(
     tmp_path, write_run_file, command
 ):
@@ -282,31 +290,6 @@ def test_quantized_weights_are_refused_on_a_cpu(tmp_path, write_run_file, comman
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------- packing
-
-
-def mixing(name):
-    """A model whose attention does not see where packed sequences begin."""
-    sizes = {
-        "vocab_size": 40,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 32,
-        "ffn_dim": 24,
-        "ffn_hidden_size": 24,
-        "word_embed_proj_dim": 16,
-        "dropout": 0.0,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = getattr(transformers, f"{name}Config")(**sizes)
-        return getattr(transformers, f"{name}ForCausalLM")(config).eval()
-
-
 # ---------------------------------------------------------------------------------- distillation
 
 
@@ -339,13 +322,6 @@ def test_kept_predictions_of_another_vocabulary_are_refused(refused, corpus):
     )
 
 
-def test_distillation_without_a_teacher_is_refused(refused):
-    refused(
-        *(ConfigError, "distill_weight"),
-        recipe=dataclasses.replace(CONFIG, distill_weight=0.5),
-    )
-
-
 # ----------------------------------------------------------------------------- diverging fine-tunes
 
 
@@ -359,14 +335,6 @@ def test_a_learning_rate_beyond_all_measure_is_named_with_the_step(refused, meth
         recipe=WILD,
         method=method,
     )
-
-
-def test_after_a_fine_tune_that_diverged_the_model_is_in_the_mode_it_was_in(make_llama, corpus):
-    base = make_llama()
-    assert not base.training
-    with pytest.raises(RecoveryError):
-        recover(base, None, ALLOCATION, corpus, WILD)
-    assert not base.training
 
 
 # ------------------------------------------------------------------------- adapters of another base
@@ -553,10 +521,3 @@ def test_a_recipe_that_names_one_method_is_trained_by_it(make_llama, corpus):
     changes = {"max_steps": 2, "methods": ["lora-fa"]}
     found = recover(make_llama(), None, ALLOCATION, corpus, recipe("quick", **changes))
     assert found.method == "lora-fa"
-
-
-def test_a_recipe_that_names_several_methods_is_refused(refused):
-    refused(
-        *(ConfigError, "names the methods adalora, eva", "Name one, or give recover() a method"),
-        recipe=recipe("quick", methods=["adalora", "eva"]),
-    )

@@ -119,6 +119,13 @@ def test_memory_that_does_not_suffice_for_held_out_rows_is_an_own_reason_to_halv
     assert parts.validation_loss == pytest.approx(whole.validation_loss, rel=1e-5)
 
 
+@pytest.mark.parametrize(("size", "half"), [(16, 8), (6, 3), (9, 3), (7, 1), (2, 1)])
+def test_half_a_pass_divides_the_whole_one(size, half):
+    micro = training.MicroBatch(size)
+    micro.halve()
+    assert micro.size == half
+
+
 def test_a_gradient_that_is_never_a_number_ends_a_fine_tune_in_float16(
     make_llama, corpus, monkeypatch
 ):
