@@ -37,7 +37,7 @@ from embedded_default import processor
 from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE
 from rankadaptor_plugin.core.run_folder import RunFolder
-from rankadaptor_plugin.models.base_model import load_model
+from rankadaptor_plugin.models.checkpoints import load_model
 from rankadaptor_plugin.pipeline.preparation import prepare
 from rankadaptor_plugin.plugins import plugin_manager
 from rankadaptor_plugin.recovery import recover

@@ -46,7 +46,7 @@ from tiny.tinyworld import TASKS
 from rankadaptor_plugin.config.run_file import model_folder
 from rankadaptor_plugin.config.tables import OracleConfig, PruneConfig
 from rankadaptor_plugin.core.ranks import RankAllocation
-from rankadaptor_plugin.models.base_model import load_model, load_tokenizer
+from rankadaptor_plugin.models.checkpoints import load_model, load_tokenizer
 from rankadaptor_plugin.models.device import resolve_device, resolve_dtype
 from rankadaptor_plugin.models.structures import decoder_layers
 from rankadaptor_plugin.oracle.lm_eval_internals import task_file

@@ -60,7 +60,7 @@ from lm_eval_equality import (
 from tiny.tinyworld import TASKS
 
 from rankadaptor_plugin.config.run_file import model_folder
-from rankadaptor_plugin.models.base_model import load_model, load_tokenizer
+from rankadaptor_plugin.models.checkpoints import load_model, load_tokenizer
 from rankadaptor_plugin.models.device import device_name, resolve_device, resolve_dtype
 from rankadaptor_plugin.pruning.width import prune_width
 from rankadaptor_plugin.tasks import task_dir

@@ -40,7 +40,7 @@ from rankadaptor_plugin.pruning.importance import unit_scores
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rankadaptor_plugin.models.units import Units
+    from rankadaptor_plugin.models.structures import Units
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = {

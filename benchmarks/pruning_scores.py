@@ -22,8 +22,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankadaptor_plugin.config.tables import PruneConfig
-from rankadaptor_plugin.pruning.calibration import sequence_loss
-from rankadaptor_plugin.pruning.calibration_text import calibration_documents, calibration_samples
+from rankadaptor_plugin.pruning.calibration import (
+    calibration_documents,
+    calibration_samples,
+    sequence_loss,
+)
 from rankadaptor_plugin.pruning.channel import prune_channel
 from rankadaptor_plugin.pruning.depth import prune_depth
 from rankadaptor_plugin.pruning.width import prune_width

@@ -47,7 +47,7 @@ from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE, corpus_file
 from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.core.scores import LOG_LIKELIHOOD, METRICS
 from rankadaptor_plugin.corpus.rows import prompt_and_response, read_rows
-from rankadaptor_plugin.models.base_model import load_model
+from rankadaptor_plugin.models.checkpoints import load_model
 from rankadaptor_plugin.oracle.oracle import OracleSettings
 from rankadaptor_plugin.oracle.perplexity import PerplexityOracle
 from rankadaptor_plugin.oracle.tasks import Tasks, choose

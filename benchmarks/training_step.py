@@ -41,7 +41,7 @@ from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE
 from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.corpus.sequences import IGNORED
-from rankadaptor_plugin.models.base_model import load_model
+from rankadaptor_plugin.models.checkpoints import load_model
 from rankadaptor_plugin.pipeline.preparation import prepare
 from rankadaptor_plugin.plugins import plugin_manager
 from rankadaptor_plugin.recovery.batches import batches, trained_tokens

@@ -46,8 +46,8 @@ from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE
 from rankadaptor_plugin.config.tables import EMBEDDED
 from rankadaptor_plugin.core.run_folder import RunFolder
-from rankadaptor_plugin.models.base_model import load_model
-from rankadaptor_plugin.models.pruned_loading import load_pruned
+from rankadaptor_plugin.models.checkpoints import load_model
+from rankadaptor_plugin.models.pruned_model import load_pruned
 from rankadaptor_plugin.pipeline.preparation import prepare
 from rankadaptor_plugin.pipeline.stage import _Stage
 from rankadaptor_plugin.plugins import plugin_manager

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.oracle.oracle import OracleFactory
     from rankadaptor_plugin.pipeline.commands import CommandGroup
     from rankadaptor_plugin.pipeline.context import Recovered, RunContext
-    from rankadaptor_plugin.pruning.contract import Pruner
+    from rankadaptor_plugin.pruning.cutting import Pruner
     from rankadaptor_plugin.search.samplers import PerformanceModelFactory, SamplerFactory
 
 

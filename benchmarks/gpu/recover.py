@@ -45,7 +45,7 @@ from rankadaptor_plugin.recovery.batches import batches
 from rankadaptor_plugin.recovery.methods import methods as recovery_methods
 from rankadaptor_plugin.recovery.slots import module_ranks
 from rankadaptor_plugin.recovery.training import MicroBatch
-from rankadaptor_plugin.testing.testing_models import tiny_tokenizer
+from rankadaptor_plugin.testing.families import tiny_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -10,8 +10,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rankadaptor_plugin.models.structures import decoder_layers, layer_widths, structure_of
-from rankadaptor_plugin.models.units import ModelShape
+from rankadaptor_plugin.models.structures import (
+    ModelShape,
+    decoder_layers,
+    layer_widths,
+    structure_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

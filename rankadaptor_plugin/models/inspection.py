@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 from rankadaptor_plugin.core.errors import ArtifactError
 from rankadaptor_plugin.models.checkpoints import check_checkpoint
 from rankadaptor_plugin.models.footprint import Footprint, footprint, on_meta, shape_of
-from rankadaptor_plugin.models.pruned_classes import is_pruned
-from rankadaptor_plugin.models.pruned_loading import Recorded, read_record, recorded
-from rankadaptor_plugin.models.pruned_model import RECORD
-from rankadaptor_plugin.models.structures import decoder_layers, structure_of
-from rankadaptor_plugin.models.units import ModelShape
+from rankadaptor_plugin.models.pruned_model import (
+    RECORD,
+    Recorded,
+    is_pruned,
+    read_record,
+    recorded,
+)
+from rankadaptor_plugin.models.structures import ModelShape, decoder_layers, structure_of
 
 if TYPE_CHECKING:
     from pathlib import Path

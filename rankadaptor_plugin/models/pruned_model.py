@@ -5,18 +5,29 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from rankadaptor_plugin.core.atomic_folder import write_folder
 from rankadaptor_plugin.core.errors import ArtifactError, UnsupportedModelError
+from rankadaptor_plugin.core.run_folder import write_folder
+from rankadaptor_plugin.models.checkpoints import check_checkpoint, register
+from rankadaptor_plugin.models.device import quantization_config
 from rankadaptor_plugin.models.footprint import Footprint, footprint, on_meta, shape_of
-from rankadaptor_plugin.models.pruned_classes import is_pruned, stock_class, to_pruned
-from rankadaptor_plugin.models.units import ModelShape
+from rankadaptor_plugin.models.modeling_rankadaptor import structure_entry
+from rankadaptor_plugin.models.structures import (
+    ModelShape,
+    decoder_layers,
+    layer_widths,
+    set_config,
+    structure_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from rankadaptor_plugin.models.modeling_rankadaptor import LayerWidths
+
 
 RECORD = "pruned_model.json"
 """File beside the weights that says what was cut, and how."""
@@ -229,3 +241,190 @@ class PrunedModel:
 
 def _replaceable(folder: Path) -> bool:
     return folder.is_dir() and ((folder / RECORD).is_file() or not any(folder.iterdir()))
+
+
+def stock_class(model: PreTrainedModel) -> Any:
+    """Returns the transformers class of a model, pruned or not.
+
+    Raises:
+        UnsupportedModelError: If it is no causal LM of transformers.
+    """
+    stock = getattr(type(model), "stock_class", type(model))
+    config_class = getattr(stock, "config_class", None)
+    # Asked by its config: a look at all classes would import every model of transformers.
+    if config_class is None or MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None) is not stock:
+        raise UnsupportedModelError(
+            f"The model is a {type(model).__name__}. Give a causal LM of transformers without "
+            "adapters."
+        )
+    return stock
+
+
+def is_pruned(model: PreTrainedModel) -> bool:
+    """Returns whether a model is of a pruned class already."""
+    return hasattr(type(model), "stock_class")
+
+
+def to_pruned(model: PreTrainedModel, base: ModelShape) -> PreTrainedModel:
+    """Turns a model whose layers were cut into the class that can be saved, in place.
+
+    The forward pass stays the same.
+
+    Args:
+        model: The model; its hidden size is that of its config.
+        base: The shape before pruning, layers that were left out not counted.
+
+    Raises:
+        UnsupportedModelError: If the class or the shapes of the model are not supported.
+    """
+    structure, widths, stock = structure_of(model), layer_widths(model), stock_class(model)
+    for index, (width, was) in enumerate(zip(widths, base.layers, strict=True)):
+        if any(a > b for a, b in zip(astuple(width), astuple(was), strict=True)):
+            raise UnsupportedModelError(
+                f"Layer {index} has {width}, more than {was} before pruning according to the "
+                "base model's config. Set the config back to the sizes of the base model."
+            )
+    config_class, model_class = register(stock)
+    config = copy.deepcopy(model.config)
+    config.__class__ = config_class
+    config.allow_global_per_layer_attribute_access = True
+    for key, value in structure.to_config(base.layers[0]).items():
+        setattr(config, key, value)
+    config.structure = structure_entry(structure)
+    config.per_layer_config = {i: structure.to_config(w) for i, w in enumerate(widths)}
+    config.architectures = [model_class.__name__]
+    set_config(model, config)
+    # Of the file that the base came from: transformers would write old names again, which it
+    # translates back for stock model types alone.
+    model._weight_conversions = None
+    for layer, width in zip(decoder_layers(model), widths, strict=True):
+        structure.repair(layer, width)
+    model.__class__ = model_class
+    return model
+
+
+def load_pruned(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+    device_map: str = "",
+    quantize: str = "",
+) -> PrunedModel:
+    """Loads what `PrunedModel.save` wrote.
+
+    Args:
+        folder: The folder.
+        device: Where the model goes.
+        dtype: Type of the weights; ``"auto"`` keeps that of the files.
+        device_map: How accelerate spreads it over devices; empty puts all on `device`.
+        quantize: ``"8bit"`` or ``"4bit"`` quantizes the matrices of the layers; `dtype` is that of
+            the other weights then.
+
+    Raises:
+        ArtifactError: If the folder holds no intact pruned model.
+        ConfigError: If it cannot be quantized here.
+    """
+    folder, device = Path(folder), torch.device(device)
+    quantization = quantization_config(quantize, device, dtype)
+    # Quantized weights are made on their device and may not be moved.
+    placement = device_map or ({"": device} if quantization else None)
+    record = read_record(folder)
+    check_checkpoint(folder)
+    try:
+        model, notes = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=placement,
+            quantization_config=quantization,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the readers of a torn file raise whatever they stumble upon
+        raise _torn(
+            folder, (str(error).strip().splitlines() or [type(error).__name__])[0]
+        ) from error
+    wrong = sorted({*notes["missing_keys"], *notes["unexpected_keys"]})
+    if wrong:
+        raise _torn(folder, f"{wrong[0]} is missing or unknown")
+    base = recorded(folder, record)
+    try:
+        pruned = PrunedModel.described(
+            model if placement else model.to(device),
+            tokenizer,
+            base_shape=base.shape,
+            base_footprint=base.footprint,
+            kept_layers=base.kept_layers,
+            pruned_layers=record["pruned_layers"],
+            provenance=record["provenance"],
+        )
+        if quantization:  # what is counted of packed weights is not what the model has
+            pruned.footprint = Footprint(**record["footprint"])
+    except (KeyError, TypeError, UnsupportedModelError) as error:
+        raise _torn(folder, f"{RECORD} cannot be read") from error
+    if pruned.record() != record:
+        raise _torn(folder, f"{RECORD} describes another model")
+    return pruned
+
+
+class Recorded(NamedTuple):
+    """What a record says that a model was before pruning.
+
+    Attributes:
+        shape: Its hidden size and widths.
+        footprint: What it cost.
+        kept_layers: For each layer of the pruned model the number that it had.
+    """
+
+    shape: ModelShape
+    footprint: Footprint
+    kept_layers: tuple[int, ...]
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Reads the record beside a pruned model.
+
+    Raises:
+        ArtifactError: If there is none, or it is torn.
+    """
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text("utf-8"))
+        intact = isinstance(record["provenance"], dict)
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder} holds no pruned model: {RECORD} is missing. Give a folder that the prune "
+            "stage wrote."
+        ) from error
+    except (ValueError, TypeError, KeyError):
+        intact = False
+    if not intact:
+        raise _torn(folder, f"{RECORD} cannot be read")
+    return record
+
+
+def recorded(folder: Path, record: dict[str, Any]) -> Recorded:
+    """Takes what the model was before from a record.
+
+    Raises:
+        ArtifactError: If the record is torn, or contradicts itself.
+    """
+    try:
+        base, now = (ModelShape.from_json(record[key]) for key in ("base_shape", "shape"))
+        kept = tuple(int(number) for number in record["kept_layers"])
+        figures = Footprint(**record["base_footprint"])
+        numbers = all(type(value) is int and value > 0 for value in vars(figures).values())
+    except (KeyError, TypeError, ValueError) as error:
+        raise _torn(folder, f"{RECORD} cannot be read") from error
+    ascending = list(kept) == sorted({number for number in kept if 0 <= number < len(base.layers)})
+    if not numbers or not ascending or len(kept) != len(now.layers):
+        raise _torn(folder, f"{RECORD} contradicts itself")
+    return Recorded(base, figures, kept)
+
+
+def _torn(folder: Path, reason: str) -> ArtifactError:
+    return ArtifactError(
+        f"{folder} holds no intact pruned model: {reason.rstrip('.')}. Delete it and prune again."
+    )

@@ -3,9 +3,9 @@
 transformers looks a model type up in a table of names and imports the module of the same name
 under ``transformers.models`` on first use. `install` adds our names to that table as soon as
 transformers has built it, and puts a stand-in where the module is looked for, which calls
-`rankadaptor_plugin.models.pruned_classes` when it is asked for a class. Programs that never touch a
-pruned model pay nothing. Should the table move in a later version, loading through
-`rankadaptor_plugin.models.pruned_loading.load_pruned` still works.
+`rankadaptor_plugin.models.checkpoints.register` when it is asked for a class. Programs that never
+touch a pruned model pay nothing. Should the table move in a later version, loading through
+`rankadaptor_plugin.models.pruned_model.load_pruned` still works.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class _StandIn(ModuleType):
         if name != CONFIGS[model_type]:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         stock = _STOCK[model_type.removeprefix("rankadaptor_")]
-        register = importlib.import_module("rankadaptor_plugin.models.pruned_classes").register
+        register = importlib.import_module("rankadaptor_plugin.models.checkpoints").register
         return register(getattr(importlib.import_module("transformers"), stock))[0]
 
 

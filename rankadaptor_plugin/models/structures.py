@@ -6,7 +6,8 @@ projections; for the families where tracing is right, a test compares the two.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -15,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 from rankadaptor_plugin.core.errors import UnsupportedModelError
 from rankadaptor_plugin.models.families import family_of, hidden_size_families
 from rankadaptor_plugin.models.modeling_rankadaptor import LayerWidths, Structure
-from rankadaptor_plugin.models.units import LayerUnits, Member, Units, is_transposed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -248,3 +248,68 @@ def _check_plain(name: str, matrix: nn.Module) -> None:
             f"{name} is a {type(matrix).__name__}, not a plain linear layer. Load the model "
             "unquantized and without adapters."
         )
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What pruning changes about a model.
+
+    Attributes:
+        hidden: Hidden size.
+        layers: Widths of the decoder layers, bottom first.
+    """
+
+    hidden: int
+    layers: tuple[LayerWidths, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain JSON values."""
+        return {"hidden": self.hidden, "layers": [asdict(widths) for widths in self.layers]}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> ModelShape:
+        """Takes back what `to_json` returned.
+
+        Raises:
+            KeyError, TypeError: If it is something else.
+        """
+        return cls(values["hidden"], tuple(LayerWidths(**widths) for widths in values["layers"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """The part that one matrix has in every unit of a kind.
+
+    Attributes:
+        name: Name of the matrix within its layer.
+        module: The matrix: ``nn.Linear`` or, in GPT-2, transformers' ``Conv1D``.
+        side: ``"out"`` if a unit owns rows (and entries of the bias), ``"in"`` if columns.
+        indices: The rows or columns of each unit, shape (units, per unit), int64, on the CPU.
+    """
+
+    name: str
+    module: nn.Module
+    side: Literal["out", "in"]
+    indices: torch.Tensor
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The matrix as (out, in), a view of the module's weight."""
+        weight = cast("torch.Tensor", self.module.weight)
+        return weight.T if is_transposed(self.module) else weight
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Returns whether a matrix is kept as (in, out): transformers' ``Conv1D`` does."""
+    return hasattr(module, "nf")
+
+
+Units = tuple[Member, ...]
+"""All units of one kind in one layer: every matrix they run through."""
+
+
+class LayerUnits(NamedTuple):
+    """The prunable units of one layer."""
+
+    attention: Units
+    mlp: Units

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.corpus.sequences import Corpus
     from rankadaptor_plugin.models.modeling_rankadaptor import Structure
     from rankadaptor_plugin.oracle.oracle import Oracle, OracleFactory
-    from rankadaptor_plugin.pruning.contract import Pruner
+    from rankadaptor_plugin.pruning.cutting import Pruner
     from rankadaptor_plugin.recovery.teacher import LiveTeacher
     from rankadaptor_plugin.report.schema import (
         Column,

@@ -23,13 +23,12 @@ from safetensors import SafetensorError
 
 from rankadaptor_plugin import __version__
 from rankadaptor_plugin.config.run_file import run_folder
-from rankadaptor_plugin.core.atomic_folder import write_folder
 from rankadaptor_plugin.core.errors import ArtifactError, UnsupportedModelError
+from rankadaptor_plugin.core.run_folder import write_folder
 from rankadaptor_plugin.models import modeling_rankadaptor
 from rankadaptor_plugin.models.checkpoints import check_checkpoint
 from rankadaptor_plugin.models.families import BUILT_IN
-from rankadaptor_plugin.models.pruned_classes import is_pruned, stock_class
-from rankadaptor_plugin.models.pruned_loading import load_pruned, read_record
+from rankadaptor_plugin.models.pruned_model import is_pruned, load_pruned, read_record, stock_class
 from rankadaptor_plugin.models.structures import structure_of
 from rankadaptor_plugin.recovery.files import RECORD, merged
 

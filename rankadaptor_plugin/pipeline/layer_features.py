@@ -21,8 +21,12 @@ import numpy as np
 import torch
 
 from rankadaptor_plugin.core.errors import RankSpaceError
-from rankadaptor_plugin.models.structures import decoder_layers, group_matrices, structure_of
-from rankadaptor_plugin.models.units import is_transposed
+from rankadaptor_plugin.models.structures import (
+    decoder_layers,
+    group_matrices,
+    is_transposed,
+    structure_of,
+)
 from rankadaptor_plugin.search.space import LayerFeatures
 
 if TYPE_CHECKING:
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.core.ranks import RankSpace
     from rankadaptor_plugin.models.modeling_rankadaptor import Structure
     from rankadaptor_plugin.models.pruned_model import PrunedModel
-    from rankadaptor_plugin.models.units import ModelShape
+    from rankadaptor_plugin.models.structures import ModelShape
 
 NAMES = (
     "relative_depth",

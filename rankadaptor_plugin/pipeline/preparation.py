@@ -21,9 +21,8 @@ from rankadaptor_plugin.core.errors import ArtifactError, ConfigError
 from rankadaptor_plugin.core.run_folder import RunFolder, digest
 from rankadaptor_plugin.core.trials import TrialState
 from rankadaptor_plugin.corpus.corpus import encode, load_corpus
-from rankadaptor_plugin.models.base_model import check_folder, load_tokenizer
-from rankadaptor_plugin.models.device import resolve_device, resolve_dtype
-from rankadaptor_plugin.models.quantization import quantization_config
+from rankadaptor_plugin.models.checkpoints import check_folder, load_tokenizer
+from rankadaptor_plugin.models.device import quantization_config, resolve_device, resolve_dtype
 from rankadaptor_plugin.oracle.oracle import (
     Oracle,
     OracleSettings,
@@ -33,7 +32,7 @@ from rankadaptor_plugin.oracle.oracle import (
 )
 from rankadaptor_plugin.pipeline import registries as plugin_list
 from rankadaptor_plugin.pipeline.context import RunContext
-from rankadaptor_plugin.pruning.calibration_text import calibration_documents, calibration_samples
+from rankadaptor_plugin.pruning.calibration import calibration_documents, calibration_samples
 from rankadaptor_plugin.pruning.depth import check_importance
 from rankadaptor_plugin.pruning.importance import check_names
 from rankadaptor_plugin.search.study import TrialStore
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.corpus.sequences import Corpus
     from rankadaptor_plugin.models.pruned_model import PrunedModel
     from rankadaptor_plugin.oracle.oracle import OracleFactory
-    from rankadaptor_plugin.pruning.contract import Pruner
+    from rankadaptor_plugin.pruning.cutting import Pruner
 
 logger = logging.getLogger(__name__)
 

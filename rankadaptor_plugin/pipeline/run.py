@@ -14,9 +14,9 @@ import torch
 from rankadaptor_plugin.core.errors import PluginError
 from rankadaptor_plugin.core.run_folder import PREDICTIONS, RunFolder, digest
 from rankadaptor_plugin.core.scores import Score
-from rankadaptor_plugin.models.base_model import load_model
+from rankadaptor_plugin.models.checkpoints import load_model
 from rankadaptor_plugin.models.device import device_name, peak_memory_bytes, threads
-from rankadaptor_plugin.models.pruned_loading import load_pruned
+from rankadaptor_plugin.models.pruned_model import load_pruned
 from rankadaptor_plugin.pipeline.context import Recovered, Summary
 from rankadaptor_plugin.pipeline.preparation import Prepared, prepare
 from rankadaptor_plugin.pipeline.stage import measure_noise

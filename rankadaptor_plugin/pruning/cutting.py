@@ -10,7 +10,7 @@ import copy
 import logging
 from dataclasses import asdict
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch_pruning as tp  # noqa: TC002
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from rankadaptor_plugin.models.units import Units
+    from rankadaptor_plugin.models.structures import Units
+
 
 log = logging.getLogger(__name__)
 
@@ -203,3 +204,24 @@ def after_pruning(
         return None
 
     pruner.step = step_and_finish
+
+
+class Pruner(Protocol):
+    """Removes units from a model."""
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        samples: Sequence[torch.Tensor],
+        config: PruneConfig,
+    ) -> PrunedModel:
+        """Prunes a model, in place or not.
+
+        Args:
+            model: The base model.
+            tokenizer: Its tokenizer.
+            samples: Calibration sequences, each of shape (t,), int64.
+            config: The ``[prune]`` table.
+        """
+        ...

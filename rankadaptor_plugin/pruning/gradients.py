@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from rankadaptor_plugin.models.units import Member
+    from rankadaptor_plugin.models.structures import Member
     from rankadaptor_plugin.pruning.calibration import Batch
 
 

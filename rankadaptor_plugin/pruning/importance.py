@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rankadaptor_plugin.config.tables import PruneConfig
-    from rankadaptor_plugin.models.units import Member, Units
+    from rankadaptor_plugin.models.structures import Member, Units
 
     LineScores = dict[str, torch.Tensor]
     """Sums over each row ("out", shape (rows,)) and column ("in") of a matrix, on the CPU."""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rankadaptor_plugin.config.tables import PruneConfig
-    from rankadaptor_plugin.models.units import Member, Units
+    from rankadaptor_plugin.models.structures import Member, Units
 
 log = logging.getLogger(__name__)
 

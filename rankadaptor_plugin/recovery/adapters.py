@@ -22,8 +22,7 @@ import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from torch import nn
 
-from rankadaptor_plugin.models.structures import decoder_layers, structure_of
-from rankadaptor_plugin.models.units import is_transposed
+from rankadaptor_plugin.models.structures import decoder_layers, is_transposed, structure_of
 from rankadaptor_plugin.recovery.peft_internals import (
     WRAPPER,
     BaseTunerLayer,

@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from rankadaptor_plugin.core.atomic_folder import write_folder
 from rankadaptor_plugin.core.errors import ArtifactError
-from rankadaptor_plugin.core.run_folder import RunFolder, digest
+from rankadaptor_plugin.core.run_folder import RunFolder, digest, write_folder
 
 HOLDER = """
 import sys, time

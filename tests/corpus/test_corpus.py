@@ -18,7 +18,7 @@ from rankadaptor_plugin.core.errors import ConfigError, CorpusError
 from rankadaptor_plugin.corpus.corpus import load_corpus, split_rows
 from rankadaptor_plugin.corpus.rows import ALPACA, read_rows
 from rankadaptor_plugin.corpus.sequences import IGNORED
-from rankadaptor_plugin.pruning.calibration_text import calibration_documents, calibration_samples
+from rankadaptor_plugin.pruning.calibration import calibration_documents, calibration_samples
 
 BOS, EOS, UNK = 0, 1, 2
 FRAMES = ["$A", "<s> $A", "<s> $A </s>", "$A </s>"]

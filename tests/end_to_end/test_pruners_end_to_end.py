@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rankadaptor_plugin.config.run_file import model_folder
-from rankadaptor_plugin.models.pruned_loading import load_pruned
+from rankadaptor_plugin.models.pruned_model import load_pruned
 
 # peft 0.21 asks transformers 5.23 by an outdated name.
 pytestmark = pytest.mark.filterwarnings(

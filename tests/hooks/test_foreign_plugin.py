@@ -15,7 +15,7 @@ import pytest
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from rankadaptor_plugin.models.pruned_loading import load_pruned
+from rankadaptor_plugin.models.pruned_model import load_pruned
 
 SOURCE = Path(__file__).parent / "foreign_plugin"
 

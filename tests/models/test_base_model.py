@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError, UnsupportedModelError
-from rankadaptor_plugin.models.base_model import (
+from rankadaptor_plugin.models.checkpoints import (
     check_folder,
     load_model,
     load_tokenizer,

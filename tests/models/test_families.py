@@ -21,7 +21,7 @@ from rankadaptor_plugin.hooks import builtin
 from rankadaptor_plugin.models import families as table
 from rankadaptor_plugin.models import registration as lazy_registration
 from rankadaptor_plugin.models import structures
-from rankadaptor_plugin.models.base_model import check_folder
+from rankadaptor_plugin.models.checkpoints import check_folder
 from rankadaptor_plugin.models.families import BUILT_IN
 from rankadaptor_plugin.models.modeling_rankadaptor import PREFIX, Structure
 from rankadaptor_plugin.testing.families import FamilyConformance
@@ -249,7 +249,7 @@ def test_a_pruned_model_of_another_family_loads_in_a_new_process(families, tmp_p
         "from rankadaptor_plugin.models.families import register_family\n"
         f"register_family({OLMO2!r})\n"
         "from transformers import AutoModelForCausalLM\n"
-        "from rankadaptor_plugin.models.pruned_loading import load_pruned\n"
+        "from rankadaptor_plugin.models.pruned_model import load_pruned\n"
         "AutoModelForCausalLM.from_pretrained('pruned')\n"
         "print(load_pruned('pruned').parameters)\n"
     )

@@ -16,9 +16,9 @@ from rankadaptor_plugin.models.footprint import footprint, on_meta
 from rankadaptor_plugin.models.inspection import inspect_folder
 from rankadaptor_plugin.models.pruned_model import RECORD, PrunedModel
 from rankadaptor_plugin.models.structures import decoder_layers, layer_units, layer_widths
-from rankadaptor_plugin.pruning.blocks import keep_layers
 from rankadaptor_plugin.pruning.channel import prune_channel
 from rankadaptor_plugin.pruning.cutting import remove
+from rankadaptor_plugin.pruning.depth import keep_layers
 from rankadaptor_plugin.report.console import inspection_text
 
 

@@ -26,9 +26,7 @@ from rankadaptor_plugin.models.modeling_rankadaptor import (
     PrunedLlamaConfig,
     PrunedLlamaForCausalLM,
 )
-from rankadaptor_plugin.models.pruned_classes import to_pruned
-from rankadaptor_plugin.models.pruned_loading import load_pruned
-from rankadaptor_plugin.models.pruned_model import RECORD, PrunedModel
+from rankadaptor_plugin.models.pruned_model import RECORD, PrunedModel, load_pruned, to_pruned
 from rankadaptor_plugin.models.registration import install
 from rankadaptor_plugin.models.structures import layer_units
 from rankadaptor_plugin.pruning.cutting import remove
@@ -180,7 +178,7 @@ for name in ("float32", "bfloat16"):
 @pytest.mark.parametrize(
     "registration",
     [
-        "import rankadaptor_plugin.models.pruned_loading",
+        "import rankadaptor_plugin.models.pruned_model",
         "import rankadaptor_plugin\nif 'torch' in sys.modules: sys.exit('torch was loaded')",
     ],
     ids=["eager", "lazy"],

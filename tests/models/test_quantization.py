@@ -9,10 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rankadaptor_plugin.core.errors import ConfigError
-from rankadaptor_plugin.models import quantization
-from rankadaptor_plugin.models.pruned_loading import load_pruned
-from rankadaptor_plugin.models.pruned_model import PrunedModel
-from rankadaptor_plugin.models.quantization import quantization_config
+from rankadaptor_plugin.models import device as quantization
+from rankadaptor_plugin.models.device import quantization_config
+from rankadaptor_plugin.models.pruned_model import PrunedModel, load_pruned
 from rankadaptor_plugin.models.structures import (
     decoder_layers,
     layer_units,
@@ -113,7 +112,7 @@ def test_quantized_weights_are_made_on_their_device(pruned, tmp_path, monkeypatc
         return plain(folder, **options)
 
     monkeypatch.setattr(
-        "rankadaptor_plugin.models.pruned_loading.quantization_config", lambda *_: "in few bits"
+        "rankadaptor_plugin.models.pruned_model.quantization_config", lambda *_: "in few bits"
     )
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     loaded = load_pruned(tmp_path / "pruned", "cpu", quantize="4bit")

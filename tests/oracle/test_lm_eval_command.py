@@ -33,8 +33,7 @@ from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.lm_eval_model import RankAdaptorLM, check_adapter, locate
 from rankadaptor_plugin.models import families
 from rankadaptor_plugin.models.modeling_rankadaptor import Structure
-from rankadaptor_plugin.models.pruned_loading import load_pruned
-from rankadaptor_plugin.models.pruned_model import PrunedModel
+from rankadaptor_plugin.models.pruned_model import PrunedModel, load_pruned
 from rankadaptor_plugin.models.structures import layer_units
 from rankadaptor_plugin.oracle.lm_eval_command import run
 from rankadaptor_plugin.oracle.lm_eval_internals import with_tasks

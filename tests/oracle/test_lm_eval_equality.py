@@ -20,10 +20,10 @@ from rankadaptor_plugin.config.run_file import corpus_file, model_folder
 from rankadaptor_plugin.config.tables import EMBEDDED, CorpusConfig, OracleConfig, PruneConfig
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.corpus.corpus import load_corpus
-from rankadaptor_plugin.models.base_model import load_model, load_tokenizer
+from rankadaptor_plugin.models.checkpoints import load_model, load_tokenizer
 from rankadaptor_plugin.oracle.lm_eval_oracle import lm_eval as build_oracle
 from rankadaptor_plugin.oracle.oracle import OracleSettings
-from rankadaptor_plugin.pruning.calibration_text import calibration_samples
+from rankadaptor_plugin.pruning.calibration import calibration_samples
 from rankadaptor_plugin.pruning.depth import prune_depth
 from rankadaptor_plugin.pruning.width import prune_width
 from rankadaptor_plugin.recovery.adapters import attach, trainable_parameters

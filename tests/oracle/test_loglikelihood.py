@@ -20,7 +20,7 @@ from rankadaptor_plugin.models.structures import decoder_layers, layer_widths
 from rankadaptor_plugin.oracle import loglikelihood, loglikelihood_plan
 from rankadaptor_plugin.oracle.loglikelihood import loglikelihoods, plan
 from rankadaptor_plugin.recovery.adapters import attach, trainable_parameters
-from rankadaptor_plugin.testing.testing_models import choose_cuts, remove_units, tiny_tokenizer
+from rankadaptor_plugin.testing.families import choose_cuts, remove_units, tiny_tokenizer
 
 MAX_LENGTH = 48
 SIZES = {

@@ -27,8 +27,7 @@ from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.models import families
 from rankadaptor_plugin.models.families import register_family
 from rankadaptor_plugin.models.modeling_rankadaptor import Structure
-from rankadaptor_plugin.models.pruned_loading import load_pruned
-from rankadaptor_plugin.models.pruned_model import RECORD, PrunedModel
+from rankadaptor_plugin.models.pruned_model import RECORD, PrunedModel, load_pruned
 from rankadaptor_plugin.models.structures import layer_units
 from rankadaptor_plugin.pipeline import export as export_module
 from rankadaptor_plugin.pipeline.export import MARK, export

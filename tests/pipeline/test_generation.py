@@ -21,9 +21,8 @@ from rankadaptor_plugin.config.run_file import model_folder
 from rankadaptor_plugin.config.tables import GenerationConfig as Settings
 from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.core.ranks import RankAllocation
-from rankadaptor_plugin.models.base_model import load_model, load_tokenizer
-from rankadaptor_plugin.models.pruned_loading import load_pruned
-from rankadaptor_plugin.models.pruned_model import PrunedModel
+from rankadaptor_plugin.models.checkpoints import load_model, load_tokenizer
+from rankadaptor_plugin.models.pruned_model import PrunedModel, load_pruned
 from rankadaptor_plugin.models.structures import layer_units
 from rankadaptor_plugin.pipeline.texts import (
     EMBEDDED_PROMPTS,

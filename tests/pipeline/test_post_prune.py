@@ -17,7 +17,7 @@ from rankadaptor_plugin.config.run_file import model_folder
 from rankadaptor_plugin.core.errors import ConfigError, UnsupportedModelError
 from rankadaptor_plugin.models.families import LLAMA
 from rankadaptor_plugin.models.modeling_rankadaptor import PrunedLlamaForCausalLM
-from rankadaptor_plugin.models.pruned_loading import load_pruned
+from rankadaptor_plugin.models.pruned_model import load_pruned
 from rankadaptor_plugin.models.structures import layer_widths
 from rankadaptor_plugin.pipeline import fine_tuning
 from rankadaptor_plugin.post_prune import recover_after_pruning

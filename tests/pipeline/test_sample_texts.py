@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 
 from rankadaptor_plugin import hookimpl
 from rankadaptor_plugin.core.ranks import RankAllocation
-from rankadaptor_plugin.models.pruned_loading import load_pruned
+from rankadaptor_plugin.models.pruned_model import load_pruned
 from rankadaptor_plugin.oracle.lm_eval_oracle import LmEvalOracle
 from rankadaptor_plugin.pipeline.context import Recovered
 from rankadaptor_plugin.pipeline.texts import EMBEDDED_PROMPTS

@@ -18,9 +18,8 @@ from rankadaptor_plugin.core.errors import (
     RankAdaptorError,
     UnsupportedModelError,
 )
-from rankadaptor_plugin.models.pruned_loading import load_pruned
-from rankadaptor_plugin.pruning.blocks import block_list, keep_layers, without_layer
-from rankadaptor_plugin.pruning.depth import prune_depth
+from rankadaptor_plugin.models.pruned_model import load_pruned
+from rankadaptor_plugin.pruning.depth import block_list, keep_layers, prune_depth, without_layer
 
 VOCABULARY = 40
 BLOCKS = 5

@@ -26,7 +26,7 @@ from rankadaptor_plugin.core.errors import (
     RankAdaptorError,
     UnsupportedModelError,
 )
-from rankadaptor_plugin.models.units import Member
+from rankadaptor_plugin.models.structures import Member
 from rankadaptor_plugin.pruning import importance
 from rankadaptor_plugin.pruning.gradients import stream_gradients, stream_inputs
 from rankadaptor_plugin.pruning.importance import unit_scores

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rankadaptor_plugin.core.errors import UnsupportedModelError
 from rankadaptor_plugin.models.modeling_rankadaptor import LayerWidths
-from rankadaptor_plugin.models.pruned_loading import load_pruned
+from rankadaptor_plugin.models.pruned_model import load_pruned
 from rankadaptor_plugin.pruning.cutting import after_pruning, describe_pruned, traceable
 
 TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"w0": 0})))

@@ -22,7 +22,7 @@ from rankadaptor_plugin.config.tables import PruneConfig
 from rankadaptor_plugin.core.errors import ConfigError, UnsupportedModelError
 from rankadaptor_plugin.models.footprint import footprint
 from rankadaptor_plugin.models.modeling_rankadaptor import LayerWidths
-from rankadaptor_plugin.models.pruned_loading import load_pruned
+from rankadaptor_plugin.models.pruned_model import load_pruned
 from rankadaptor_plugin.models.structures import layer_units
 from rankadaptor_plugin.pruning.channel import prune_channel
 from rankadaptor_plugin.pruning.cutting import remove

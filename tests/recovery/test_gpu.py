@@ -141,7 +141,7 @@ def test_a_seed_fixes_dropout_on_the_gpu(make_base, tuned_on):
 @pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="needs bitsandbytes")
 @pytest.mark.parametrize("quantize", ["8bit", "4bit"])
 def test_a_quantized_base_is_fine_tuned(make_base, tuned_on, tmp_path, quantize):
-    from rankadaptor_plugin.models.quantization import quantization_config
+    from rankadaptor_plugin.models.device import quantization_config
 
     make_base(torch.bfloat16, device="cpu").save_pretrained(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(

@@ -37,7 +37,7 @@ from rankadaptor_plugin.recovery.methods.methods import (
 )
 from rankadaptor_plugin.recovery.methods.pissa import principal
 from rankadaptor_plugin.recovery.slots import module_ranks
-from rankadaptor_plugin.testing.testing_models import choose_cuts, logits_of, remove_units
+from rankadaptor_plugin.testing.families import choose_cuts, logits_of, remove_units
 
 TRAINED = (
     "lora",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rankadaptor_plugin.models.units import is_transposed
+from rankadaptor_plugin.models.structures import is_transposed
 from rankadaptor_plugin.recovery.adapters import (
     ADAPTER,
     Pair,
