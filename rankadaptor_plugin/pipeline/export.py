@@ -143,7 +143,7 @@ def _copy_adapter(source: Path, target: Path) -> None:
 
 
 def _write_code(folder: Path, model: PreTrainedModel, *, with_code: bool) -> None:
-    """Lets a model load by code in its folder, or makes sure that it asks for none."""
+    """Writes the code that a model loads by, or takes out what asks for code."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config.pop("auto_map", None)
     if with_code:

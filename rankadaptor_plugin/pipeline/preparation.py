@@ -20,7 +20,7 @@ from rankadaptor_plugin.config.run_file import corpus_file, model_folder
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError
 from rankadaptor_plugin.core.run_folder import RunFolder, digest
 from rankadaptor_plugin.core.trials import TrialState
-from rankadaptor_plugin.corpus.corpus import encode, load_corpus
+from rankadaptor_plugin.corpus.corpus import load_corpus
 from rankadaptor_plugin.models.checkpoints import check_folder, load_tokenizer
 from rankadaptor_plugin.models.device import quantization_config, resolve_device, resolve_dtype
 from rankadaptor_plugin.oracle.oracle import (
@@ -31,6 +31,7 @@ from rankadaptor_plugin.oracle.oracle import (
     objective_metric,
 )
 from rankadaptor_plugin.pipeline import registries as plugin_list
+from rankadaptor_plugin.pipeline import texts
 from rankadaptor_plugin.pipeline.context import RunContext
 from rankadaptor_plugin.pruning.calibration import calibration_documents, calibration_samples
 from rankadaptor_plugin.pruning.depth import check_importance
@@ -124,7 +125,7 @@ def prepare(
     window = _window(config, source, pruned)
     corpus = load_corpus(corpus_file(config.corpus.path), tokenizer, config.corpus)
     recovery.check_corpus(corpus, config.recovery, window)
-    _check_prompts(config, tokenizer)
+    texts.check(config, tokenizer)
     paths = list(manager.hook.rankadaptor_lm_eval_task_paths())
     if config.oracle.include_path:
         paths.append(Path(config.oracle.include_path))  # last: lm-eval lets later folders win
@@ -182,16 +183,6 @@ def check(
         _check_prune(config, source)
     _check_recovery(config, source, pruned, device, dtype)
     search.check(config, *_shape(config, source, pruned))
-
-
-def _check_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    if config.generation.max_new_tokens:
-        for prompt in config.generation.prompts:
-            if not encode(tokenizer, prompt):
-                raise ConfigError(
-                    f"The prompt {prompt!r} in [generation] prompts has no tokens. Write at least "
-                    "one word."
-                )
 
 
 def _oracle(oracles: Registry[OracleFactory], settings: OracleSettings) -> Oracle:

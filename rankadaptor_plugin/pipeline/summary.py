@@ -1,4 +1,8 @@
-"""From what the stages found to what the report says (`rankadaptor_plugin.report.schema`)."""
+"""The content of report.json (`rankadaptor_plugin.report.schema`), from the results of the stages.
+
+`stage_summary` makes the part of the built-in recovery stage, `foreign_summary` that of a stage
+from another package, `report_data` the whole.
+"""
 
 from __future__ import annotations
 
@@ -231,7 +235,7 @@ def _subject(search: SearchResult, confirmed: Confirmed) -> str:
     if chosen is not None and chosen.is_method:
         return chosen.label
     if search.stop is StopReason.FIXED:
-        return "the given allocation"
+        return "the allocation of the run file"
     if chosen is not None and chosen.label == BEST_RANDOM:
         return "the best random allocation"
     return words.METHODS if search.stop is StopReason.METHODS else words.SEARCHED

@@ -106,6 +106,21 @@ def prompts(config: RunConfig) -> tuple[Prompt, ...]:
     return EMBEDDED_PROMPTS if config.model == EMBEDDED else PROMPTS
 
 
+def check(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks the ``[generation]`` table of a run file.
+
+    Raises:
+        ConfigError: If a prompt has no tokens.
+    """
+    if config.generation.max_new_tokens:
+        for prompt in config.generation.prompts:
+            if not encode(tokenizer, prompt):
+                raise ConfigError(
+                    f"The prompt {prompt!r} in [generation] prompts has no tokens. Write at least "
+                    "one word."
+                )
+
+
 def sample_texts(
     pruned: PrunedModel,
     adapters: Mapping[str, Path],
@@ -113,7 +128,7 @@ def sample_texts(
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
 ) -> list[Entry]:
-    """Lets every model write, and the base model judge.
+    """Returns what every model writes, judged by the base model.
 
     Args:
         pruned: The pruned model; it comes back without adapter, where it was.
@@ -169,10 +184,10 @@ def generate(
     settings: Settings,
     seed: int,
 ) -> list[Sample]:
-    """Lets a model go on from each prompt, first greedily, then sampled.
+    """Returns what a model writes after each prompt, first greedily, then sampled.
 
     A prompt that leaves too little room in the context window loses its beginning, but for the
-    token that begins every text. Model and global random state are left as they were found.
+    token that begins every text. Model and global random state are left as they were.
 
     Args:
         model: A causal LM, with or without an adapter.

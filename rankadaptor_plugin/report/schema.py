@@ -1,8 +1,8 @@
-"""What a report says: the schema of report.json.
+"""Schema of report.json.
 
 Plain values only. Accuracy and shares are fractions in [0, 1], choice_logprob and margin in nats,
-times in seconds, memory in bytes, layers counted from 0 = bottom. None stands
-for "not known", such as the half width of an interval from a single document.
+times in seconds, memory in bytes, layers counted from 0 = bottom. None means "not known", such as
+the half width of an interval from a single document.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any, NotRequired, TypedDict
 
 Column = dict[str, dict[str, dict[str, float | None]]]
-"""The scores of one model: task, and ``mean`` for the weighted mean, then metric, to ``mean`` and
-``half_width``, as `rankadaptor_plugin.verdict.statistics.score_cells` returns them."""
+"""The scores of one model: task, and ``mean`` for the weighted mean, then metric, to ``mean``,
+``half_width``, ``low`` and ``high``, as `rankadaptor_plugin.verdict.statistics.score_cells` returns
+them; the ends are no further than the metric can be."""
 
 
 class Verdict(TypedDict):
@@ -173,10 +174,11 @@ class ReportData(TypedDict):
         verdict: What came out.
         tasks: Task names in the order of the tables. None may be called ``mean``.
         metrics: Metrics on the report documents; the first decides the verdict.
-        scores: Column by model: ``base``, ``pruned``, ``uniform``, ``searched``, ``recovered``
-            (what is delivered: one of the others), and by recovery method. Absent ones are left
-            out.
-        allocations: Ranks by ``uniform``, ``searched``, ``recovered``. Absent ones are left out.
+        scores: Column by model: ``base``, ``pruned``, ``uniform`` (the even ranks of equal size
+            that the verdict compares with), ``lora`` (the default rank, where that is another
+            allocation), ``searched``, ``recovered`` (what is delivered: one of the others), and by
+            recovery method. Absent ones are left out.
+        allocations: Ranks by ``uniform``, ``lora``, ``searched``, ``recovered``, likewise.
         parameters: Numbers of parameters.
         dtype: Type of the weights, which the bytes are counted in.
         footprints: What the ``base`` and the ``pruned`` model cost.
