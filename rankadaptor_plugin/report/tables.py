@@ -91,6 +91,8 @@ def delivered(data: ReportData) -> str:
     name = data["verdict"]["delivered"]
     if name in (labels := data.get("labels", {})):
         return labels[name]
+    if name == "foreign":
+        return "the adapter of another recovery stage"
     return name if name in data.get("methods", []) else f"{name} allocation"
 
 
