@@ -100,7 +100,7 @@ def test_the_report_of_a_foreign_recovery_stage_is_right(foreign_run):
     assert report["parameters"]["trainable"] == {"recovered": trainable}
     assert report["cost"]["stages"]["recover"] > 0
     text = (folder / "report.md").read_text(encoding="utf-8")
-    assert "Delivered: foreign allocation." in text
+    assert "Delivered: the adapter of another recovery stage." in text
     assert "| layer | before pruning | heads | KV heads | MLP channels | recovered ranks |" in text
     assert re.search(r"^    0  \S+ 1$", text, re.MULTILINE)  # the bar of the lowest layer
 
