@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.core.scores import Score
     from rankadaptor_plugin.models.pruned_model import PrunedModel
     from rankadaptor_plugin.pipeline.preparation import Prepared
-    from rankadaptor_plugin.recovery.recovered import RecoveredAdapter
+    from rankadaptor_plugin.recovery.fine_tune import RecoveredAdapter
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "lm-eval", "numpy")

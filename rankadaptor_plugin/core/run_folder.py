@@ -5,7 +5,6 @@
     evaluations/      scores, one JSON file per evaluated model and seed; beside it, as Parquet,
                       the values per document
     noise/            scores of the fine-tunes before the search; noise.json what they say
-    passes.json       layout and candidates per pass, where they were measured
     generations.json  texts that the models wrote
     study.db          every trial, an Optuna study in SQLite
     adapters/         adapters of the finalists and of uniform LoRA
@@ -52,7 +51,6 @@ _FILES = (
     "report.json",
     "report.html",
     "noise.json",
-    "passes.json",
     "generations.json",
     "study.db",
     "timings.json",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.models.pruned_model import PrunedModel
     from rankadaptor_plugin.oracle.oracle import Objective
     from rankadaptor_plugin.pipeline.context import RunContext
-    from rankadaptor_plugin.recovery.recovered import RecoveredAdapter
+    from rankadaptor_plugin.recovery.fine_tune import RecoveredAdapter
 
 
 class FineTuner:
@@ -95,8 +95,9 @@ class FineTuner:
         # Memory that ran out once would run out again.
         self._settings = replace(
             self._settings,
-            per_device_train_batch_size=recovered.micro_batch_size,
-            gradient_accumulation_steps=self._settings.batch_size // recovered.micro_batch_size,
+            per_device_train_batch_size=recovered.per_device_train_batch_size,
+            gradient_accumulation_steps=self._settings.batch_size
+            // recovered.per_device_train_batch_size,
         )
         began = time.perf_counter()
         score = self._context.oracle.score(recovered.model, "search")

@@ -16,8 +16,7 @@ from rankadaptor_plugin.core.lazy import lazy_exports
 if TYPE_CHECKING:
     from rankadaptor_plugin.recovery.checks import check, check_corpus
     from rankadaptor_plugin.recovery.files import load, merged
-    from rankadaptor_plugin.recovery.fine_tune import recover
-    from rankadaptor_plugin.recovery.recovered import RecoveredAdapter
+    from rankadaptor_plugin.recovery.fine_tune import RecoveredAdapter, recover
     from rankadaptor_plugin.recovery.slots import rank_space
     from rankadaptor_plugin.recovery.teacher import LiveTeacher, with_teacher
 
@@ -37,7 +36,7 @@ __getattr__ = lazy_exports(
     __name__,
     {
         "LiveTeacher": "teacher",
-        "RecoveredAdapter": "recovered",
+        "RecoveredAdapter": "fine_tune",
         "check": "checks",
         "check_corpus": "checks",
         "load": "files",

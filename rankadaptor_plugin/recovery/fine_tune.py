@@ -9,8 +9,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,16 +29,14 @@ from rankadaptor_plugin.corpus.corpus import load_corpus
 from rankadaptor_plugin.corpus.sequences import Corpus
 from rankadaptor_plugin.models.device import seeded_devices
 from rankadaptor_plugin.recovery import training
-from rankadaptor_plugin.recovery.adapters import restored_on_failure
+from rankadaptor_plugin.recovery.adapters import adapter_ranks, adapter_weights, restored_on_failure
 from rankadaptor_plugin.recovery.batches import batches, check_sequences
+from rankadaptor_plugin.recovery.files import save_adapter
 from rankadaptor_plugin.recovery.methods import methods
-from rankadaptor_plugin.recovery.recovered import HeldOut, RecoveredAdapter
 from rankadaptor_plugin.recovery.teacher import check_predictions
-from rankadaptor_plugin.recovery.training import MicroBatch
+from rankadaptor_plugin.recovery.training import HeldOut, MicroBatch
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -45,6 +44,72 @@ if TYPE_CHECKING:
 
 _SEEDS = 2**63  # as many as torch takes
 _UNRECORDED = ("methods", "max_steps", "num_train_epochs")  # settings of no single fine-tune
+
+
+@dataclass(kw_only=True)
+class RecoveredAdapter:
+    """A fine-tuned model; its weights live in the resident base and the adapter on it.
+
+    The next fine-tune of the model takes the place of this one: save it before.
+
+    Attributes:
+        model: In evaluation mode.
+        allocation: The ranks that were asked for.
+        method: How they were used, such as ``lora`` or ``adalora``.
+        train_loss: Mean loss over the last tenth of the steps, in nats per trained token.
+        losses: Loss of each step.
+        validation_loss: Loss on the held-out rows, None where there are none.
+        seconds: Wall time.
+        per_device_train_batch_size: Sequences per pass; fewer than asked for if memory ran out.
+        provenance: Its seed, settings and sizes.
+    """
+
+    model: PeftModel
+    allocation: RankAllocation
+    method: str
+    train_loss: float
+    losses: list[float] = field(default_factory=list)
+    validation_loss: float | None = None
+    seconds: float
+    per_device_train_batch_size: int = 0
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._weights = adapter_weights(self.model)
+
+    def _check_is_there(self) -> None:
+        now = adapter_weights(self.model)
+        if len(now) != len(self._weights) or any(
+            one is not other for one, other in zip(now, self._weights, strict=True)
+        ):
+            raise RecoveryError(
+                "The adapter is no longer on the model: another fine-tune has taken its place, or "
+                "it was unloaded. Save an adapter before the next fine-tune."
+            )
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each module that has an adapter, as it came out.
+
+        Raises:
+            RecoveryError: If the adapter is no longer on the model.
+        """
+        self._check_is_there()
+        return adapter_ranks(self.model)
+
+    def save(self, folder: str | Path, *, base: str | None = None) -> None:
+        """Writes the adapter as a PEFT folder, whole or not at all, with the hash of its base.
+
+        Args:
+            folder: Where to; an adapter that is there is replaced.
+            base: Folder of the pruned model, which PEFT notes; None keeps what it knows.
+
+        Raises:
+            RecoveryError: If the adapter is no longer on the model.
+            ArtifactError: If it cannot be written.
+        """
+        self._check_is_there()
+        save_adapter(self.model, Path(folder), self.provenance, base)
 
 
 @torch.enable_grad()
@@ -121,7 +186,7 @@ def recover(
         losses=losses,
         validation_loss=held_out.loss,
         seconds=time.perf_counter() - began,
-        micro_batch_size=micro.size,
+        per_device_train_batch_size=micro.size,
         provenance={
             **_record(allocation, spec, corpus, config),
             **{"seed": seed, "steps": steps},

@@ -22,8 +22,7 @@ from safetensors.torch import save_file
 
 from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.corpus.sequences import TeacherTokens
-from rankadaptor_plugin.recovery.batches import padded, trained_tokens
-from rankadaptor_plugin.recovery.losses import LEAST, forward_logits
+from rankadaptor_plugin.recovery.batches import LEAST, forward_logits, padded, trained_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -17,9 +17,13 @@ import torch
 from rankadaptor_plugin.core.errors import RecoveryError
 from rankadaptor_plugin.models.device import is_out_of_memory
 from rankadaptor_plugin.recovery.adapters import evaluated
-from rankadaptor_plugin.recovery.batches import passes, trained_tokens
+from rankadaptor_plugin.recovery.batches import (
+    forward_logits,
+    passes,
+    token_loss,
+    trained_tokens,
+)
 from rankadaptor_plugin.recovery.fused_lora import fused
-from rankadaptor_plugin.recovery.losses import forward_logits, token_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rankadaptor_plugin.config.tables import RecoveryConfig
-    from rankadaptor_plugin.corpus.sequences import TrainingSequence
+    from rankadaptor_plugin.corpus.sequences import Corpus, TrainingSequence
     from rankadaptor_plugin.recovery.methods.methods import Tuned
     from rankadaptor_plugin.recovery.teacher import LiveTeacher
 
@@ -275,6 +279,49 @@ def mean_loss(
 
     with evaluated(model):
         return _within_memory(add_up, lambda: None, model.device, micro)
+
+
+class HeldOut:
+    """Looks at the held-out loss, and keeps the weights that it was lowest with.
+
+    Args:
+        corpus: The corpus; without held-out rows nothing is looked at.
+        config: The ``[recovery]`` table.
+        steps: Steps of the fine-tune.
+        micro: How much goes through the model at once.
+
+    Attributes:
+        loss: The lowest loss with ``load_best_model_at_end``, else the last, in nats per trained
+            token; None before the first look.
+    """
+
+    def __init__(
+        self, corpus: Corpus, config: RecoveryConfig, steps: int, micro: MicroBatch
+    ) -> None:
+        self._sequences, self._config, self._steps = corpus.validation, config, steps
+        self._micro = micro
+        self._weights: list[torch.Tensor] = []
+        self.loss: float | None = None
+
+    def after(self, tuned: Tuned, done: int) -> None:
+        """Looks if it is time to; `done` steps are."""
+        every = self._config.eval_steps
+        is_last = done == self._steps
+        if not self._sequences or not (is_last or (every and done % every == 0)):
+            return
+        if self._config.load_best_model_at_end and not (is_last or tuned.is_settled):
+            return  # of weights from before the last ranks were dropped nobody knows which count
+        loss = mean_loss(tuned.model.get_base_model(), self._sequences, self._micro)
+        if self.loss is None or loss < self.loss or not self._config.load_best_model_at_end:
+            self.loss = loss
+            if self._config.load_best_model_at_end:
+                self._weights = [p.detach().clone() for p in tuned.parameters()]
+
+    @torch.no_grad()
+    def restore(self, tuned: Tuned) -> None:
+        """Puts the best weights back."""
+        for parameter, weight in zip(tuned.parameters(), self._weights, strict=False):
+            parameter.copy_(weight)
 
 
 def mixed_precision(model: PreTrainedModel) -> torch.autocast:

@@ -15,11 +15,12 @@ from rankadaptor_plugin.corpus.sequences import IGNORED, TeacherTokens, Training
 from rankadaptor_plugin.recovery.batches import (
     batches,
     check_sequences,
+    forward_logits,
     padded,
     passes,
+    token_loss,
     trained_tokens,
 )
-from rankadaptor_plugin.recovery.losses import forward_logits, token_loss
 
 SIZES = {
     "vocab_size": 60,

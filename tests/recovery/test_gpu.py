@@ -17,8 +17,8 @@ from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.corpus.sequences import IGNORED, Corpus, TrainingSequence
 from rankadaptor_plugin.models.device import peak_memory_bytes
 from rankadaptor_plugin.recovery import training
+from rankadaptor_plugin.recovery.batches import forward_logits
 from rankadaptor_plugin.recovery.fine_tune import recover
-from rankadaptor_plugin.recovery.losses import forward_logits
 
 pytestmark = [
     pytest.mark.gpu,
@@ -126,7 +126,7 @@ def test_too_little_memory_halves_the_pass(make_base, tuned_on, monkeypatch):
     whole = tuned_on(make_base(), settings())
     monkeypatch.setattr(training, "forward_logits", hungry)
     less = tuned_on(make_base(), settings())
-    assert less.micro_batch_size == 2
+    assert less.per_device_train_batch_size == 2
     torch.testing.assert_close(less.losses, whole.losses, rtol=1e-3, atol=1e-3)
 
 

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankadaptor_plugin.corpus.sequences import IGNORED, TeacherTokens, TrainingSequence
-from rankadaptor_plugin.recovery.batches import Pass, padded
-from rankadaptor_plugin.recovery.losses import LEAST, forward_logits, token_loss
+from rankadaptor_plugin.recovery.batches import LEAST, Pass, forward_logits, padded, token_loss
 
 
 def kept(teacher_logits, k, temperature=1.0):

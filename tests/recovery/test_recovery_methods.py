@@ -25,9 +25,15 @@ from rankadaptor_plugin.recovery.adapters import (
     bare_model,
     weight_of,
 )
-from rankadaptor_plugin.recovery.batches import batches, padded, passes, trained_tokens
+from rankadaptor_plugin.recovery.batches import (
+    batches,
+    forward_logits,
+    padded,
+    passes,
+    token_loss,
+    trained_tokens,
+)
 from rankadaptor_plugin.recovery.files import load
-from rankadaptor_plugin.recovery.losses import forward_logits, token_loss
 from rankadaptor_plugin.recovery.methods.methods import (
     METHODS,
     Method,

@@ -12,8 +12,13 @@ from transformers import GemmaConfig, LlamaConfig
 from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.corpus.sequences import IGNORED, Corpus, TrainingSequence
 from rankadaptor_plugin.recovery import teacher as teacher_module
-from rankadaptor_plugin.recovery.batches import padded, trained_tokens
-from rankadaptor_plugin.recovery.losses import LEAST, forward_logits, token_loss
+from rankadaptor_plugin.recovery.batches import (
+    LEAST,
+    forward_logits,
+    padded,
+    token_loss,
+    trained_tokens,
+)
 from rankadaptor_plugin.recovery.teacher import LiveTeacher, check_teacher, with_teacher
 
 SIZE = 40  # tokens of the vocabulary

@@ -18,9 +18,8 @@ from rankadaptor_plugin.models.structures import decoder_layers
 from rankadaptor_plugin.recovery import adapters
 from rankadaptor_plugin.recovery.methods.adalora import AdaLora
 from rankadaptor_plugin.recovery.methods.eva import attach_eva
-from rankadaptor_plugin.recovery.methods.lora_fa import train_up_only
 from rankadaptor_plugin.recovery.methods.pissa import start_from_principal
-from rankadaptor_plugin.recovery.methods.tuning import Tuning
+from rankadaptor_plugin.recovery.methods.tuning import Tuning, train_up_only
 from rankadaptor_plugin.recovery.slots import module_ranks
 
 if TYPE_CHECKING:
