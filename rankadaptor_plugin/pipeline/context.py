@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a recovery stage knows for the report, plain values only.
+    """Part of the report that a recovery stage knows, plain values only.
 
     A field that `rankadaptor_plugin.report.schema.ReportData` has too is explained there; what is
     left out was not done.
@@ -76,7 +76,7 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class Recovered:
-    """What a recovery stage hands back.
+    """Result of a recovery stage.
 
     Attributes:
         adapter: PEFT folder of the delivered adapter.

@@ -71,7 +71,7 @@ _EQUAL = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class StageResults:
-    """What the steps of the recovery stage came to.
+    """Results of the steps of the recovery stage.
 
     Attributes:
         search: The search.
@@ -263,7 +263,7 @@ def _search_method(config: RunConfig) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What the run itself measured, around the recovery stage.
+    """Measurements of the run itself, around the recovery stage.
 
     Attributes:
         scores: Scores on the report documents, by model.

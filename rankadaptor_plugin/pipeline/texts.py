@@ -48,7 +48,7 @@ Decoding = Literal["greedy", "sampled"]
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What a model is to go on from.
+    """Beginning of a text, which a model continues.
 
     Attributes:
         kind: ``article``, ``steps`` or any other word.
@@ -87,7 +87,7 @@ class Sample:
     """One text.
 
     Attributes:
-        prompt: What it goes on from, as given, even if the model read only the end of it.
+        prompt: The prompt, whole even if the model read only the end of it.
         decoding: ``greedy`` or ``sampled``.
         text: The continuation, special tokens included, without the end of text.
         tokens: Its token ids.

@@ -1,4 +1,4 @@
-"""What a person sees while a run works: stage, progress, trials so far, time left.
+"""Progress of a run on the terminal: stage, trials so far, time left.
 
 On a terminal a live table and a bar; elsewhere one plain line per stage and trial.
 """
@@ -31,7 +31,7 @@ _COLUMNS: dict[str, Literal["left", "right"]] = {
 
 
 class Progress:
-    """A plugin that shows progress; used as a context manager around a run.
+    """Plugin that shows progress; used as a context manager around a run.
 
     Args:
         console: Where to write.
@@ -88,7 +88,7 @@ class Progress:
         """Takes over the trials of earlier sessions."""
         self._trials.extend(trials)
         if self._live is None:
-            self._print(f"going on after {len(trials)} finished trials")
+            self._print(f"resuming after {len(trials)} finished trials")
 
     @hookimpl
     def rankadaptor_after_trial(self, trial: Trial) -> None:

@@ -16,7 +16,7 @@ them; the ends are no further than the metric can be."""
 
 
 class Verdict(TypedDict):
-    """What came out.
+    """The outcome.
 
     Attributes:
         sentence: What `rankadaptor_plugin.report.words.verdict_sentence` returned.
@@ -45,7 +45,7 @@ class Parameters(TypedDict):
 
 
 class Footprint(TypedDict):
-    """What a model costs, as `rankadaptor_plugin.models.footprint.Footprint` counts it.
+    """Cost of a model, as `rankadaptor_plugin.models.footprint.Footprint` counts it.
 
     Attributes:
         parameters: Number of parameters.
@@ -61,14 +61,14 @@ class Footprint(TypedDict):
 
 
 class Objective(TypedDict):
-    """What the search maximized: a metric, of the ``mean`` over the tasks or of one task."""
+    """Objective of the search: a metric, of the ``mean`` over the tasks or of one task."""
 
     metric: str
     target: str
 
 
 class SearchSummary(TypedDict):
-    """How the search went: why it stopped, and numbers of trials by how they ended."""
+    """Course of the search: why it stopped, and numbers of trials by how they ended."""
 
     stop_reason: str
     n_startup_trials: int
@@ -108,7 +108,7 @@ class Confirm(TypedDict):
 
 
 class Cost(TypedDict):
-    """What the run took, in seconds and bytes.
+    """Cost of the run, in seconds and bytes.
 
     Attributes:
         stages: Seconds by stage.
@@ -171,7 +171,7 @@ class ReportData(TypedDict):
     """All of report.json.
 
     Attributes:
-        verdict: What came out.
+        verdict: The outcome.
         tasks: Task names in the order of the tables. None may be called ``mean``.
         metrics: Metrics on the report documents; the first decides the verdict.
         scores: Column by model: ``base``, ``pruned``, ``uniform`` (the even ranks of equal size
