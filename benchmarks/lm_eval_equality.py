@@ -66,7 +66,7 @@ PACKAGES = ("torch", "transformers", "peft", "lm-eval", "torch-pruning")
 BENCHMARKS = (
     *("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
 )
-WHOLE = PruneConfig(ratio=0.5, keep_first=0, keep_last=0, importance="magnitude")
+WHOLE = PruneConfig(pruning_ratio=0.5, keep_first=0, keep_last=0, importance="magnitude")
 
 
 def copy_rows(data: Path, folder: Path, count: int = 0) -> None:

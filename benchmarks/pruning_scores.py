@@ -50,7 +50,7 @@ DEPTH = {
 CASES = {
     **{("width", name): (prune_width, changes) for name, changes in WIDTH.items()},
     **{
-        ("width, global", name): (prune_width, {"ranking": "global", **changes})
+        ("width, global", name): (prune_width, {"global_pruning": True, **changes})
         for name, changes in WIDTH.items()
     },
     **{("channel", name): (prune_channel, changes) for name, changes in WIDTH.items()},
@@ -93,7 +93,7 @@ def main() -> None:
             torch.manual_seed(seed)
             share = {} if method == "channel" else {"ratio_of": "parameters"}
             config = PruneConfig(
-                ratio=options.ratio,
+                pruning_ratio=options.ratio,
                 keep_first=options.keep_first,
                 keep_last=options.keep_last,
                 **share,
@@ -123,7 +123,7 @@ def main() -> None:
     result = {
         "date": date.today().isoformat(),
         "model": options.model.name,
-        "ratio": options.ratio,
+        "pruning_ratio": options.ratio,
         "seeds": options.seeds,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -256,7 +256,9 @@ def pruned_model(
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     first, last = (1, 1) if shape is TINY else (4, 2)
-    settings = PruneConfig(importance="random", ratio=0.25, keep_first=first, keep_last=last)
+    settings = PruneConfig(
+        importance="random", pruning_ratio=0.25, keep_first=first, keep_last=last
+    )
     pruned: PreTrainedModel = prune_width(model.eval(), tiny_tokenizer(), [], settings).model
     return pruned.requires_grad_(False)
 

@@ -53,35 +53,35 @@ class PruneConfig:
         "Taylor term per weight: first, second, mix (paper, equation 2), or vectorize",
         choices=("first", "second", "mix", "vectorize"),
     )
-    reduction: str = _f(
+    group_reduction: str = _f(
         "sum",
         "from the scores of a unit's matrices to one: sum, mean, max, or first",
         choices=("sum", "mean", "max", "first"),
+        aliases=("reduction",),
     )
-    ratio: float = _f(0.5, "share to remove, between 0 and 1", above=0.0, below=1.0)
+    pruning_ratio: float = _f(
+        0.5, "share to remove, between 0 and 1", above=0.0, below=1.0, aliases=("ratio", "sparsity")
+    )
     ratio_of: str = _f(
         "units",
-        "the ratio is a share of the units in the layer range, or of all parameters of the model",
+        "pruning_ratio counts the units in the layer range, or all parameters of the model",
         choices=("units", "parameters"),
     )
-    ranking: str = _f(
-        "layer",
-        "layer: every layer loses the same share; global: units compete across layers",
-        choices=("layer", "global"),
+    global_pruning: bool = _f(
+        False,
+        "units compete across layers; false: every layer loses the same share",
+        aliases=("ranking",),
     )
-    floor: float = _f(0.0, "global ranking: least share of a layer's units removed", low=0.0)
-    ceiling: float = _f(
-        0.9, "global ranking: most share of a layer's units removed", low=0.0, below=1.0
+    max_pruning_ratio: float = _f(
+        0.9,
+        "global_pruning: most that a layer may lose of its units",
+        above=0.0,
+        below=1.0,
+        aliases=("ceiling",),
     )
-    blocks: int = _f(0, "depth: number of blocks to remove; 0 takes the ratio", low=0)
+    blocks: int = _f(0, "depth: number of blocks to remove; 0 takes pruning_ratio", low=0)
     round_to: int = _f(
         1, "round what stays to a multiple of this: MLP channels, or the hidden size", low=1
-    )
-    if_emptied: str = _f(
-        "clamp",
-        "the ratio asks for the last unit of a layer, or more than floor and ceiling allow: "
-        "clamp (with a warning), or refuse",
-        choices=("clamp", "refuse"),
     )
     keep_first: int = _f(4, "layers at the bottom that are not pruned (paper: 4 of 32)", low=0)
     keep_last: int = _f(2, "layers at the top that are not pruned (paper: 2 of 32)", low=0)
@@ -90,13 +90,6 @@ class PruneConfig:
     )
     calibration_samples: int = _f(10, "calibration sequences (paper: 10 or 50)", low=1)
     calibration_tokens: int = _f(64, "tokens per calibration sequence", low=2)
-
-    def __post_init__(self) -> None:
-        if not self.floor <= self.ceiling:
-            raise ConfigError(
-                f"[prune] floor {self.floor:g} is above ceiling {self.ceiling:g}. Lower floor or "
-                "raise ceiling."
-            )
 
     def layers(self, count: int) -> range:
         """Returns the layers that are pruned of a model with so many.

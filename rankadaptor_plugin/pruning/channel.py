@@ -21,10 +21,10 @@ from rankadaptor_plugin.pruning.cutting import (
     importance_lost,
     note_unused,
     provenance,
-    refuse_or_warn,
     remove,
     rounded,
     set_hidden_size,
+    warn_of_too_much,
 )
 from rankadaptor_plugin.pruning.importance import unit_scores
 
@@ -53,29 +53,28 @@ def prune_channel(
         model: The base model, of a Llama-type family.
         tokenizer: Its tokenizer.
         samples: Calibration sequences, each of shape (t,), int64.
-        config: The ``[prune]`` table; the range of layers and the ranking are not used.
+        config: The ``[prune]`` table; the range of layers is not used.
 
     Raises:
-        ConfigError: If the importance is unknown, or no channel would be left and ``if_emptied``
-            is ``"refuse"``.
+        ConfigError: If the importance is unknown, or nothing would be removed.
         UnsupportedModelError: If the model is not supported.
         CorpusError: If the calibration sequences cannot be used.
         RankAdaptorError: If a weight or a gradient is not finite.
     """
-    note_unused(config, "ranking", "floor", "ceiling", "blocks")
+    note_unused(config, "global_pruning", "max_pruning_ratio", "blocks")
     units = hidden_units(model)
     hidden = model.config.hidden_size
-    kept = rounded(max(1, int(hidden * (1 - config.ratio) + 1e-9)), config.round_to, hidden)
-    if int(hidden * (1 - config.ratio) + 1e-9) < 1:
-        refuse_or_warn(
-            f"[prune] ratio {config.ratio:g} would remove all {hidden} hidden channels",
+    kept = rounded(max(1, int(hidden * (1 - config.pruning_ratio) + 1e-9)), config.round_to, hidden)
+    if int(hidden * (1 - config.pruning_ratio) + 1e-9) < 1:
+        warn_of_too_much(
+            f"[prune] pruning_ratio {config.pruning_ratio:g} would remove all {hidden} hidden "
+            "channels",
             f"{kept} stay",
-            config,
         )
     if kept == hidden:
         raise ConfigError(
-            f"[prune] ratio {config.ratio:g} removes no hidden channel once they are rounded to "
-            f"multiples of {config.round_to}. Raise ratio or lower round_to."
+            f"[prune] pruning_ratio {config.pruning_ratio:g} removes no hidden channel once they "
+            f"are rounded to multiples of {config.round_to}. Raise it or lower round_to."
         )
     base_config = copy.deepcopy(model.config)
     # A layer's own scores of the channels only say what it loses; the sums over layers decide.

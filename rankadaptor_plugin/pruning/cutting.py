@@ -17,7 +17,7 @@ import torch_pruning as tp  # noqa: TC002
 from torch_pruning.dependency import index_mapping
 
 from rankadaptor_plugin.config.tables import PruneConfig
-from rankadaptor_plugin.core.errors import ConfigError, UnsupportedModelError
+from rankadaptor_plugin.core.errors import UnsupportedModelError
 from rankadaptor_plugin.models.modeling_rankadaptor import take
 from rankadaptor_plugin.models.pruned_model import IMPORTANCE_LOST, PrunedModel
 from rankadaptor_plugin.models.structures import decoder_layers, set_config, structure_of
@@ -63,14 +63,8 @@ def importance_lost(
     return {IMPORTANCE_LOST: [min(share, 1.0) for share in shares]}
 
 
-def refuse_or_warn(problem: str, remedy: str, config: PruneConfig) -> None:
-    """Ends the run, or goes on with a warning, where a setting asks for too much.
-
-    Raises:
-        ConfigError: If the run file says so.
-    """
-    if config.if_emptied == "refuse":
-        raise ConfigError(f'{problem}. Lower it, or set if_emptied = "clamp".')
+def warn_of_too_much(problem: str, remedy: str) -> None:
+    """Warns where a setting asks for more than a layer can lose."""
     log.warning("%s; %s. Lower it to prune as asked.", problem, remedy)
 
 

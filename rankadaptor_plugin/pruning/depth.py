@@ -69,7 +69,7 @@ def prune_depth(
         CorpusError: If the calibration sequences cannot be used.
         RankAdaptorError: If a weight or a score is not finite.
     """
-    note_unused(config, "ranking", "floor", "ceiling", "round_to", "reduction")
+    note_unused(config, "global_pruning", "max_pruning_ratio", "round_to", "group_reduction")
     check_removable(model)
     check_loaded(model)
     layer_units(model)  # before the scores are paid for, see whether the matrices are sound
@@ -196,12 +196,12 @@ def _count(model: PreTrainedModel, span: range, config: PruneConfig) -> int:
     if config.blocks:
         asked, wish = config.blocks, f"blocks {config.blocks}"
     else:
-        share, wish = config.ratio * len(span), f"ratio {config.ratio:g}"
+        share, wish = config.pruning_ratio * len(span), f"pruning_ratio {config.pruning_ratio:g}"
         if config.ratio_of == "parameters":
             wish += " of all parameters"
             own = sum(w.numel() for index in span for w in blocks[index].parameters())
             everything = sum(weight.numel() for weight in model.parameters())
-            share = config.ratio * everything / own * len(span)
+            share = config.pruning_ratio * everything / own * len(span)
         asked = max(round(share), 1)
     if asked > len(span):
         raise ConfigError(
@@ -210,7 +210,7 @@ def _count(model: PreTrainedModel, span: range, config: PruneConfig) -> int:
         )
     if asked < len(blocks):
         return asked
-    if config.if_emptied == "refuse" or len(blocks) == 1:
+    if len(blocks) == 1:
         raise ConfigError(
             f"[prune] {wish} means all {len(blocks)} blocks of the model. Lower it, or raise "
             "keep_first or keep_last."

@@ -41,8 +41,9 @@ def unit_scores(
 ) -> list[torch.Tensor]:
     """Scores units; higher means more important.
 
-    A unit's score in one matrix is the sum over its weights there, and ``config.reduction`` makes
-    one score of those of all its matrices. What a weight w scores, ``config.importance`` says:
+    A unit's score in one matrix is the sum over its weights there, and ``config.group_reduction``
+    makes one score of those of all its matrices. What a weight w scores, ``config.importance``
+    says:
 
     - "taylor": by ``config.taylor``. The loss is the mean over the sequences of their mean
       next-token loss, g its gradient, g_j that of sequence j's own mean loss. "first": abs(g w).
@@ -84,7 +85,7 @@ def unit_scores(
             "depends on all of its layers."
         )
     _check_finite(model, lines, config.importance)
-    return [_reduced(units, lines, config.reduction) for units in kinds]
+    return [_reduced(units, lines, config.group_reduction) for units in kinds]
 
 
 def _taylor(
@@ -166,7 +167,7 @@ _REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 _CHOICES = {
     "importance": sorted([*_MEASURES, "random"]),
     "taylor": ["first", "mix", "second", "vectorize"],
-    "reduction": sorted(_REDUCTIONS),
+    "group_reduction": sorted(_REDUCTIONS),
 }
 
 

@@ -8,7 +8,6 @@ or the units of one kind compete across layers.
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,9 +20,9 @@ from rankadaptor_plugin.pruning.cutting import (
     importance_lost,
     note_unused,
     provenance,
-    refuse_or_warn,
     remove,
     rounded,
+    warn_of_too_much,
 )
 from rankadaptor_plugin.pruning.importance import unit_scores
 
@@ -77,8 +76,8 @@ def prune_width(
         config: The ``[prune]`` table.
 
     Raises:
-        ConfigError: If no layer is left to prune, the importance is unknown, or the ratio cannot
-            be had and ``if_emptied`` is ``"refuse"``.
+        ConfigError: If no layer is left to prune, the importance is unknown, or nothing would
+            be removed.
         UnsupportedModelError: If the model is not supported.
         CorpusError: If the calibration sequences cannot be used.
         RankAdaptorError: If a weight or a gradient is not finite.
@@ -87,7 +86,7 @@ def prune_width(
     kinds = prunable(model, config)
     ratio = unit_ratio(kinds, sum(p.numel() for p in model.parameters()), config)
     # Both say what is wrong before the scores are paid for.
-    is_global = config.ranking == "global"
+    is_global = config.global_pruning
     counts = [] if is_global else layer_counts(kinds, ratio, config)
     totals = global_totals(kinds, ratio, config) if is_global else {}
     scores = unit_scores(model, [kind.units for kind in kinds], samples, config)
@@ -95,8 +94,10 @@ def prune_width(
         counts = _global_counts(kinds, scores, totals, config)
     if not any(counts):
         raise ConfigError(
-            f"[prune] ratio {config.ratio:g} removes nothing with ceiling {config.ceiling:g} and "
-            f"round_to {config.round_to}. Raise ratio or ceiling, or lower round_to."
+            f"[prune] pruning_ratio {config.pruning_ratio:g} removes nothing with "
+            "max_pruning_ratio "
+            f"{config.max_pruning_ratio:g} and round_to {config.round_to}. Raise one of the two "
+            "ratios, or lower round_to."
         )
     parts = []
     for kind, score, count in zip(kinds, scores, counts, strict=True):
@@ -153,44 +154,39 @@ def unit_ratio(kinds: Sequence[Kind], total: int, config: PruneConfig) -> float:
         config: The ``[prune]`` table.
     """
     if config.ratio_of == "units":
-        return config.ratio
+        return config.pruning_ratio
     low, high = 0.0, 1.0
     for _ in range(40):  # halves the interval below what a single channel makes out
         middle = (low + high) / 2
-        if share_removed(kinds, total, middle, config) < config.ratio:
+        if share_removed(kinds, total, middle, config) < config.pruning_ratio:
             low = middle
         else:
             high = middle
     return min(
-        (low, high), key=lambda r: abs(share_removed(kinds, total, r, config) - config.ratio)
+        (low, high),
+        key=lambda r: abs(share_removed(kinds, total, r, config) - config.pruning_ratio),
     )
 
 
 def share_removed(kinds: Sequence[Kind], total: int, ratio: float, config: PruneConfig) -> float:
     """Returns the share of all parameters that go with a share of the units."""
-    if config.ranking == "layer":
+    if not config.global_pruning:
         return sum(_layer_count(kind, ratio, config) * kind.cost for kind in kinds) / total
     removed = 0.0
     for own in _by_name(kinds).values():
-        limits = [_limits(kind, config) for kind in own]
-        count = min(max(_wanted(own, ratio), sum(x for x, _ in limits)), sum(x for _, x in limits))
+        count = min(_wanted(own, ratio), sum(_most(kind, config) for kind in own))
         removed += count * sum(kind.cost for kind in own) / len(own)
     return removed / total
 
 
 def layer_counts(kinds: Sequence[Kind], ratio: float, config: PruneConfig) -> list[int]:
-    """Returns how many units of each kind go where all layers lose the same share.
-
-    Raises:
-        ConfigError: If that would be all units of a layer, and ``if_emptied`` is ``"refuse"``.
-    """
+    """Returns how many units of each kind go where all layers lose the same share."""
     emptied = next((kind for kind in kinds if _kept(kind.count, ratio) < 1), None)
     if emptied:
-        refuse_or_warn(
-            f"[prune] ratio {config.ratio:g} would remove the last {emptied.name} of layer "
-            f"{emptied.layer}",
+        warn_of_too_much(
+            f"[prune] pruning_ratio {config.pruning_ratio:g} would remove the last "
+            f"{emptied.name} of layer {emptied.layer}",
             "one is kept",
-            config,
         )
     counts = [_layer_count(kind, ratio, config) for kind in kinds]
     for kind, count in zip(kinds, counts, strict=True):
@@ -206,26 +202,18 @@ def layer_counts(kinds: Sequence[Kind], ratio: float, config: PruneConfig) -> li
 
 
 def global_totals(kinds: Sequence[Kind], ratio: float, config: PruneConfig) -> dict[str, int]:
-    """Returns how many units of each kind go over all layers where they compete.
-
-    Raises:
-        ConfigError: If floor or ceiling forbid it, and ``if_emptied`` is ``"refuse"``.
-    """
+    """Returns how many units of each kind go over all layers where they compete."""
     totals = {}
     for name, own in _by_name(kinds).items():
-        limits = [_limits(kind, config) for kind in own]
-        least, most = sum(low for low, _ in limits), sum(high for _, high in limits)
+        most = sum(_most(kind, config) for kind in own)
         wanted, count = _wanted(own, ratio), sum(kind.count for kind in own)
-        what = f"[prune] ratio {config.ratio:g} asks for {wanted} of {count} {name}s"
         if wanted > most:
-            refuse_or_warn(
-                f"{what}, more than ceiling {config.ceiling:g} allows", f"{most} go", config
+            warn_of_too_much(
+                f"[prune] pruning_ratio {config.pruning_ratio:g} asks for {wanted} of {count} "
+                f"{name}s, more than max_pruning_ratio {config.max_pruning_ratio:g} allows",
+                f"{most} go",
             )
-        if wanted < least:
-            refuse_or_warn(
-                f"{what}, fewer than floor {config.floor:g} demands", f"{least} go", config
-            )
-        totals[name] = min(max(wanted, least), most)
+        totals[name] = min(wanted, most)
     return totals
 
 
@@ -239,16 +227,14 @@ def _global_counts(
 
     Scores are compared as they are: a loss that changes by as much counts the same everywhere.
     """
-    counts = [_limits(kind, config)[0] for kind in kinds]
+    counts = [0] * len(kinds)
     for name, total in totals.items():
         own = [i for i, kind in enumerate(kinds) if kind.name == name]
         queue = []
         for i in own:
-            least, most = _limits(kinds[i], config)
-            queue += [
-                (score, i) for score in scores[i].sort(stable=True).values[least:most].tolist()
-            ]
-        for _, i in sorted(queue)[: total - sum(counts[i] for i in own)]:
+            lowest = scores[i].sort(stable=True).values[: _most(kinds[i], config)]
+            queue += [(score, i) for score in lowest.tolist()]
+        for _, i in sorted(queue)[:total]:
             counts[i] += 1
     return [
         kind.count - _rounded_within(kind, kind.count - count, config)
@@ -260,10 +246,9 @@ def _by_name(kinds: Sequence[Kind]) -> dict[str, list[Kind]]:
     return {name: [k for k in kinds if k.name == name] for name in {k.name: None for k in kinds}}
 
 
-def _limits(kind: Kind, config: PruneConfig) -> tuple[int, int]:
-    """Returns the least and the most units of one kind that a global ranking may remove."""
-    most = min(int(kind.count * config.ceiling + _TINY), kind.count - 1)
-    return min(math.ceil(kind.count * config.floor - _TINY), most), most
+def _most(kind: Kind, config: PruneConfig) -> int:
+    """Returns the most units of a kind that a layer may lose to global pruning."""
+    return min(int(kind.count * config.max_pruning_ratio + _TINY), kind.count - 1)
 
 
 def _wanted(kinds: Sequence[Kind], ratio: float) -> int:
@@ -281,12 +266,12 @@ def _kept(count: int, ratio: float) -> int:
 
 
 def _rounded_within(kind: Kind, kept: int, config: PruneConfig) -> int:
-    """Rounds to the nearest multiple that floor and ceiling allow, if there is one."""
-    least, most = _limits(kind, config)
+    """Rounds to the nearest multiple that leaves enough units, if there is one."""
+    least = kind.count - _most(kind, config)
     if kind.name != CHANNEL:
         return kept
     steps = range(config.round_to, kind.count + 1, config.round_to)
-    allowed = [count for count in steps if kind.count - most <= count <= kind.count - least]
+    allowed = [count for count in steps if count >= least]
     return min(allowed, key=lambda count: abs(count - kept), default=kept)
 
 

@@ -211,7 +211,9 @@ class FamilyConformance:
                 lines = member.weight if member.side == "out" else member.weight.T
                 lines[removed] *= 1e-3  # so that they are the least important
         reference = without_channels(model, removed)
-        config = PruneConfig(method="channel", importance="magnitude", ratio=len(removed) / hidden)
+        config = PruneConfig(
+            method="channel", importance="magnitude", pruning_ratio=len(removed) / hidden
+        )
         pruned = prune_channel(model, tiny_tokenizer(), [], config)
         assert pruned.shape.hidden == hidden - len(removed)
         _check_close(logits_of(pruned.model), logits_of(reference))

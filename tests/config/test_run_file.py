@@ -46,11 +46,14 @@ REFUSED = [
     ("seed = 4294967296", "seed is 4294967296; it must be at most 2147483647. Lower it."),
     ("model = 1", 'model is 1; it must be text in quotes, as in "text".'),
     ("trust_remote_code = 1", "trust_remote_code is 1; it must be true or false."),
-    ("[prune]\nratio = true", "prune.ratio is True; it must be a number."),
-    ('[prune]\nratio = "half"', "prune.ratio is 'half'; it must be a number."),
-    ("[prune]\nratio = nan", "prune.ratio is nan; it must be a finite number. Change it."),
-    ("[prune]\nratio = 1", "prune.ratio is 1.0; it must be less than 1. Lower it."),
-    ("[prune]\nratio = 0", "prune.ratio is 0.0; it must be more than 0. Raise it."),
+    ("[prune]\npruning_ratio = true", "prune.pruning_ratio is True; it must be a number."),
+    ('[prune]\npruning_ratio = "half"', "prune.pruning_ratio is 'half'; it must be a number."),
+    (
+        "[prune]\npruning_ratio = nan",
+        "prune.pruning_ratio is nan; it must be a finite number. Change it.",
+    ),
+    ("[prune]\npruning_ratio = 1", "prune.pruning_ratio is 1.0; it must be less than 1. Lower it."),
+    ("[prune]\npruning_ratio = 0", "prune.pruning_ratio is 0.0; it must be more than 0. Raise it."),
     ("[recovery]\nlearning_rate = inf", "recovery.learning_rate is inf; it must be a finite"),
     ("[rank_space]\ncandidates = 8", "rank_space.candidates is 8; it must be a list, as in [1, 2]"),
     ("[rank_space]\ncandidates = [2, -1]", "rank_space.candidates is -1; it must be at least 0."),
@@ -167,8 +170,6 @@ def configs(cls):
         )
         fields["methods"] = further.map(lambda names: ("rankadaptor", *names))
         fields["lora_alpha"] = st.just(0.0)  # beside a searched alpha_over_rank
-    if "floor" in fields:
-        fields["floor"] = st.just(0.0)  # at most the ceiling
     if "device_map" in fields:
         fields["device"] = st.just("auto")  # the only one beside a device map
     if "output" in fields:

@@ -26,21 +26,21 @@ GQA = {
 RUNS = {
     "width, global, mix": (
         *("phi3", GQA),
-        {"importance": "taylor", "taylor": "mix", "ranking": "global", "ratio": 0.4},
+        {"importance": "taylor", "taylor": "mix", "global_pruning": True, "pruning_ratio": 0.4},
     ),
     "width, all parameters, Wanda": (
         *("gpt2", {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_inner": 40}),
-        {"importance": "wanda", "ratio_of": "parameters", "ratio": 0.2},
+        {"importance": "wanda", "ratio_of": "parameters", "pruning_ratio": 0.2},
     ),
     "width, random": (
         *("gpt_neox", {k: v for k, v in GQA.items() if k != "num_key_value_heads"}),
-        {"importance": "random", "ratio": 0.3},
+        {"importance": "random", "pruning_ratio": 0.3},
     ),
     "width, magnitude": (
         *("falcon", {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}),
-        {"importance": "magnitude", "ratio": 0.5, "round_to": 32},
+        {"importance": "magnitude", "pruning_ratio": 0.5, "round_to": 32},
     ),
-    "channel": (*("mistral", GQA), {"method": "channel", "ratio": 0.25}),
+    "channel": (*("mistral", GQA), {"method": "channel", "pruning_ratio": 0.25}),
     "depth, perplexity": (
         *("qwen3", {**GQA, "head_dim": 8}),
         {"method": "depth", "importance": "ppl", "blocks": 1, "keep_first": 1},

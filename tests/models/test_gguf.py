@@ -38,7 +38,7 @@ def merged(tmp_path_factory, make_llama, make_tokenizer):
     """The merged export of a Llama of six layers that has lost three."""
     run = tmp_path_factory.mktemp("gguf")
     settings = PruneConfig(
-        method="depth", importance="magnitude", ratio=0.5, keep_first=0, keep_last=0
+        method="depth", importance="magnitude", pruning_ratio=0.5, keep_first=0, keep_last=0
     )
     model = make_llama(num_hidden_layers=6)
     pruned = prune_depth(model, make_tokenizer(), [TOKENS[0]], settings)

@@ -63,7 +63,7 @@ def made(tmp_path_factory, make_llama, make_tokenizer):
     cut(both)
     pruned = PrunedModel.of(both, tokenizer, base_config=base_config, kept_layers=(1, 3))
     keep("both", both, pruned.save)
-    settings = PruneConfig(method="channel", importance="random", ratio=0.25)
+    settings = PruneConfig(method="channel", importance="random", pruning_ratio=0.25)
     narrow = prune_channel(stock(), tokenizer, [torch.arange(3, 12)], settings)
     keep("narrow", narrow.model, narrow.save)
     gpt2 = GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=4)

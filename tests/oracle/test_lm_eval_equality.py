@@ -85,7 +85,7 @@ def with_adapter(base):
 @pytest.fixture(scope="module", params=MODELS)
 def model(request, base, tokenizer, samples):
     if request.param == "width":
-        config = PruneConfig(ranking="global", ratio=0.4, **PRUNE)
+        config = PruneConfig(global_pruning=True, pruning_ratio=0.4, **PRUNE)
         pruned = prune_width(copy.deepcopy(base), tokenizer, samples, config)
         assert len(set(pruned.widths)) > 2
         return pruned.model.eval()

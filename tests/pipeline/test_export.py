@@ -112,7 +112,7 @@ def runs(tmp_path_factory, make_llama, make_tokenizer):
     register_family(Structure(model_type="olmo2", norms=norms, prunable_heads=False))
     stock = make_llama(num_hidden_layers=4)
     settings = PruneConfig(
-        method="depth", importance="magnitude", ratio=0.5, keep_first=1, keep_last=0
+        method="depth", importance="magnitude", pruning_ratio=0.5, keep_first=1, keep_last=0
     )
     pruned = {
         "llama": cut(make_llama(num_hidden_layers=3), tokenizer),

@@ -346,14 +346,14 @@ def test_unusable_sequences_are_refused(make_tokenizer):
     [
         ({"blocks": 1}, 1),
         ({"blocks": 3}, 3),
-        ({"ratio": 0.01}, 1),
-        ({"ratio": 0.5}, 2),  # of 4 in the range
-        ({"ratio": 0.6}, 2),
-        ({"ratio": 0.7}, 3),
-        ({"ratio": 0.99}, 4),
-        ({"ratio": 0.01, "ratio_of": "parameters"}, 1),
-        ({"ratio": 0.4, "ratio_of": "parameters"}, 2),
-        ({"ratio": 0.5, "ratio_of": "parameters"}, 3),
+        ({"pruning_ratio": 0.01}, 1),
+        ({"pruning_ratio": 0.5}, 2),  # of 4 in the range
+        ({"pruning_ratio": 0.6}, 2),
+        ({"pruning_ratio": 0.7}, 3),
+        ({"pruning_ratio": 0.99}, 4),
+        ({"pruning_ratio": 0.01, "ratio_of": "parameters"}, 1),
+        ({"pruning_ratio": 0.4, "ratio_of": "parameters"}, 2),
+        ({"pruning_ratio": 0.5, "ratio_of": "parameters"}, 3),
     ],
 )
 def test_so_many_blocks_go(changes, count, samples, make_tokenizer):
@@ -368,7 +368,10 @@ def test_so_many_blocks_go(changes, count, samples, make_tokenizer):
     ("changes", "message"),
     [
         ({"blocks": 4}, "blocks 4 means 4 blocks, but only 3 of 5 may go"),
-        ({"ratio": 0.99, "ratio_of": "parameters"}, "means 6 blocks, but only 3 of 5 may go"),
+        (
+            {"pruning_ratio": 0.99, "ratio_of": "parameters"},
+            "means 6 blocks, but only 3 of 5 may go",
+        ),
         ({"keep_first": 3, "keep_last": 2}, "leave none of the 5 layers"),
         ({"keep_first": 9}, "leave none of the 5 layers"),
         ({"importance": "wanda"}, 'unknown for method = "depth". Use one of: magnitude, ppl, rand'),
@@ -384,14 +387,12 @@ def test_what_depth_cannot_do_is_refused(changes, message, samples, make_tokeniz
     assert len(block_list(model)) == BLOCKS
 
 
-@pytest.mark.parametrize("asked", [{"blocks": 5}, {"ratio": 0.95}])
-def test_the_last_block_stays_or_all_is_refused(asked, samples, make_tokenizer, caplog):
+@pytest.mark.parametrize("asked", [{"blocks": 5}, {"pruning_ratio": 0.95}])
+def test_the_last_block_stays(asked, samples, make_tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         scores, removed = scores_of(tiny(), samples, make_tokenizer(), **asked)
     assert "the most important one is kept" in caplog.text
     assert set(range(BLOCKS)) - set(removed) == {scores.index(max(scores))}
-    with pytest.raises(ConfigError, match="means all 5 blocks of the model"):
-        scores_of(tiny(), samples, make_tokenizer(), if_emptied="refuse", **asked)
     with pytest.raises(ConfigError, match="means all 1 blocks of the model"):
         scores_of(tiny(num_hidden_layers=1), samples, make_tokenizer(), blocks=1)
 

@@ -155,8 +155,8 @@ def samples() -> list[torch.Tensor]:
     return [torch.randint(0, 96, (t,), generator=generator) for t in (12, 5, 9)]
 
 
-def settings(importance="taylor", taylor="first", reduction="sum") -> PruneConfig:
-    return PruneConfig(importance=importance, taylor=taylor, reduction=reduction)
+def settings(importance="taylor", taylor="first", group_reduction="sum") -> PruneConfig:
+    return PruneConfig(importance=importance, taylor=taylor, group_reduction=group_reduction)
 
 
 def lines_of(member, elements):
@@ -301,7 +301,7 @@ def test_a_use_without_effect_on_the_loss_does_not_count(samples):
 def test_reductions(reduction, samples):
     model = tiny()
     kinds = llama_units(model)
-    found = unit_scores(model, kinds, samples, settings(taylor="mix", reduction=reduction))
+    found = unit_scores(model, kinds, samples, settings(taylor="mix", group_reduction=reduction))
     same(found, naive_taylor(model, kinds, samples, "mix", reduction))
 
 
@@ -577,7 +577,10 @@ def test_tokens_in_another_arrangement_are_an_error(samples):
         ({"importance": "magic"}, r'importance "magic" is unknown. Use one of: magnitude, random,'),
         ({"importance": "ppl"}, r'"ppl" is unknown for other methods than "depth". Use one of: m'),
         ({"taylor": "third"}, r'taylor "third" is unknown. Use one of: first, mix, second, vec'),
-        ({"reduction": "prod"}, r'reduction "prod" is unknown. Use one of: first, max, mean, sum'),
+        (
+            {"group_reduction": "prod"},
+            r'group_reduction "prod" is unknown. Use one of: first, max, mean, sum',
+        ),
     ],
 )
 def test_unknown_names_are_errors(changes, message, samples):

@@ -95,7 +95,10 @@ def test_the_least_important_units_go(changes, importance, tmp_path):
     assert pruned.widths[2] == LayerWidths(2, groups // 2, 12)
     assert (logits(pruned.model) - logits(masked)).abs().max() < 1e-5
     assert pruned.base_parameters == masked.num_parameters()
-    assert (pruned.provenance["ratio"], pruned.provenance["importance"]) == (0.5, importance)
+    assert (pruned.provenance["pruning_ratio"], pruned.provenance["importance"]) == (
+        0.5,
+        importance,
+    )
     frozen = [name for name, p in pruned.model.named_parameters() if not p.requires_grad]
     assert frozen == ["model.layers.1.mlp.up_proj.weight"]
     pruned.save(tmp_path / "pruned")
@@ -108,7 +111,7 @@ def test_the_least_important_units_go(changes, importance, tmp_path):
     ("ratio", "heads", "channels"), [(0.25, 3, 18), (0.3, 2, 16), (0.1, 3, 21)]
 )
 def test_the_number_removed_is_that_of_llm_pruner(ratio, heads, channels):
-    pruned = prune(tiny(), ratio=ratio, keep_last=0)
+    pruned = prune(tiny(), pruning_ratio=ratio, keep_last=0)
     assert pruned.widths[0] == LayerWidths(4, 4, 24)
     assert set(pruned.widths[1:]) == {LayerWidths(heads, heads, channels)}
 
@@ -138,7 +141,7 @@ def test_the_ratios_of_the_paper_give_its_shares_of_the_model(shape):
     total = footprint(model).parameters
     shares = []
     for ratio in (0.25, 0.32, 0.38, 0.635):
-        config = PruneConfig(ratio=ratio, keep_last=KEEP_LAST.get(shape, 2))
+        config = PruneConfig(pruning_ratio=ratio, keep_last=KEEP_LAST.get(shape, 2))
         cut = copy.deepcopy(model)
         kinds = prunable(cut, config)
         assert [kinds[0].layer, kinds[-1].layer] == ([4, 35] if "13b" in shape else [4, 29])
@@ -156,7 +159,7 @@ def test_the_ratios_of_the_paper_give_its_shares_of_the_model(shape):
 def test_a_share_of_all_parameters_is_hit(shape, share):
     model = on_meta(*SHAPES[shape])
     total = footprint(model).parameters
-    config = PruneConfig(ratio=share, ratio_of="parameters")
+    config = PruneConfig(pruning_ratio=share, ratio_of="parameters")
     kinds = prunable(model, config)
     ratio = unit_ratio(kinds, total, config)
     assert share_removed(kinds, total, ratio, config) == pytest.approx(share, abs=0.005)
@@ -174,7 +177,13 @@ def test_units_compete_across_layers():
     with torch.no_grad():
         for parameter in model.model.layers[1].mlp.parameters():
             parameter *= 0.01  # all of the least important channels lie here
-    pruned = prune(model, ratio=0.3, ranking="global", importance="magnitude", ceiling=0.75)
+    pruned = prune(
+        model,
+        pruning_ratio=0.3,
+        global_pruning=True,
+        importance="magnitude",
+        max_pruning_ratio=0.75,
+    )
     lost = [24 - width.channels for width in pruned.widths]
     assert lost[1] == 18
     assert sum(lost) == 72 - int(72 * 0.7)
@@ -182,34 +191,32 @@ def test_units_compete_across_layers():
     assert sum(4 - width.heads for width in pruned.widths) == 12 - int(12 * 0.7)
 
 
-def test_the_floor_of_a_global_ranking():
-    pruned = prune(tiny(), ratio=0.5, ranking="global", importance="random", floor=0.4, ceiling=0.6)
-    assert all(10 <= 24 - width.channels <= 14 for width in pruned.widths[1:4])
+def test_a_layer_loses_no_more_than_max_pruning_ratio():
+    pruned = prune(
+        tiny(),
+        pruning_ratio=0.5,
+        global_pruning=True,
+        importance="random",
+        max_pruning_ratio=0.6,
+    )
+    assert all(24 - width.channels <= 14 for width in pruned.widths[1:4])
     assert sum(24 - width.channels for width in pruned.widths) == 36
-
-
-def test_a_floor_above_the_ratio_is_said(caplog):
-    with pytest.raises(ConfigError, match=r"asks for 2 of 12 KV groups, fewer than floor 0.5 dem"):
-        prune(tiny(), ratio=0.1, ranking="global", floor=0.5, if_emptied="refuse")
-    prune(tiny(), ratio=0.1, ranking="global", floor=0.5)
-    assert "fewer than floor 0.5 demands; 6 go" in caplog.text
 
 
 @given(
     ratio=st.floats(0.01, 0.99),
-    limits=st.tuples(st.floats(0.0, 0.99), st.floats(0.1, 0.99)).map(sorted),
+    most=st.floats(0.1, 0.99),
     step=st.integers(1, 30),
     heads=st.sampled_from([(4, 4), (4, 2), (1, 1)]),
 )
 @settings(max_examples=25)
-def test_any_global_ranking_leaves_every_layer_something(ratio, limits, step, heads):
+def test_any_global_ranking_leaves_every_layer_something(ratio, most, step, heads):
     model = tiny(num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=8)
     asked = {
-        "ratio": ratio,
-        "ranking": "global",
+        "pruning_ratio": ratio,
+        "global_pruning": True,
         "importance": "random",
-        "floor": limits[0],
-        "ceiling": limits[1],
+        "max_pruning_ratio": most,
         "round_to": step,
     }
     try:
@@ -221,24 +228,23 @@ def test_any_global_ranking_leaves_every_layer_something(ratio, limits, step, he
         assert width.heads * heads[1] == width.kv_heads * heads[0]
         assert 1 <= width.channels <= 24
         lost = 1 - width.channels / 24
-        assert limits[0] - 1 / 24 <= lost <= limits[1] + 1e-9
+        assert lost <= most + 1e-9
 
 
-@pytest.mark.parametrize("ranking", ["layer", "global"])
+@pytest.mark.parametrize("global_pruning", [False, True])
 @pytest.mark.parametrize("share", [0.2, 0.3, 0.5])
-def test_a_share_of_all_parameters_is_hit_in_either_ranking(ranking, share):
+def test_a_share_of_all_parameters_is_hit_in_either_ranking(global_pruning, share):
     model = tiny(num_hidden_layers=8, num_attention_heads=8, head_dim=4, intermediate_size=100)
-    pruned = prune(model, ratio=share, ratio_of="parameters", ranking=ranking, importance="random")
-    step = 4 * 4 * 32 * (6 if ranking == "layer" else 1)  # one head, of every layer or of one
+    pruned = prune(
+        model,
+        pruning_ratio=share,
+        ratio_of="parameters",
+        global_pruning=global_pruning,
+        importance="random",
+    )
+    step = 4 * 4 * 32 * (1 if global_pruning else 6)  # one head, of every layer or of one
     removed = pruned.base_parameters - pruned.parameters
     assert abs(removed - share * pruned.base_parameters) < step
-
-
-def test_rounding_does_not_hide_an_emptied_layer():
-    with pytest.raises(ConfigError, match="the last KV group of layer 1"):
-        prune(tiny(), ratio=0.97, round_to=4, if_emptied="refuse")
-    with pytest.raises(ConfigError, match="the last MLP channel of layer 1"):
-        prune(tiny(num_attention_heads=32, head_dim=4), ratio=0.96, round_to=4, if_emptied="refuse")
 
 
 def test_a_rounding_that_leaves_nothing_to_remove_is_an_error():
@@ -249,10 +255,13 @@ def test_a_rounding_that_leaves_nothing_to_remove_is_an_error():
 
 @pytest.mark.parametrize(
     ("pruner", "keys"),
-    [(prune_width, ["blocks"]), (prune_channel, ["ranking", "floor", "ceiling", "blocks"])],
+    [
+        (prune_width, ["blocks"]),
+        (prune_channel, ["global_pruning", "max_pruning_ratio", "blocks"]),
+    ],
 )
 def test_settings_that_a_method_does_not_use_are_named(pruner, keys, caplog):
-    config = table(importance="random", blocks=2, ranking="global", floor=0.1, ceiling=0.8)
+    config = table(importance="random", blocks=2, global_pruning=True, max_pruning_ratio=0.8)
     pruner(tiny(), TOKENIZER, [], config)
     named = [r.args[0] for r in caplog.records if "is not used by method" in r.msg]
     assert named == keys
@@ -260,36 +269,32 @@ def test_settings_that_a_method_does_not_use_are_named(pruner, keys, caplog):
 
 @pytest.mark.parametrize(("step", "channels"), [(8, 16), (5, 15), (7, 14), (100, 24)])
 def test_channels_are_rounded_to_a_multiple(step, channels, caplog):
-    pruned = prune(tiny(), ratio=0.4, round_to=step)
+    pruned = prune(tiny(), pruning_ratio=0.4, round_to=step)
     assert {width.channels for width in pruned.widths[1:4]} == {channels}
     assert ("round_to 100 leaves all 24 MLP channels of layer 1" in caplog.text) == (step == 100)
 
 
-def test_a_global_ranking_rounds_within_floor_and_ceiling():
-    limits = {"ranking": "global", "floor": 0.2, "ceiling": 0.5, "importance": "random"}
-    pruned = prune(tiny(), ratio=0.4, round_to=8, **limits)
+def test_a_global_ranking_rounds_within_max_pruning_ratio():
+    limits = {
+        "global_pruning": True,
+        "max_pruning_ratio": 0.5,
+        "importance": "random",
+    }
+    pruned = prune(tiny(), pruning_ratio=0.4, round_to=8, **limits)
     assert {width.channels for width in pruned.widths[1:4]} == {16}
-    pruned = prune(tiny(), ratio=0.4, round_to=11, **limits)  # no multiple from 12 to 19
-    assert sum(24 - width.channels for width in pruned.widths) == 72 - int(72 * 0.6)
 
 
-def test_one_unit_is_kept_or_the_ratio_refused(caplog):
+def test_one_unit_is_kept_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
-        pruned = prune(tiny(), ratio=0.97)
+        pruned = prune(tiny(), pruning_ratio=0.97)
     assert pruned.widths[1] == LayerWidths(1, 1, 1)
     assert "would remove the last KV group of layer 1; one is kept" in caplog.text
     assert logits(pruned.model).isfinite().all()
-    model = tiny()
-    with pytest.raises(ConfigError, match=r"the last KV group of layer 1\. Lower it, or set if_em"):
-        prune(model, ratio=0.97, if_emptied="refuse")
-    assert model.num_parameters() == tiny().num_parameters()
 
 
-def test_a_ceiling_in_the_way_of_the_ratio_is_said(caplog):
-    with pytest.raises(ConfigError, match=r"asks for 9 of 12 KV groups, more than ceiling 0.5 al"):
-        prune(tiny(), ratio=0.75, ranking="global", ceiling=0.5, if_emptied="refuse")
-    prune(tiny(), ratio=0.75, ranking="global", ceiling=0.5)
-    assert "more than ceiling 0.5 allows; 6 go" in caplog.text
+def test_a_maximum_in_the_way_of_the_ratio_is_said(caplog):
+    prune(tiny(), pruning_ratio=0.75, global_pruning=True, max_pruning_ratio=0.5)
+    assert "more than max_pruning_ratio 0.5 allows; 6 go" in caplog.text
 
 
 def test_pruning_a_pruned_model_again():
@@ -346,7 +351,7 @@ def test_the_least_important_hidden_channels_go(tied, tmp_path):
             layer.self_attn.o_proj.weight[lost] *= 1e-3
             layer.mlp.down_proj.weight[lost] *= 1e-3
     before = model.state_dict()["model.embed_tokens.weight"].clone()
-    config = PruneConfig(method="channel", ratio=0.25)
+    config = PruneConfig(method="channel", pruning_ratio=0.25)
     pruned = prune_channel(model, TOKENIZER, SAMPLES, config)
     assert len(pruned.importance_lost) == 5
     assert all(0 < share < 0.01 for share in pruned.importance_lost)
@@ -379,11 +384,9 @@ def test_the_hidden_size_is_rounded_and_never_lost(caplog):
         config = PruneConfig(method="channel", importance="magnitude", **changes)
         return prune_channel(tiny(), TOKENIZER, [], config).shape.hidden
 
-    assert cut(ratio=0.4, round_to=8) == 16
-    assert cut(ratio=0.99) == 1
+    assert cut(pruning_ratio=0.4, round_to=8) == 16
+    assert cut(pruning_ratio=0.99) == 1
     assert "would remove all 32 hidden channels; 1 stay" in caplog.text
-    with pytest.raises(ConfigError, match=r"would remove all 32 hidden channels\. Lower it"):
-        cut(ratio=0.99, if_emptied="refuse")
 
 
 def test_the_hidden_size_of_other_families_is_refused():
