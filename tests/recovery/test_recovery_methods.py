@@ -13,7 +13,7 @@ from peft.optimizers import create_lorafa_optimizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rankadaptor_plugin.config.tables import RecoveryConfig
-from rankadaptor_plugin.core.errors import ConfigError, CorpusError, RankSpaceError
+from rankadaptor_plugin.core.errors import ConfigError, CorpusError
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.corpus.sequences import TrainingSequence
 from rankadaptor_plugin.pruning.depth import keep_layers
@@ -338,11 +338,6 @@ def test_without_a_method_the_switches_of_the_run_do_nothing(make):
     assert not any("magnitude" in name for name in weights(tuned.model))
 
 
-def test_an_allocation_for_another_depth_is_refused(make):
-    with pytest.raises(RankSpaceError, match="2 ranks for 3 layers"):
-        start(make["uneven"](), "adalora", ranks=(4, 4))
-
-
 # ------------------------------------------------------------------------------------------ LoRA-FA
 
 
@@ -624,13 +619,6 @@ def test_a_pattern_has_its_own_ranks(make):
     model = start(make["uneven"](), "pattern:1-2-3", ranks=(4, 4, 4)).finish()
     expected = module_ranks(make["uneven"](), RankAllocation((1, 2, 3)))
     assert adapter_ranks(model) == expected
-
-
-def test_a_pattern_longer_than_the_model_is_refused():
-    with pytest.raises(
-        RankSpaceError, match=r"4-6-10-12 has 4 ranks for 3 layers\. Give at most 3"
-    ):
-        pattern_allocation((4, 6, 10, 12), 3)
 
 
 def test_lora_is_the_adapter_that_has_always_been(make):
