@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from rankadaptor_plugin.core.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from rankadaptor_plugin.corpus.corpus import load_corpus
+    from rankadaptor_plugin.corpus.corpus import check, load_corpus
     from rankadaptor_plugin.corpus.sequences import IGNORED, Corpus, TrainingSequence
 
-__all__ = ["IGNORED", "Corpus", "TrainingSequence", "load_corpus"]
+__all__ = ["IGNORED", "Corpus", "TrainingSequence", "check", "load_corpus"]
 
 __getattr__ = lazy_exports(
     __name__,
@@ -20,6 +20,7 @@ __getattr__ = lazy_exports(
         "IGNORED": "sequences",
         "Corpus": "sequences",
         "TrainingSequence": "sequences",
+        "check": "corpus",
         "load_corpus": "corpus",
     },
 )

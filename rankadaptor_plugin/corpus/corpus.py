@@ -16,17 +16,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from rankadaptor_plugin.config.run_file import is_hub_name
+from rankadaptor_plugin.config.run_file import corpus_file, is_hub_name
 from rankadaptor_plugin.config.tables import CorpusConfig
 from rankadaptor_plugin.core.errors import ConfigError, CorpusError
 from rankadaptor_plugin.corpus.chat import chat_sequences
-from rankadaptor_plugin.corpus.rows import checked_rows, hub_rows, prompt_and_response, read_rows
+from rankadaptor_plugin.corpus.rows import (
+    check_readable,
+    checked_rows,
+    hub_rows,
+    prompt_and_response,
+    read_rows,
+)
 from rankadaptor_plugin.corpus.sequences import IGNORED, Corpus, TrainingSequence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import PreTrainedTokenizerBase
+
+    from rankadaptor_plugin.config.tables import RunConfig
 
     Rows = Sequence[dict[str, Any]]
 
@@ -36,6 +44,17 @@ T = TypeVar("T")
 
 _DEFAULTS = CorpusConfig()
 _SPLIT_SEED = 42  # LLM-Pruner's, which draws the rows that are held out
+
+
+def check(config: RunConfig) -> None:
+    """Checks the table ``[corpus]``; what the file holds is checked by `load_corpus`.
+
+    Raises:
+        ConfigError: If the file cannot be read.
+    """
+    file = corpus_file(config.corpus.path)
+    if file.exists() or not is_hub_name(file):
+        check_readable(file)
 
 
 def load_corpus(

@@ -77,6 +77,18 @@ def hub_rows(name: str, limit: int = 0) -> list[dict[str, Any]]:
     return checked_rows(rows, name)
 
 
+def check_readable(path: Path, what: str = "corpus") -> None:
+    """Checks that a file that `read_rows` is to read can be opened.
+
+    Raises:
+        ConfigError: If not.
+    """
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise _unreadable(path, what, error) from error
+
+
 def read_rows(path: Path, what: str = "corpus") -> list[dict[str, Any]]:
     """Reads the rows of a corpus file, or of the ``"calibration text"`` or ``"held-out text"``.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
 
+from rankadaptor_plugin import corpus as recovery_corpus
 from rankadaptor_plugin import oracle, recovery, search, verdict
 from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.run_file import corpus_file, model_folder
@@ -181,6 +182,7 @@ def check(
     check_folder(source)
     if pruned is None:
         _check_prune(config, source)
+    recovery_corpus.check(config)
     _check_recovery(config, source, pruned, device, dtype)
     search.check(config, *_shape(config, source, pruned))
 

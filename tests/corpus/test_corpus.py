@@ -15,7 +15,7 @@ from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.run_file import is_hub_name
 from rankadaptor_plugin.config.tables import CorpusConfig
 from rankadaptor_plugin.core.errors import ConfigError, CorpusError
-from rankadaptor_plugin.corpus.corpus import load_corpus, split_rows
+from rankadaptor_plugin.corpus.corpus import check, load_corpus, split_rows
 from rankadaptor_plugin.corpus.rows import ALPACA, read_rows
 from rankadaptor_plugin.corpus.sequences import IGNORED
 from rankadaptor_plugin.pruning.calibration import calibration_documents, calibration_samples
@@ -186,6 +186,16 @@ def test_a_missing_file_or_a_folder_cannot_be_read(tmp_path):
         read_rows(tmp_path / "none.jsonl")
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         read_rows(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_said_before_anything_is_loaded(written):
+    def of(path):
+        return run_file.from_dict({"oracle": {"tasks": ["a"]}, "corpus": {"path": str(path)}})
+
+    for fine in ("embedded", "owner/name", written("c.txt", "")):
+        check(of(fine))
+    with pytest.raises(ConfigError, match=r"cannot be read: No such file.*Correct \[corpus\] path"):
+        check(of("none.jsonl"))
 
 
 @pytest.mark.parametrize("content", ["[]", json.dumps([{"instruction": "w1", "output": ""}])])
