@@ -21,7 +21,7 @@ def build_cli(manager: pluggy.PluginManager) -> click.Group:
     """Returns the command group with the commands of all plugins."""
     group = CommandGroup(
         "rankadaptor-plugin",
-        help="Recover pruned LLMs with per-layer LoRA ranks, and say honestly what it gained.",
+        help="Recover pruned LLMs with per-layer LoRA ranks, and report whether they helped.",
         context_settings={"help_option_names": ["-h", "--help"], "obj": manager},
     )
     group = click.version_option(__version__, prog_name="rankadaptor-plugin")(group)

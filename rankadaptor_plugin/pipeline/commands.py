@@ -1,7 +1,7 @@
-"""The commands of ``rankadaptor-plugin``.
+"""Commands of ``rankadaptor-plugin``.
 
-A command parses, calls one function and prints. Heavy modules are imported inside the command, so
-that help answers at once.
+Each command parses its arguments, calls one function and prints the result. Heavy modules are
+imported inside the command to keep ``--help`` fast.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _run_file = click.argument(
     "run_file", type=click.Path(path_type=Path), required=False, metavar="[RUN.toml]"
 )
 _output = click.option(
-    "--output", type=click.Path(path_type=Path), help="Run folder, instead of output."
+    "--output", type=click.Path(path_type=Path), help="Run folder; overrides the run file's."
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -66,20 +66,20 @@ class CommandGroup(click.Group):
 @click.command()
 @_run_file
 @_output
-@click.option("--quiet", "-q", is_flag=True, help="Print the verdict alone.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only the verdict.")
 @click.pass_obj
 def run(
     manager: pluggy.PluginManager, run_file: Path | None, output: Path | None, quiet: bool
 ) -> None:
-    """Prune, search ranks, recover, evaluate, report.
+    """Prune, search ranks, recover, evaluate and report.
 
-    Without RUN.toml, runs the embedded default: a tiny Llama on seven small tasks. The same command
-    continues an interrupted run.
+    Without RUN.toml, runs the embedded default: a tiny Llama on seven small tasks. Run the same
+    command again to resume an interrupted run.
     """
     began = time.perf_counter()
     config = load_config(run_file, output)
     with _interruptible(), _display(manager, config, quiet=quiet, began=began):
-        # Imported here: these are seconds in which there is something to see already.
+        # Imported here, as it takes seconds, during which progress is already shown.
         from rankadaptor_plugin.pipeline import run as pipeline
 
         result = pipeline.run(config, manager, began=began)
@@ -94,14 +94,14 @@ def run(
 @click.command()
 @_run_file
 @_output
-@click.option("--seeds", type=int, help="Fine-tunes of each allocation, instead of noise.seeds.")
-@click.option("--allocations", type=int, help="Allocations, instead of noise.allocations.")
+@click.option("--seeds", type=int, help="Fine-tunes per allocation; overrides noise.seeds.")
+@click.option("--allocations", type=int, help="Allocations; overrides noise.allocations.")
 @click.option(
     "--gain",
     "gains",
     type=float,
     multiple=True,
-    help="Gain to detect, 0.01 is one point; may be repeated. Instead of noise.gains.",
+    help="Gain to detect (0.01 is one point); repeatable; overrides noise.gains.",
 )
 @_json
 @click.pass_obj
@@ -113,18 +113,18 @@ def noise(
     as_json: bool,
     **changes: Any,
 ) -> None:
-    """Measure the noise of the scores, before a search.
+    """Measure the noise of the scores before a search.
 
-    Fine-tunes uniform LoRA and a few random allocations with several seeds, and tells what gain
-    could be detected, with how many fine-tunes, and how long they take. A run of the same run file
-    goes on from there. Without RUN.toml, takes the embedded default.
+    Fine-tunes uniform LoRA and a few random allocations with several seeds, and reports which gains
+    could be detected, how many fine-tunes that takes, and how long they take. A run of the same run
+    file continues from there. Without RUN.toml, uses the embedded default.
     """
     began = time.perf_counter()
     from rankadaptor_plugin.config import run_file as run_files
     from rankadaptor_plugin.config.tables import NoiseConfig
 
     plain = run_files.to_dict(load_config(run_file, output))
-    if not plain["noise"]["seeds"]:  # a run skips the step, but here it is asked for
+    if not plain["noise"]["seeds"]:  # a run skips the step, but this command asks for it
         plain["noise"]["seeds"] = NoiseConfig.seeds
     changes["gains"] = list(changes["gains"]) or None
     plain["noise"] |= {key: value for key, value in changes.items() if value is not None}
@@ -139,14 +139,14 @@ def noise(
     if as_json:
         click.echo(json.dumps(floor, indent=2))
     elif floor is None:
-        click.echo("Fewer than two allocations could be fine-tuned; the noise floor is not known.")
+        click.echo("Fewer than two allocations could be fine-tuned; the noise floor is unknown.")
     else:
         click.echo(noise_text(floor, shutil.get_terminal_size().columns))
 
 
 @click.command()
 @click.argument("run_file", type=click.Path(path_type=Path), metavar="RUN.toml")
-@click.option("--model", help="Model folder to write into it; the embedded model if left out.")
+@click.option("--model", help="Model folder to use; default: the embedded model.")
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
 def init(run_file: Path, model: str | None, force: bool) -> None:
     """Write a commented run file with every setting."""
@@ -159,27 +159,30 @@ def init(run_file: Path, model: str | None, force: bool) -> None:
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN[:MODEL]...")
 @click.option(
-    "--all", "every_model", is_flag=True, help="All recovered models of every RUN without MODEL."
+    "--all",
+    "every_model",
+    is_flag=True,
+    help="Compare all recovered models of each RUN given without MODEL.",
 )
 @click.option(
     "--metric",
     metavar="NAME",
-    help="Metric, such as choice_logprob; that of the first run's verdict if left out.",
+    help="Metric, such as choice_logprob; default: that of the first run's verdict.",
 )
-@click.option("--task", metavar="NAME", help="One task, instead of the weighted mean.")
+@click.option("--task", metavar="NAME", help="Single task instead of the weighted mean.")
 @click.option(
     "--confidence",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Of intervals and verdicts; the first run's if left out.",
+    help="Confidence of intervals and verdicts; default: the first run's.",
 )
 @_json
 def compare(runs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Compare models within a run or between runs.
 
-    RUN is a run folder or a run file; MODEL is base, pruned, uniform (LoRA of the searched size),
-    lora (of the default rank, where that differs), searched, a recovery method such as adalora, or
-    recovered (the delivered one, if left out). One RUN alone: all of its recovered models. Nothing
-    is evaluated again.
+    RUN is a run folder or a run file. MODEL is base, pruned, uniform (LoRA of the searched size),
+    lora (LoRA of the default rank, where that differs), searched, a recovery method such as
+    adalora, or recovered (the delivered model; the default). A single RUN without MODEL compares
+    all its recovered models. Nothing is evaluated again.
     """
     from rankadaptor_plugin.report.console import comparison_text
     from rankadaptor_plugin.verdict.comparison import compare_runs
@@ -198,20 +201,20 @@ def compare(runs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     "format_",
     type=click.Choice(["hf", "hf-remote-code", "merged"]),
     required=True,
-    help="Model and adapter; the same with code; or one model.",
+    help="Model and adapter, the same with code, or one merged model.",
 )
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder to write, instead of RUN/export-FORMAT.",
+    help="Folder to write; default: RUN/export-FORMAT.",
 )
 @click.pass_obj
 def export(manager: pluggy.PluginManager, run: Path, format_: Format, output: Path | None) -> None:
     """Write a finished run as a model folder.
 
-    RUN is a run folder or a run file. hf loads where this package is installed, hf-remote-code
-    and merged also where it is not.
+    RUN is a run folder or a run file. The hf format needs this package to load; hf-remote-code and
+    merged do not.
     """
     from rankadaptor_plugin.pipeline.export import export as export_run
     from rankadaptor_plugin.pipeline.registries import register_families, registries
@@ -225,9 +228,9 @@ def export(manager: pluggy.PluginManager, run: Path, format_: Format, output: Pa
 @_json
 @click.pass_obj
 def inspect(manager: pluggy.PluginManager, folder: Path, as_json: bool) -> None:
-    """Show the layers of a model and what was pruned.
+    """Show the layers of a model and what was pruned from it.
 
-    DIR is a model folder, pruned or not, an export or a run folder. No weights are read.
+    DIR is a model folder (pruned or not), an export or a run folder. No weights are read.
     """
     from rankadaptor_plugin.models.inspection import inspect_folder
     from rankadaptor_plugin.pipeline.registries import register_families, registries
@@ -248,13 +251,14 @@ def inspect(manager: pluggy.PluginManager, folder: Path, as_json: bool) -> None:
     type=click.Path(path_type=Path),
     required=True,
     metavar="FILE",
-    help="File to write, such as meta.safetensors; one written before is replaced.",
+    help="File to write, such as meta.safetensors; replaces an earlier one.",
 )
 def meta_learn(studies: tuple[str, ...], out: Path) -> None:
     """Collect finished studies for later searches to learn from.
 
-    STUDY is a run folder, an SQLite file or a storage URL of Optuna, with #NAME for one study among
-    several. Name the file under [search] meta in a run file; the models may differ in depth.
+    STUDY is a run folder, an SQLite file or an Optuna storage URL; append #NAME to pick one of
+    several studies. Set [search] meta in a run file to the file written. The models may differ in
+    depth.
     """
     from rankadaptor_plugin.search.transfer.studies import collect
 
@@ -272,7 +276,7 @@ def meta_learn(studies: tuple[str, ...], out: Path) -> None:
 @_json
 @click.pass_obj
 def plugins(manager: pluggy.PluginManager, as_json: bool) -> None:
-    """List plugins, who provides them, their hooks and every registered name."""
+    """List plugins with their providers, hooks and registered names."""
     from rankadaptor_plugin.pipeline.registries import describe
 
     active = describe(manager)
@@ -290,14 +294,14 @@ def plugins(manager: pluggy.PluginManager, as_json: bool) -> None:
 
 @click.command("task-path")
 def task_path() -> None:
-    """Print the folder of our lm-eval tasks, for lm_eval --include_path."""
+    """Print the folder with our lm-eval tasks, for lm_eval --include_path."""
     from rankadaptor_plugin.tasks import task_dir
 
     click.echo(task_dir())
 
 
 class _PassThrough(click.Command):
-    """Hands on every argument as it stands, ``--help`` and ``--`` too."""
+    """Passes on every argument unchanged, including ``--help`` and ``--``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.args = list(args)
@@ -307,9 +311,9 @@ class _PassThrough(click.Command):
 @click.command("lm-eval", cls=_PassThrough, add_help_option=False)
 @click.pass_context
 def lm_eval(context: click.Context) -> None:
-    """Run lm-eval with our model type and tasks known to it.
+    """Run lm-eval with our model type and tasks available.
 
-    Takes whatever lm-eval takes; lm-eval --help lists it.
+    Takes the same arguments as lm-eval; see lm-eval --help.
     """
     from rankadaptor_plugin.oracle.lm_eval_command import run
 
@@ -336,7 +340,7 @@ def load_config(path: Path | None, output: Path | None) -> RunConfig:
 
     Args:
         path: The run file; None for the embedded default, which writes below the current folder.
-        output: Run folder to use in place of the run file's.
+        output: Run folder that overrides the run file's.
     """
     from rankadaptor_plugin.config import run_file
     from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE
@@ -351,11 +355,11 @@ def load_config(path: Path | None, output: Path | None) -> RunConfig:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ends the program on Ctrl-C with what to do next."""
+    """Ends the program on Ctrl-C and says how to resume."""
     try:
         yield
     except KeyboardInterrupt:
-        click.echo("Interrupted. The same command goes on from what is finished.", err=True)
+        click.echo("Interrupted. Run the same command again to resume.", err=True)
         raise click.exceptions.Exit(_INTERRUPTED) from None
 
 
@@ -363,7 +367,7 @@ def _interruptible() -> Iterator[None]:
 def _display(
     manager: pluggy.PluginManager, config: RunConfig, *, quiet: bool, began: float
 ) -> Iterator[None]:
-    """Shows progress and warnings while the block lasts; warnings alone if quiet."""
+    """Shows progress and warnings within the block; only warnings if quiet."""
     from rich.console import Console
 
     from rankadaptor_plugin.report.progress import Progress
@@ -404,7 +408,7 @@ def _log_to(console: Console, *, quiet: bool) -> None:
 
 
 def _near(path: Path) -> Path:
-    """Returns a path as seen from the current folder where it lies below it."""
+    """Returns a path relative to the current folder if it lies below it."""
     try:
         return path.resolve().relative_to(Path.cwd())
     except ValueError:

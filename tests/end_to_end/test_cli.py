@@ -146,6 +146,4 @@ def test_ctrl_c_ends_a_run_in_one_line_that_says_how_to_go_on(tmp_path, write_ru
 
     result = command("run", write_run_file(tmp_path / "r.toml"), plugin=Impatient())
     assert result.exit_code == 130
-    assert result.stderr.splitlines()[-1] == (
-        "Interrupted. The same command goes on from what is finished."
-    )
+    assert result.stderr.splitlines()[-1] == ("Interrupted. Run the same command again to resume.")

@@ -323,7 +323,7 @@ def test_an_interrupted_step_goes_on(word, run_after, measured, tmp_path, write_
     first = Counter(stop_after=3)
     result = command(word, run_file, plugin=first)
     assert result.exit_code == 130
-    assert result.stderr.splitlines()[-1].startswith("Interrupted. The same command goes on")
+    assert result.stderr.splitlines()[-1].startswith("Interrupted. Run the same command")
     out = tmp_path / "out"
     assert len(list((out / "noise").glob("*.json"))) == 3
     assert not (out / "noise.json").exists()
