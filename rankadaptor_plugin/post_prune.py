@@ -13,7 +13,7 @@ is the base that the report compares with. The ``[prune]`` table is not used.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
 
@@ -28,12 +28,11 @@ from rankadaptor_plugin.pruning.cutting import after_pruning, describe_pruned
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch_pruning as tp
     from transformers import PreTrainedModel
 
 
 def recover_after_pruning(
-    pruner: tp.pruner.BasePruner,
+    pruner: Any,
     path: str | Path,
     on_result: Callable[[RunResult], object] | None = None,
 ) -> None:
@@ -44,7 +43,8 @@ def recover_after_pruning(
     in the run folder. Run the script again to continue where it was broken off.
 
     Args:
-        pruner: The pruner; heads must be pruned whole (``prune_head_dims=False``).
+        pruner: A ``torch_pruning.pruner.BasePruner``; heads must be pruned whole
+            (``prune_head_dims=False``).
         path: The run file.
         on_result: Called with the result; the report lies in the run folder in any case.
 

@@ -5,6 +5,7 @@ Each step is handed functions that fine-tune and score, and knows nothing else o
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,20 @@ from rankadaptor_plugin.recovery.slots import rank_space
 from rankadaptor_plugin.search.study import TrialStore
 from rankadaptor_plugin.verdict.confirmation import Confirmation, fresh_seeds
 from rankadaptor_plugin.verdict.noise import Noise, Question, measure
-from rankadaptor_plugin.verdict.race import BEST_RANDOM, FINALIST, RECOVERED, Entrant, Rules
+from rankadaptor_plugin.verdict.race import (
+    BEST_RANDOM,
+    FINALIST,
+    RECOVERED,
+    ConfirmationRun,
+    Entrant,
+    Rules,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from rankadaptor_plugin.core.ranks import RankAllocation
+    from rankadaptor_plugin.config.tables import RunConfig
+    from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
     from rankadaptor_plugin.models.pruned_model import PrunedModel
     from rankadaptor_plugin.search.search import SearchResult
     from rankadaptor_plugin.verdict.race import Confirmed
@@ -41,9 +50,9 @@ def measure_noise(pruned: PrunedModel, context: RunContext) -> dict[str, Any] | 
         What `Noise.to_json` returns; None if too few allocations can be fine-tuned.
     """
     stage = _Stage(pruned, context)
-    with stage.tuner.cleared():
-        found = stage.noise()
-    return found.to_json() if found else None
+    with stage.tuner.cleared(), stage.progressing("noise") as on_run:
+        noise = measure(*stage.noise_inputs(), on_run)
+    return noise.to_json() if noise else None
 
 
 def recover_pruned(pruned: PrunedModel, context: RunContext) -> Recovered:
@@ -58,16 +67,19 @@ def recover_pruned(pruned: PrunedModel, context: RunContext) -> Recovered:
     stage = _Stage(pruned, context)
     config, folder = context.config, stage.folder
     with stage.tuner.cleared():
-        noise = stage.noise() if config.searches and config.noise.seeds else None
+        noise = None
+        if config.searches and config.noise.seeds:
+            with stage.progressing("noise") as on_run:
+                noise = measure(*stage.noise_inputs(), on_run)
         searched = stage.step.run(noise)
         drawn = None
         if searched.is_searched and config.confirm.best_random:
             drawn = stage.step.random_trials(len(searched.trials))
         with (
-            folder.timed("confirm") as add_seconds,
+            stage.progressing("confirm") as on_run,
             TrialStore.open(folder.study_url, "confirm") as store,
         ):
-            confirmed = stage.confirm(searched, drawn, store, add_seconds)
+            confirmed = stage.confirm(searched, drawn, store, on_run)
         with folder.timed("deliver"):
             extra = own_seconds(noise, searched.trials)
             extra += [trial.seconds for trial in drawn.trials] if drawn else []
@@ -92,32 +104,30 @@ class _Stage:
         self.tuner = FineTuner(pruned, context, self.folder, self.objective, self.seeds[0])
         self.step = SearchStep(pruned, context, self.folder, self.space, self.objective, self.tuner)
 
-    def noise(self) -> Noise | None:
-        """Measures the noise floor and keeps what it says in noise.json."""
-        oracle = self.context.oracle
-        reported = oracle.describe()["documents"]["report"]
-        with self.folder.timed("noise") as add_seconds:
+    @contextlib.contextmanager
+    def progressing(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """Times a step; yields what it tells the number of finished runs and of all runs."""
+        with self.folder.timed(name) as add_seconds:
 
             def progress(done: int, total: int) -> None:
                 add_seconds()
-                self.context.hook.rankadaptor_on_progress(stage="noise", done=done, total=total)
+                self.context.hook.rankadaptor_on_progress(stage=name, done=done, total=total)
 
-            found = measure(
-                self.space,
-                self.tuner.search_run,
-                self.folder,
-                self.config,
-                Question(
-                    metrics=oracle.metrics("search"),
-                    decisive=self.verdict_metric,
-                    weights=oracle.weights("search"),
-                    report_documents={task: len(ids) for task, ids in reported.items()},
-                ),
-                progress,
-            )
-            if found is not None:
-                self.folder.write_json("noise.json", found.to_json())
-        return found
+            yield progress
+
+    def noise_inputs(
+        self,
+    ) -> tuple[RankSpace, Callable[..., ConfirmationRun], RunFolder, RunConfig, Question]:
+        """Returns the arguments of `measure` but the last."""
+        oracle = self.context.oracle
+        reported = oracle.describe()["documents"]["report"]
+        question = Question(
+            metrics=oracle.metrics("search"),
+            decisive=self.verdict_metric,
+            weights=oracle.weights("search"),
+            report_documents={task: len(ids) for task, ids in reported.items()},
+        )
+        return self.space, self.tuner.search_run, self.folder, self.config, question
 
     def _objective(self) -> Objective:
         config, oracle = self.config.oracle, self.context.oracle
@@ -129,13 +139,9 @@ class _Stage:
         found: SearchResult,
         others: SearchResult | None,
         store: TrialStore,
-        add_seconds: Callable[[], None],
+        on_run: Callable[[int, int], None],
     ) -> Confirmed:
         confirm, config = self.config.confirm, self.config
-
-        def progress(done: int, total: int) -> None:
-            add_seconds()
-            self.context.hook.rankadaptor_on_progress(stage="confirm", done=done, total=total)
 
         def baseline_for(allocation: RankAllocation) -> RankAllocation:
             uniform = self.space.uniform()
@@ -145,7 +151,7 @@ class _Stage:
                 self.space.parameters(allocation), everywhere=config.search.is_fixed
             )
 
-        progress(0, config.race_fine_tunes)
+        on_run(0, config.race_fine_tunes)
         race = Confirmation(
             run=self.tuner.report_run,
             folder=self.folder,
@@ -156,7 +162,7 @@ class _Stage:
                 metric=self.verdict_metric,
                 weights=self._verdict_weights(),
             ),
-            on_run=progress,
+            on_run=on_run,
             is_whole=self.tuner.is_whole,
         )
         finalists = found.finalists(confirm.finalists if found.is_searched else 1)

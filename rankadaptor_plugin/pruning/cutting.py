@@ -1,6 +1,6 @@
 """What all pruners share: cutting units out, and the bridge to torch-pruning's own pruners.
 
-The only module that imports torch_pruning.
+The only module that imports torch-pruning.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch_pruning as tp  # noqa: TC002
 from torch_pruning.dependency import index_mapping
 
 from rankadaptor_plugin.config.tables import PruneConfig
@@ -25,6 +24,7 @@ from rankadaptor_plugin.models.structures import decoder_layers, set_config, str
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from torch_pruning.pruner import BasePruner
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from rankadaptor_plugin.models.structures import Units
@@ -165,9 +165,7 @@ def traceable() -> Iterator[None]:
         index_mapping.update_concat_index_mapping = noted
 
 
-def after_pruning(
-    pruner: tp.pruner.BasePruner, callback: Callable[[PreTrainedModel], object]
-) -> None:
+def after_pruning(pruner: BasePruner, callback: Callable[[PreTrainedModel], object]) -> None:
     """Makes a torch-pruning pruner call back when it is done.
 
     torch-pruning has no callbacks, so ``pruner.step`` is replaced on this one instance. The

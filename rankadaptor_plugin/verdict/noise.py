@@ -162,7 +162,8 @@ def measure(
         on_run: Told the number of finished runs and of all runs, before each and at the end.
 
     Returns:
-        None if fewer than two allocations can be fine-tuned.
+        What ``noise.json`` of the run folder says; None if fewer than two allocations can be
+        fine-tuned.
     """
     seeds = noise_seeds(config.seed, config.noise.seeds)
     allocations = noise_allocations(space, config.noise.allocations, config.seed)
@@ -185,7 +186,9 @@ def measure(
         logger.warning("Fewer than two allocations could be fine-tuned; no noise floor is known")
         return None
     made = sum(space.contains(allocation) for allocation in runs)
-    return assessed(runs, seeds, config, question, made)
+    noise = assessed(runs, seeds, config, question, made)
+    folder.write_json("noise.json", noise.to_json())
+    return noise
 
 
 def assessed(
