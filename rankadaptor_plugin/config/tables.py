@@ -1,9 +1,9 @@
-"""What a run needs to know: one frozen dataclass per table of the run file.
+"""Settings of a run: one frozen dataclass per table of the run file.
 
 Every field carries its help text, so the commented run file that ``init`` writes, the checks and
-the documentation cannot drift apart. Types come from the annotations; values that only need a
-range have it in the field's metadata; rules across fields stand in ``__post_init__``. Reading
-and writing is the business of `rankadaptor_plugin.config.run_file`.
+the documentation cannot drift apart. Types come from the annotations, ranges from the metadata of
+the field, and rules across fields are in ``__post_init__``. `rankadaptor_plugin.config.run_file`
+reads and writes the file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from rankadaptor_plugin.core.errors import ConfigError, RankSpaceError
 
 EMBEDDED = "embedded"
-"""Stands for the model and the corpus that ship with the package."""
+"""Name of the model and the corpus that ship with the package."""
 
 BAYES, FIXED = "bayes", "fixed"
 """The default method, and the one that searches nothing: the run file names the allocation."""
@@ -24,29 +24,32 @@ SEARCHED_RANKS, UNIFORM_LORA = "rankadaptor", "lora"
 """Recovery methods: the rank allocation that was searched or given, and the baseline."""
 
 PATTERN = "pattern:"
-"""How a recovery method begins that gives the ranks by layer."""
+"""Prefix of recovery methods that list the rank of each layer."""
 
 
 def _f(default: Any, help_: str, **rule: Any) -> Any:
     """A field with its help text.
 
     `rule` is ``low``, ``high`` (inclusive), ``above``, ``below`` (exclusive) or ``choices``, and
-    ``aliases``, other names of the setting: former ones and those of other tools. They are not
-    accepted, but answered with the name of the setting.
+    ``aliases``, other names of the setting: former ones and those of other tools. They are
+    rejected with an error that suggests the name of the setting.
     """
     return field(default=default, metadata={"help": help_, **rule})
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:
-    """Stage 1: what is removed from the base model (paper, section 2)."""
+    """Stage 1: pruning of the base model (paper, section 2)."""
 
     method: str = _f(
         "width",
-        "registered pruner: width (heads and MLP channels), channel (hidden size), depth (blocks)",
+        "pruner: width (heads and MLP channels), channel (hidden size), depth (blocks), or one of "
+        "a plugin",
     )
     importance: str = _f(
-        "taylor", "score: taylor, magnitude, random; wanda for width, channel; ppl for depth"
+        "taylor",
+        "importance score: taylor, magnitude or random; also wanda for width and channel, ppl for "
+        "depth",
     )
     taylor: str = _f(
         "first",
@@ -55,47 +58,52 @@ class PruneConfig:
     )
     group_reduction: str = _f(
         "sum",
-        "from the scores of a unit's matrices to one: sum, mean, max, or first",
+        "reduces the scores of a unit's matrices to one: sum, mean, max or first",
         choices=("sum", "mean", "max", "first"),
         aliases=("reduction",),
     )
     pruning_ratio: float = _f(
-        0.5, "share to remove, between 0 and 1", above=0.0, below=1.0, aliases=("ratio", "sparsity")
+        0.5,
+        "fraction to remove, between 0 and 1",
+        above=0.0,
+        below=1.0,
+        aliases=("ratio", "sparsity"),
     )
     ratio_of: str = _f(
         "units",
-        "pruning_ratio counts the units in the layer range, or all parameters of the model",
+        "pruning_ratio is a fraction of the units in the layer range, or of all parameters of the "
+        "model",
         choices=("units", "parameters"),
     )
     global_pruning: bool = _f(
         False,
-        "units compete across layers; false: every layer loses the same share",
+        "true: units compete across layers; false: every layer loses the same fraction",
         aliases=("ranking",),
     )
     max_pruning_ratio: float = _f(
         0.9,
-        "global_pruning: most that a layer may lose of its units",
+        "global_pruning: largest fraction of its units that a layer may lose",
         above=0.0,
         below=1.0,
         aliases=("ceiling",),
     )
-    blocks: int = _f(0, "depth: number of blocks to remove; 0 takes pruning_ratio", low=0)
+    blocks: int = _f(0, "depth: number of blocks to remove; 0 uses pruning_ratio", low=0)
     round_to: int = _f(
-        1, "round what stays to a multiple of this: MLP channels, or the hidden size", low=1
+        1, "round the remaining MLP channels or hidden size to a multiple of this", low=1
     )
-    keep_first: int = _f(4, "layers at the bottom that are not pruned (paper: 4 of 32)", low=0)
-    keep_last: int = _f(2, "layers at the top that are not pruned (paper: 2 of 32)", low=0)
+    keep_first: int = _f(4, "first layers, which are not pruned (paper: 4 of 32)", low=0)
+    keep_last: int = _f(2, "last layers, which are not pruned (paper: 2 of 32)", low=0)
     calibration: str = _f(
-        "", "text, JSON or JSONL file for the scores; empty takes the recovery corpus"
+        "", "calibration data: a text, JSON or JSONL file; empty uses the recovery corpus"
     )
     calibration_samples: int = _f(10, "calibration sequences (paper: 10 or 50)", low=1)
     calibration_tokens: int = _f(64, "tokens per calibration sequence", low=2)
 
     def layers(self, count: int) -> range:
-        """Returns the layers that are pruned of a model with so many.
+        """Returns the layers to prune in a model with `count` layers.
 
         Raises:
-            ConfigError: If none is left.
+            ConfigError: If there are none.
         """
         first, last = self.keep_first, count - self.keep_last
         if first >= last:
@@ -108,10 +116,10 @@ class PruneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RankSpaceConfig:
-    """The solution space S (paper, section 4.1), and what the search may not exceed."""
+    """The solution space S (paper, section 4.1) and the limits of the search."""
 
     candidates: tuple[int, ...] = _f(
-        (2, 4, 6, 8, 10, 12), "ranks a searched layer may take; 0 leaves it without adapter", low=0
+        (2, 4, 6, 8, 10, 12), "ranks a searched layer can take; 0 means no adapter", low=0
     )
     default_rank: int = _f(
         8,
@@ -120,11 +128,11 @@ class RankSpaceConfig:
         aliases=("r", "rank", "lora_r"),
     )
     search: str = _f(
-        "pruned", "layers whose rank is searched: pruned or all", choices=("pruned", "all")
+        "pruned", "layers whose ranks are searched: pruned or all", choices=("pruned", "all")
     )
     per: str = _f(
         "layer",
-        "one rank per layer (paper), per group (attention and MLP), or per projection",
+        "one rank per layer (paper), per group (attention, MLP), or per projection",
         choices=("layer", "group", "projection"),
     )
     budget: str = _f(
@@ -133,11 +141,9 @@ class RankSpaceConfig:
         choices=("uniform", "free"),
     )
     max_parameters: int = _f(
-        0, "most trainable parameters of an allocation, a hard limit; 0 sets none", low=0
+        0, "hard limit on the trainable parameters of an allocation; 0: no limit", low=0
     )
-    max_rank_sum: int = _f(
-        0, "most that the ranks of an allocation may add up to, a hard limit; 0 sets none", low=0
-    )
+    max_rank_sum: int = _f(0, "hard limit on the sum of ranks of an allocation; 0: no limit", low=0)
     alpha_over_rank: tuple[float, ...] = _f(
         (), "values of [recovery] alpha_over_rank to search along with the ranks", above=0.0
     )
@@ -154,7 +160,7 @@ class RankSpaceConfig:
                 named = "rank candidates" if key == "candidates" else f"values of {key}"
                 raise RankSpaceError(
                     f"The {named} {list(values)} are not ascending and distinct. "
-                    f"Sort [rank_space] {key} and remove repetitions."
+                    f"Sort [rank_space] {key} and remove duplicates."
                 )
         if self.budget == "uniform" and self.candidates[0] > self.default_rank:
             raise RankSpaceError(
@@ -176,26 +182,29 @@ class CorpusConfig:
 
     path: str = _f(
         EMBEDDED,
-        'JSON, JSONL or text file to fine-tune on, or a dataset on the hub such as "owner/name"; '
+        'JSON, JSONL or text file to fine-tune on, or a dataset on the Hub such as "owner/name"; '
         '"embedded" is the corpus in the package',
     )
     template: str = _f(
         "alpaca",
-        'prompt of instruction rows: alpaca ("Below is an instruction ...") or plain (as it is)',
+        'prompt of instruction rows: alpaca ("Below is an instruction ...") or plain (unchanged)',
         choices=("alpaca", "plain"),
     )
     max_length: int = _f(
         256,
-        "longest training sequence, in tokens",
+        "maximum length of training sequences, in tokens",
         low=2,
         aliases=("max_tokens", "max_seq_length", "sequence_len", "cutoff_len"),
     )
     max_train_samples: int = _f(
-        0, "use the first rows only; 0 uses all", low=0, aliases=("limit", "max_samples")
+        0,
+        "use only this many rows, from the start; 0 uses all",
+        low=0,
+        aliases=("limit", "max_samples"),
     )
     val_set_size: int = _f(
         0,
-        "rows held out from training, on which the loss is measured; 0: none",
+        "rows held out from training to measure the loss on; 0: none",
         low=0,
         aliases=("validation",),
     )
@@ -203,17 +212,18 @@ class CorpusConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryConfig:
-    """One fine-tune: LoRA on the pruned model, the same seeds and batches for every allocation."""
+    """One fine-tune: LoRA on the pruned model, same seed and batches for all allocations."""
 
     methods: tuple[str, ...] = _f(
         ("rankadaptor",),
-        "what races uniform LoRA: rankadaptor (searched ranks), adalora, eva, lora-fa, dora, "
-        'rslora, pissa, none, lists such as "pattern:4-6-10-12"; only "lora": uniform LoRA alone',
+        "compared with uniform LoRA: rankadaptor (searched ranks), adalora, eva, lora-fa, "
+        'dora, rslora, pissa, none, or ranks such as "pattern:4-6-10-12"; ["lora"]: uniform LoRA '
+        "alone",
     )
     max_steps: int = _f(600, "optimizer steps", low=1, aliases=("steps",))
     num_train_epochs: float = _f(
         0.0,
-        "passes over the corpus in place of max_steps; 0 takes max_steps",
+        "passes over the corpus; overrides max_steps; 0 uses max_steps",
         low=0.0,
         aliases=("epochs", "num_epochs"),
     )
@@ -222,70 +232,74 @@ class RecoveryConfig:
     )
     gradient_accumulation_steps: int = _f(
         4,
-        "forward passes per optimizer step, which sees per_device_train_batch_size times as many "
-        "sequences",
+        "forward passes per optimizer step; the effective batch is this times "
+        "per_device_train_batch_size",
         low=1,
         aliases=("batch_size",),
     )
     learning_rate: float = _f(1e-4, "peak learning rate of AdamW", low=0.0, aliases=("lr",))
-    warmup_steps: int = _f(20, "steps of linear warm-up", low=0)
+    warmup_steps: int = _f(20, "steps of linear warmup", low=0)
     lr_scheduler_type: str = _f(
         "linear",
-        "after the warm-up: linear to 0, or constant",
+        "learning rate after the warmup: linear (decays to 0) or constant",
         choices=("linear", "constant"),
         aliases=("schedule", "lr_scheduler"),
     )
     weight_decay: float = _f(0.0, "decoupled weight decay", low=0.0)
-    max_grad_norm: float = _f(1.0, "gradient norm is clipped to this; 0 turns it off", low=0.0)
+    max_grad_norm: float = _f(1.0, "maximum gradient norm, for clipping; 0: no clipping", low=0.0)
     alpha_over_rank: float = _f(
-        2.0, "LoRA scaling alpha / r, the same in every layer (r 8, alpha 16 in the paper)", low=0.0
+        2.0, "LoRA scaling alpha / r, the same in every layer (paper: alpha 16, r 8)", low=0.0
     )
     lora_alpha: float = _f(
         0.0,
-        "LoRA alpha, the same for all ranks, in place of alpha_over_rank; 0: none",
+        "LoRA alpha, the same for all ranks; overrides alpha_over_rank; 0 uses alpha_over_rank",
         low=0.0,
         aliases=("alpha",),
     )
     lora_dropout: float = _f(0.0, "LoRA dropout", low=0.0, high=0.9, aliases=("dropout",))
     target_modules: tuple[str, ...] = _f(
         (),
-        'matrices with an adapter, such as ["q_proj", "v_proj"]; empty: all of a layer',
+        'matrices that get an adapter, such as ["q_proj", "v_proj"]; empty: all of a layer',
         aliases=("targets", "lora_target_modules"),
     )
-    use_dora: bool = _f(False, "weight-decomposed LoRA in every fine-tune", aliases=("dora",))
-    use_rslora: bool = _f(False, "scale by alpha / sqrt(r) in every fine-tune", aliases=("rslora",))
+    use_dora: bool = _f(
+        False, "use DoRA (weight-decomposed LoRA) in every fine-tune", aliases=("dora",)
+    )
+    use_rslora: bool = _f(
+        False, "use rsLoRA (scaling alpha / sqrt(r)) in every fine-tune", aliases=("rslora",)
+    )
     init_lora_weights: str = _f(
         "default",
-        "first weights in every fine-tune: default (A random, B zero), or pissa (the principal "
+        "initial weights in every fine-tune: default (A random, B zero) or pissa (principal "
         "singular vectors)",
         choices=("default", "pissa"),
         aliases=("pissa",),
     )
     eval_steps: int = _f(
         0,
-        "steps between two looks at the held-out loss; 0: only after the last step",
+        "steps between evaluations of the held-out loss; 0: only after the last step",
         low=0,
         aliases=("validate_every",),
     )
     load_best_model_at_end: bool = _f(
         False,
-        "take the weights with the lowest held-out loss, not the last",
+        "keep the weights with the lowest held-out loss instead of the last",
         aliases=("keep_best",),
     )
     distill_weight: float = _f(
         0.0,
-        "share of the loss that compares with the unpruned model's predictions; 0 does without",
+        "weight of the distillation loss against the unpruned model, 0 to 1; 0: no distillation",
         low=0.0,
         high=1.0,
     )
-    distill_temperature: float = _f(2.0, "temperature of these predictions", above=0.0)
+    distill_temperature: float = _f(2.0, "distillation temperature", above=0.0)
     distill_top_k: int = _f(
         64,
-        "most probable tokens that are kept of each prediction, computed once per corpus; 0: the "
-        "unpruned model stays in memory and predicts anew each time",
+        "most probable tokens to store per teacher prediction, computed once per corpus; 0: the "
+        "unpruned model stays in memory and predicts in every pass",
         low=0,
     )
-    gradient_checkpointing: bool = _f(False, "save memory, compute activations twice")
+    gradient_checkpointing: bool = _f(False, "save memory by computing activations twice")
 
     @property
     def batch_size(self) -> int:
@@ -293,7 +307,7 @@ class RecoveryConfig:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def steps_for(self, sequences: int) -> int:
-        """Returns the optimizer steps of a whole fine-tune on a corpus of so many sequences."""
+        """Returns the optimizer steps of a fine-tune on a corpus with this many sequences."""
         if self.num_train_epochs:
             return max(1, math.ceil(self.num_train_epochs * sequences / self.batch_size))
         return self.max_steps
@@ -301,98 +315,101 @@ class RecoveryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OracleConfig:
-    """How a recovered model is scored: lm-eval tasks, on search and on report documents."""
+    """Scoring of recovered models: lm-eval tasks, on search and on report documents."""
 
-    name: str = _f("lm-eval", "registered oracle: lm-eval or perplexity")
-    search_name: str = _f("", "registered oracle that the search asks; empty: the same one")
-    tasks: tuple[str, ...] = _f((), "lm-eval task or group names")
+    name: str = _f("lm-eval", "oracle: lm-eval, perplexity, or one of a plugin")
+    search_name: str = _f("", "oracle for the search; empty: same as name")
+    tasks: tuple[str, ...] = _f((), "names of lm-eval tasks or groups")
     search_tasks: tuple[str, ...] = _f(
         (),
-        "tasks with the search documents; empty: TASK_search of each task where there is one, "
-        "else the documents of the task are cut in two",
+        "tasks that provide the search documents; empty: TASK_search for each task if it exists, "
+        "else the documents of the task are split in two",
     )
     include_path: str = _f(
         "",
-        "folder with more task YAML files, which also say num_fewshot; empty for none",
+        "folder with additional task YAML files, which can also set num_fewshot; empty: none",
         aliases=("task_path", "tasks_path", "num_fewshot"),
     )
     data_dir: str = _f(
-        "", "folder with local copies of the data of rankadaptor_commonsense7; empty: the hub"
+        "", "folder with local copies of the rankadaptor_commonsense7 data; empty: the Hub"
     )
-    text: str = _f("", "text, JSON or JSONL file for the oracle perplexity, not trained on")
-    search_documents: int = _f(100, "documents per task that the search sees", low=1)
+    text: str = _f(
+        "", "text, JSON or JSONL file for the perplexity oracle, separate from the corpus"
+    )
+    search_documents: int = _f(100, "documents per task for the search", low=1)
     report_documents: int = _f(
         200, "documents per task for the report, never seen by the search; 0 uses the rest", low=0
     )
     overlap: str = _f(
         "refuse",
-        "a document of the search tasks is a report document as well: refuse, or drop it",
+        "search documents that are also report documents: refuse (an error) or drop (from the "
+        "search)",
         choices=("refuse", "drop"),
     )
     objective: str = _f(
         "",
-        "metric that the search maximizes: choice_logprob (log-probability of the right choice "
+        "metric to maximize in the search: choice_logprob (log-probability of the right choice "
         "among the choices), margin, gold_logprob or accuracy (paper); empty: choice_logprob, or "
-        "the first that the oracle has",
+        "the oracle's first metric",
     )
-    target: str = _f("", "search for this one task; empty for the weighted mean of all")
+    target: str = _f("", "single task to optimize; empty: the weighted mean of all tasks")
     weights: dict[str, float] = field(
         default_factory=dict,
-        metadata={"help": "weight per task in the mean; tasks left out weigh 1", "low": 0},
+        metadata={"help": "weight of each task in the mean; default 1", "low": 0},
     )
     batch_tokens: int = _f(
-        8192, "tokens per forward pass, padding included", low=1, aliases=("batch_size",)
+        8192, "tokens per forward pass, including padding", low=1, aliases=("batch_size",)
     )
-    max_length: int = _f(0, "longest request in tokens; 0 takes the model's limit", low=0)
+    max_length: int = _f(0, "maximum request length in tokens; 0 uses the model's limit", low=0)
 
     def __post_init__(self) -> None:
         if self.report_documents == 1:
             raise ConfigError(
-                "oracle.report_documents is 1, which gives no interval. Use 0 for all that are "
-                "left, or at least 2."
+                "oracle.report_documents is 1, which gives no interval. Use 0 for all remaining "
+                "documents, or at least 2."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseConfig:
-    """The noise floor before the search: how much do scores depend on the seed alone?"""
+    """The noise floor, measured before the search: the spread of scores due to the seed alone."""
 
     seeds: int = _f(3, "fine-tunes of each allocation with different seeds; 0 skips it", low=0)
-    allocations: int = _f(4, "uniform LoRA and this many less one random allocations", low=2)
+    allocations: int = _f(4, "allocations to measure: uniform LoRA, the others random", low=2)
     gains: tuple[float, ...] = _f(
         (0.005, 0.01, 0.02),
-        "gains for which the fine-tunes needed are told, in the metric of the verdict; 0.01 of "
-        "accuracy is one point",
+        "gains for which to report the number of fine-tunes needed, in the metric of the verdict; "
+        "0.01 of accuracy is one point",
         above=0.0,
         below=1.0,
     )
     search_despite_noise: bool = _f(
         False,
-        "search even if no plausible gain rises above the noise; false delivers uniform LoRA then",
+        "search even if no plausible gain rises above the noise; false: deliver uniform LoRA",
         aliases=("if_drowned",),
     )
 
     def __post_init__(self) -> None:
         if self.seeds == 1:
             raise ConfigError(
-                "noise.seeds is 1, which shows no noise. Use at least 2, or 0 to skip the step."
+                "noise.seeds is 1, which cannot show noise. Use at least 2, or 0 to skip the step."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """Texts that the models continue, side by side in the report (paper, section 4.2)."""
+    """Text samples of the models, side by side in the report (paper, section 4.2)."""
 
     max_new_tokens: int = _f(
         64,
-        "most tokens to write after each prompt, and at most half the context window; 0 skips it",
+        "tokens to generate per prompt, at most half the context window; 0 skips the samples",
         low=0,
     )
     prompts: tuple[str, ...] = _f(
-        (), "prompts; empty takes one article and one list of steps, or those of the tiny world"
+        (), "prompts; empty: an article and a list of steps, or those of the embedded model"
     )
-    temperature: float = _f(0.8, "temperature of the sampled texts", above=0.0)
-    top_p: float = _f(0.95, "nucleus of the sampled texts", above=0.0, high=1.0)
+    temperature: float = _f(0.8, "sampling temperature", above=0.0)
+    top_p: float = _f(0.95, "nucleus sampling threshold", above=0.0, high=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,29 +418,29 @@ class PerformanceModelConfig:
 
     name: str = _f(
         "mlp",
-        "registered performance model of method paper: mlp, its settings mlp-1, mlp-2, mlp-3 of "
-        "the paper's ablation, or bayes (linear regression)",
+        "performance model of method paper: mlp; mlp-1, mlp-2, mlp-3 (the paper's ablation); bayes "
+        "(linear regression); or one of a plugin",
     )
     hidden: tuple[int, ...] = _f(
         (32, 32, 32), "mlp: widths of the hidden layers (paper: 32-32-32)", low=1
     )
-    learning_rate: float = _f(0.01, "learning rate of its training", low=0.0)
+    learning_rate: float = _f(0.01, "mlp: learning rate", low=0.0)
     meta: str = _f(
         "joint",
-        "offline meta-learning: joint (all tasks, standardized), raw (as they are), reptile, or "
-        "none",
+        "offline meta-learning: joint (all tasks, standardized), raw (not standardized), reptile, "
+        "or none",
         choices=("joint", "raw", "reptile", "none"),
     )
-    meta_epochs: int = _f(200, "epochs of the offline meta-learning on all tasks; 0: none", low=0)
+    meta_epochs: int = _f(200, "epochs of offline meta-learning on all tasks; 0: none", low=0)
     epochs: int = _f(200, "epochs of each incremental refit", low=1)
     replay: bool = _f(
-        True, "each refit sees all target data; false: the newest alone, from the last weights"
+        True, "refit on all target data; false: update the last weights on the newest point alone"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """Which allocations are fine-tuned, and when the search ends."""
+    """The search: its method, budgets and stopping rule."""
 
     method: str = _f(
         BAYES,
@@ -432,41 +449,42 @@ class SearchConfig:
     )
     allocation: str = _f(
         "",
-        'in place of a search: ranks such as "4-6-8-8", or a list of the paper\'s Table 7 such as '
+        'fixed ranks instead of a search, such as "4-6-8-8", or from the paper\'s Table 7, such as '
         '"paper:llama-7b:20:boolq"',
     )
     n_startup_trials: int = _f(
         0,
-        "random allocations before the method's own; 0: what it takes (paper: 10)",
+        "random allocations before the method starts; 0: the method's default (paper: 10)",
         low=0,
         aliases=("initial_trials",),
     )
     n_trials: int = _f(
         30,
-        "most fine-tunes of the search, startup trials included",
+        "maximum number of fine-tunes in the search, including startup trials",
         low=2,
         aliases=("max_trials",),
     )
     max_hours: float = _f(
         0.0,
-        "wall time of all fine-tunes and evaluations of the run, those of the confirmation kept "
-        "in reserve; a hard limit, 0 sets none",
+        "hard limit on the wall time of all fine-tunes and evaluations of the run, with time "
+        "reserved for the confirmation; 0: no limit",
         low=0.0,
         aliases=("timeout",),
     )
     max_gpu_hours: float = _f(
-        0.0, "the same in hours times devices, where a CPU counts as one", low=0.0
+        0.0, "the same limit in device hours (a CPU counts as one device); 0: no limit", low=0.0
     )
     pareto: bool = _f(
-        False, "search the Pareto front of score against trainable parameters; needs budget free"
+        False,
+        'search the Pareto front of score against trainable parameters; needs budget = "free"',
     )
-    meta: str = _f("", "file of `rankadaptor-plugin meta-learn` with knowledge of earlier studies")
+    meta: str = _f("", "prior from earlier studies: a file from `rankadaptor-plugin meta-learn`")
     candidates: int = _f(
         10_000, "paper: random allocations scored by the performance model per step", low=1
     )
     final_candidates: int = _f(
         100_000,
-        "paper: random allocations of which the last model names one finalist; 0: none",
+        "paper: random allocations from which the final model picks one finalist; 0: none",
         low=0,
     )
     tolerance: float = _f(
@@ -474,8 +492,8 @@ class SearchConfig:
         "paper: stop when |predicted - measured| stays below this; 0 uses the whole budget",
         low=0.0,
     )
-    patience: int = _f(2, "paper: steps in a row below the tolerance", low=1)
-    max_failures: int = _f(3, "failed trials in a row that end the run", low=1)
+    patience: int = _f(2, "paper: steps in a row that must stay below the tolerance", low=1)
+    max_failures: int = _f(3, "consecutive failed trials that end the run", low=1)
 
     def __post_init__(self) -> None:
         if self.n_startup_trials > self.n_trials:
@@ -496,7 +514,7 @@ class SearchConfig:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether nothing is searched, since the run file names the allocation."""
+        """True if the run file gives the allocation, so that nothing is searched."""
         return bool(self.allocation)
 
 
@@ -504,16 +522,15 @@ class SearchConfig:
 class ConfirmConfig:
     """The final comparison with LoRA of equal size: fresh seeds, report documents."""
 
-    finalists: int = _f(2, "best allocations of the search that are compared", low=1)
-    seeds: int = _f(6, "fine-tunes of each with fresh seeds; fewer than 3 decide nothing", low=3)
+    finalists: int = _f(2, "best allocations of the search to compare", low=1)
+    seeds: int = _f(6, "fine-tunes of each competitor, with fresh seeds", low=3)
     best_random: bool = _f(
         False,
-        "compare the best of as many random allocations as the search made trials too; costs these "
-        "trials",
+        "also compare the best of a random search with as many trials; doubles the search cost",
     )
     confidence: float = _f(
         0.95,
-        "1 less the rate of false gains, of all comparisons of the run together",
+        "confidence level; 1 minus it is the rate of false gains over all comparisons of the run",
         low=0.5,
         high=0.999,
     )
@@ -521,7 +538,7 @@ class ConfirmConfig:
 
 _METHODS = {BAYES, "paper", "random", "tpe", "gp"}
 _USED_BY = {"pareto": {BAYES}, "meta": {BAYES, "paper"}}
-"""Keys of ``[search]`` that not every built-in method uses; those of plugins may."""
+"""Keys of ``[search]`` that only some built-in methods use; methods of plugins may use them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -531,30 +548,32 @@ class RunConfig:
     model: str = _f(EMBEDDED, 'folder of a Hugging Face causal LM; "embedded" is the tiny Llama')
     recipe: str = _f(
         "",
-        "preset of [corpus] and [recovery]: llm-pruner, shortened or quick; keys given here win",
+        "preset of [corpus] and [recovery]: llm-pruner, shortened or quick; keys in the run file "
+        "override it",
         choices=("", "llm-pruner", "shortened", "quick"),
     )
-    output: str = _f("runs/embedded", "run folder; the same command continues a broken-off run")
-    seed: int = _f(0, "seed of everything that is random", low=0, high=2**31 - 1)
+    output: str = _f("runs/embedded", "run folder; the same command resumes an interrupted run")
+    seed: int = _f(0, "seed for everything random", low=0, high=2**31 - 1)
     device: str = _f("auto", "auto, cpu, or cuda[:index]")
     device_map: str = _f(
         "",
-        "auto or balanced spreads the model over all GPUs (accelerate); empty: all on device",
+        "auto, balanced or sequential spread the model over all GPUs (accelerate); empty: one "
+        "device",
         choices=("", "auto", "balanced", "sequential"),
     )
     dtype: str = _f(
         "auto",
-        "weights of the base model; auto: bfloat16 on a GPU, else float32",
+        "type of the base model's weights; auto: bfloat16 on a GPU, else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     quantize: str = _f(
         "",
-        "8bit or 4bit: quantized weights of the pruned model while it is fine-tuned (CUDA only, "
-        "bitsandbytes); empty: as they are",
+        "quantize the pruned model during fine-tuning: 8bit or 4bit (bitsandbytes, CUDA only); "
+        "empty: not quantized",
         choices=("", "8bit", "4bit"),
         aliases=("load_in_4bit", "load_in_8bit", "quantization"),
     )
-    threads: int = _f(0, "CPU threads of torch; 0 leaves its default", low=0)
+    threads: int = _f(0, "CPU threads for torch; 0: torch's default", low=0)
     trust_remote_code: bool = _f(False, "run Python code that comes with the model folder")
     prune: PruneConfig = field(default_factory=PruneConfig)
     rank_space: RankSpaceConfig = field(default_factory=RankSpaceConfig)
@@ -585,7 +604,7 @@ class RunConfig:
         if self.recovery.lora_alpha and self.rank_space.alpha_over_rank:
             raise ConfigError(
                 f"[rank_space] alpha_over_rank is searched, but [recovery] lora_alpha "
-                f"{self.recovery.lora_alpha:g} takes its place. Leave one of them out."
+                f"{self.recovery.lora_alpha:g} overrides it. Remove one of them."
             )
         for key, methods in _USED_BY.items():
             given, method = getattr(self.search, key), self.search.method
@@ -621,12 +640,12 @@ class RunConfig:
 
     @property
     def races_ranks(self) -> bool:
-        """Whether a rank allocation, searched or given, is among the recovery methods."""
+        """True if a rank allocation, searched or fixed, is among the recovery methods."""
         return SEARCHED_RANKS in self.recovery.methods
 
     @property
     def searches(self) -> bool:
-        """Whether there is a search."""
+        """True if the run searches."""
         return self.races_ranks and not self.search.is_fixed
 
     @property
@@ -636,14 +655,14 @@ class RunConfig:
 
     @property
     def common_baseline(self) -> bool:
-        """Whether all finalists have the parameters of one uniform LoRA."""
+        """True if all finalists have as many parameters as the same uniform LoRA."""
         space = self.rank_space
         limited = bool(space.max_parameters or space.max_rank_sum)
         return space.budget == "uniform" and not limited and not self.search.is_fixed
 
     @property
     def competitors(self) -> int:
-        """The most that are compared with LoRA of equal size; 1 where it runs alone."""
+        """Maximum number of competitors of LoRA of equal size; 1 where it runs alone."""
         return max(1, self._allocations + len(self._raced_methods))
 
     @property
@@ -664,7 +683,7 @@ class RunConfig:
 
     @property
     def race_fine_tunes(self) -> int:
-        """The most fine-tunes that the race takes."""
+        """Maximum number of fine-tunes in the race."""
         methods = [m for m in self._raced_methods if m != UNIFORM_LORA]
         baselines = 0 if self.common_baseline else self._allocations
         baselines += sum(PATTERN in method for method in methods)

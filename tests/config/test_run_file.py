@@ -71,7 +71,10 @@ REFUSED = [
         '[oracle]\noverlap = "dorp"',
         "oracle.overlap is 'dorp'. Did you mean 'drop'? Allowed: refuse",
     ),
-    (TASKS + "[noise]\nseeds = 1", "noise.seeds is 1, which shows no noise. Use at least 2, or 0"),
+    (
+        TASKS + "[noise]\nseeds = 1",
+        "noise.seeds is 1, which cannot show noise. Use at least 2, or 0",
+    ),
     ('dtype = "int8"', "dtype is 'int8'. Allowed: auto, float32, bfloat16, float16."),
     ('[rank_space]\nsearch = "x"', "rank_space.search is 'x'. Allowed: pruned, all."),
     ("", "[oracle] tasks is empty. Name at least one lm-eval task"),
