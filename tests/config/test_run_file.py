@@ -84,7 +84,7 @@ REFUSED = [
     ),
     (
         TASKS + "[recovery]\nlora_alpha = 16\n[rank_space]\nalpha_over_rank = [1.0, 2.0]",
-        "[rank_space] alpha_over_rank is searched, but [recovery] lora_alpha 16 takes its place.",
+        "[rank_space] alpha_over_rank is searched, but [recovery] lora_alpha 16 overrides it.",
     ),
     ("seed = ", "is not valid TOML: Invalid value (at end of document). Correct it."),
     ("seed = 1\nseed = 2", "is not valid TOML: Cannot overwrite a value"),
