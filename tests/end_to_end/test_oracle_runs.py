@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import yaml
 
 from rankadaptor_plugin import hookimpl
 from rankadaptor_plugin.config.run_file import corpus_file
@@ -167,19 +166,6 @@ def test_a_comparison_in_a_metric_that_the_run_lacks_is_one_line(perplexity_alon
     assert "log_likelihood" in command("compare", perplexity_alone.folder).stdout
 
 
-# ------------------------------------------------------------------------------------- objectives
-
-
-def test_another_objective_is_searched_for(run):
-    metric = "gold_logprob"
-    report = run(oracle={"tasks": ["tiny_piqa"], "objective": metric}).report
-    assert report["objective"]["metric"] == metric
-    for trial in report["trials"]:
-        assert trial["objective"] == trial["score"]["tiny_piqa"]["values"][metric]
-    best = max(report["trials"], key=lambda trial: (trial["objective"], -trial["position"]))
-    assert report["allocations"]["searched"] == best["ranks"]
-
-
 # ------------------------------------------------------------------------------------ local copies
 
 COMMONSENSE = ["rankadaptor_arc_easy", "rankadaptor_boolq"]
@@ -256,16 +242,6 @@ def test_search_tasks_that_are_report_tasks_are_cut(run, tmp_path):
         assert trial["objective"] == pytest.approx((2 * arc + boolq) / 3)
 
 
-def test_dropped_documents_leave_the_others_of_train(run, tmp_path):
-    copies = write_copies(tmp_path / "copies", shared=4)
-    changes = {"tasks": ["rankadaptor_boolq"], "overlap": "drop", "search_documents": 100}
-    report = run(**with_copies(copies, **changes)).report
-    assert report["documents"] == {
-        "search": {"rankadaptor_boolq": 20 - 4},
-        "report": {"rankadaptor_boolq": 16},
-    }
-
-
 # -------------------------------------------------------------------------------------- bad input
 
 
@@ -275,44 +251,12 @@ def copies_without_train(folder):
     return with_copies(path)
 
 
-def own_task(folder, **changes):
-    (folder / "toy.jsonl").write_text(
-        "\n".join(json.dumps({"q": f"is {n} brave ?", "c": ["yes", "no"]}) for n in NAMES)
-    )
-    task = {
-        "task": "toy",
-        "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {"test": str(folder / "toy.jsonl")},
-            "cache_dir": str(folder / "cache"),
-        },
-        "output_type": "multiple_choice",
-        "test_split": "test",
-        "doc_to_text": "q",
-        "doc_to_choice": "c",
-        "doc_to_target": 0,
-        "metric_list": [{"metric": "f1", "aggregation": "f1", "higher_is_better": True}],
-        **changes,
-    }
-    (folder / "toy.yaml").write_text(yaml.safe_dump(task))
-    return {"oracle": {"tasks": ["toy"], "include_path": str(folder), "search_documents": 2}}
-
-
-GENERATES = {"output_type": "generate_until", "doc_to_choice": None, "metric_list": None}
 BAD = {
-    "objective of no oracle": (
-        lambda folder, text: {"oracle": {"objective": "margn"}},
-        *(2, "'margn'", "Did you mean 'margin'?", "choice_logprob"),
-    ),
     "objective of the other oracle": (
         lambda folder, text: {
             "oracle": {"search_name": "perplexity", "text": text, "objective": "choice_logprob"}
         },
         *(2, "'choice_logprob'", "for the oracle perplexity: log_likelihood"),
-    ),
-    "unknown oracle of the search": (
-        lambda folder, text: {"oracle": {"search_name": "perplexty"}},
-        *(2, "'perplexty'", "Did you mean 'perplexity'?"),
     ),
     "no folder of copies": (
         lambda folder, text: {"oracle": {"data_dir": "nowhere"}},
@@ -325,32 +269,6 @@ BAD = {
     "text that is not there": (
         lambda folder, text: {"oracle": {"search_name": "perplexity", "text": "nowhere.txt"}},
         *(2, "nowhere.txt"),
-    ),
-    "text that is too short": (
-        lambda folder, text: {
-            "oracle": {"tasks": [], "name": "perplexity", "text": text, "search_documents": 500}
-        },
-        *(2, "leave none for the report", "Lower"),
-    ),
-    "target without search documents": (
-        lambda folder, text: {
-            "oracle": {"tasks": TASKS, "search_tasks": ["tiny_piqa"], "target": "tiny_boolq"}
-        },
-        *(2, "'tiny_boolq', which has no search documents", "Tasks that have: tiny_piqa"),
-    ),
-    "weights of the search tasks are 0": (
-        lambda folder, text: {
-            "oracle": {"tasks": TASKS, "search_tasks": ["tiny_piqa"], "weights": {"tiny_piqa": 0}}
-        },
-        *(2, "weights of the search tasks are all 0"),
-    ),
-    "a task that generates": (
-        lambda folder, text: own_task(folder, **GENERATES),
-        *(1, "'toy' is of type 'generate_until'", "multiple_choice"),
-    ),
-    "a task without accuracy": (
-        lambda folder, text: own_task(folder),
-        *(1, "'toy' reports f1, but neither acc nor acc_norm"),
     ),
     "copies without train": (
         lambda folder, text: copies_without_train(folder),
@@ -376,14 +294,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert_error(command("run", file), code, *fragments)
     left = {path.name for path in (tmp_path / "out").glob("*")}
     assert left <= {".lock"}
-
-
-def test_after_a_correction_the_same_folder_serves(tmp_path, write_run_file, command):
-    file = tmp_path / "r.toml"
-    write_run_file(file, **{**QUICK, "oracle": {"objective": "margn"}})
-    assert command("run", file).exit_code == 2
-    write_run_file(file, **{**QUICK, "oracle": {"objective": "margin", "tasks": ["tiny_piqa"]}})
-    assert command("run", file).exit_code == 0
 
 
 # ---------------------------------------------------------------------------- results by document
@@ -458,12 +368,9 @@ def test_a_run_interrupted_again_and_again_ends_alike(whole, tmp_path, write_run
                 np.testing.assert_array_equal(values, second[task].values[metric])
 
 
-@pytest.mark.parametrize("model", ["base", "searched"])
-def test_a_torn_results_file_is_named_and_made_anew(
-    model, whole, tmp_path, write_run_file, command
-):
+def test_a_torn_results_file_is_named_and_made_anew(whole, tmp_path, write_run_file, command):
     out, file = copied(whole, tmp_path, write_run_file, **STOPPED)
-    torn = out / whole.report["results"][model][-1]["file"]
+    torn = out / whole.report["results"]["searched"][-1]["file"]
     torn.write_bytes(torn.read_bytes()[:-40])
     result = command("run", file, plugin=Stopper())
     assert_error(result, 1, str(torn), "Delete it and run again")
