@@ -42,8 +42,8 @@ from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE
 from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.models.checkpoints import load_model
-from rankadaptor_plugin.pipeline.method_race import given_entrants, trained_parameters
 from rankadaptor_plugin.pipeline.preparation import prepare
+from rankadaptor_plugin.pipeline.stage import given_entrants, trained_parameters
 from rankadaptor_plugin.plugins import plugin_manager
 from rankadaptor_plugin.recovery import recover
 from rankadaptor_plugin.recovery.batches import passes

@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError
 from rankadaptor_plugin.models.checkpoints import check_checkpoint
 from rankadaptor_plugin.models.pruned_model import RECORD
+from rankadaptor_plugin.pipeline.context import register_families, registries
 from rankadaptor_plugin.pipeline.export import MARK
-from rankadaptor_plugin.pipeline.registries import register_families, registries
 from rankadaptor_plugin.plugins import plugin_manager
 from rankadaptor_plugin.recovery.files import load as load_adapter
 from rankadaptor_plugin.recovery.peft_internals import WRAPPER

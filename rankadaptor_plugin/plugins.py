@@ -14,7 +14,7 @@ import pluggy
 
 from rankadaptor_plugin.core.errors import PluginError
 from rankadaptor_plugin.hooks import builtin, specs
-from rankadaptor_plugin.pipeline.registries import GROUP, provider
+from rankadaptor_plugin.pipeline.context import GROUP, provider
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint

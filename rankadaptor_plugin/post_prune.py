@@ -21,7 +21,7 @@ from rankadaptor_plugin import plugins
 from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.run_file import model_folder
 from rankadaptor_plugin.models.checkpoints import check_folder, load_tokenizer
-from rankadaptor_plugin.pipeline import registries as plugin_list
+from rankadaptor_plugin.pipeline import context as plugin_list
 from rankadaptor_plugin.pipeline.run import RunResult, run
 from rankadaptor_plugin.pruning.cutting import after_pruning, describe_pruned
 

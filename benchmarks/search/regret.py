@@ -45,7 +45,7 @@ from rankadaptor_plugin.config.tables import PerformanceModelConfig, SearchConfi
 from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
 from rankadaptor_plugin.core.scores import Score, TaskScore
 from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
-from rankadaptor_plugin.pipeline.registries import registries
+from rankadaptor_plugin.pipeline.context import registries
 from rankadaptor_plugin.plugins import plugin_manager
 from rankadaptor_plugin.search.samplers import SamplerSettings
 from rankadaptor_plugin.search.space import LayerFeatures, untried

@@ -259,6 +259,20 @@ class RankSpace:
             self.max_rank_sum is None or ranks <= self.max_rank_sum
         )
 
+    def check_limits(self, allocation: RankAllocation, what: str) -> None:
+        """Checks the limits, but not the budget, on an allocation of the run file.
+
+        Raises:
+            RankSpaceError: If it exceeds one; `what` names it.
+        """
+        if not replace(self, budget=None).within_limits(allocation):
+            raise RankSpaceError(
+                f"{what} has {self.parameters(allocation)} trainable parameters and ranks that add "
+                f"up to {sum(allocation.ranks)}; [rank_space] max_parameters is "
+                f"{self.max_parameters or 'no limit'} and max_rank_sum "
+                f"{self.max_rank_sum or 'no limit'}. Lower some ranks or raise the limit."
+            )
+
     def limited_uniform(self) -> RankAllocation:
         """Returns standard LoRA, or, if it exceeds the limits, the most even allocation within."""
         uniform = self.uniform()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -34,21 +35,52 @@ class Phase(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Result of evaluating an allocation.
+    """Result of one fine-tune of an allocation with a seed.
 
     Attributes:
-        score: Scores per task on the search documents.
+        search: Scores per task on the search documents.
+        report: Scores on the report documents; None outside of the race.
         objective: What the search maximizes, P of the paper.
         train_loss: Mean training loss over the last tenth of the fine-tune, in nats per token.
         seconds: Wall time by part: ``recovery`` and ``oracle``.
         validation_loss: Loss on the held-out rows, in nats per token; None without such rows.
     """
 
-    score: Score
+    search: Score
+    report: Score | None = None
     objective: float
     train_loss: float
     seconds: dict[str, float]
     validation_loss: float | None = None
+
+    def is_finite(self) -> bool:
+        """True if every score and the objective are finite numbers."""
+        scores = (self.search, self.report)
+        return math.isfinite(self.objective) and all(s is None or s.is_finite() for s in scores)
+
+    def trial(self, **place: Any) -> Trial:
+        """Returns the run as a complete trial; `place` are the other fields of it."""
+        return Trial(
+            state=TrialState.COMPLETE,
+            score=self.search,
+            objective=self.objective,
+            train_loss=self.train_loss,
+            validation_loss=self.validation_loss,
+            seconds={**place.pop("seconds", {}), **self.seconds},
+            **place,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values, without those per document."""
+        report = self.report and self.report.to_json()
+        return {**vars(self), "search": self.search.to_json(), "report": report}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Outcome:
+        """Builds a run from what `to_json` returned."""
+        search = Score.from_json(data["search"])
+        report = data["report"] and Score.from_json(data["report"])
+        return cls(**{**data, "search": search, "report": report})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -216,8 +216,8 @@ def export(manager: pluggy.PluginManager, run: Path, format_: Format, output: Pa
     RUN is a run folder or a run file. The hf format needs this package to load; hf-remote-code and
     merged do not.
     """
+    from rankadaptor_plugin.pipeline.context import register_families, registries
     from rankadaptor_plugin.pipeline.export import export as export_run
-    from rankadaptor_plugin.pipeline.registries import register_families, registries
 
     register_families(registries(manager))
     click.echo(export_run(run, format_, output))
@@ -233,7 +233,7 @@ def inspect(manager: pluggy.PluginManager, folder: Path, as_json: bool) -> None:
     DIR is a model folder (pruned or not), an export or a run folder. No weights are read.
     """
     from rankadaptor_plugin.models.inspection import inspect_folder
-    from rankadaptor_plugin.pipeline.registries import register_families, registries
+    from rankadaptor_plugin.pipeline.context import register_families, registries
     from rankadaptor_plugin.report.console import inspection_text
 
     register_families(registries(manager))
@@ -277,7 +277,7 @@ def meta_learn(studies: tuple[str, ...], out: Path) -> None:
 @click.pass_obj
 def plugins(manager: pluggy.PluginManager, as_json: bool) -> None:
     """List plugins with their providers, hooks and registered names."""
-    from rankadaptor_plugin.pipeline.registries import describe
+    from rankadaptor_plugin.pipeline.context import describe
 
     active = describe(manager)
     if as_json:

@@ -15,7 +15,7 @@ from rankadaptor_plugin.core.trials import Outcome
 from rankadaptor_plugin.recovery.adapters import bare_model
 from rankadaptor_plugin.recovery.fine_tune import recover
 from rankadaptor_plugin.recovery.methods.methods import LORA
-from rankadaptor_plugin.verdict.race import ConfirmationRun, run_name
+from rankadaptor_plugin.verdict.race import run_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,18 +62,7 @@ class FineTuner:
         finally:
             self._resident = bare_model(self._resident)
 
-    def evaluate(self, allocation: RankAllocation, seed: int) -> Outcome:
-        """Fine-tunes an allocation for the search."""
-        run = self.search_run(allocation, seed)
-        return Outcome(
-            score=run.search,
-            objective=run.objective,
-            train_loss=run.train_loss,
-            seconds=run.seconds,
-            validation_loss=run.validation_loss,
-        )
-
-    def search_run(self, allocation: RankAllocation, seed: int) -> ConfirmationRun:
+    def search_run(self, allocation: RankAllocation, seed: int) -> Outcome:
         """Fine-tunes an allocation and scores it on the search documents."""
         searched: dict[str, Any] = dict(allocation.settings)
         try:
@@ -101,16 +90,15 @@ class FineTuner:
         )
         began = time.perf_counter()
         score = self._context.oracle.score(recovered.model, "search")
-        return ConfirmationRun(
+        return Outcome(
             search=score,
-            report=None,
             objective=self._objective(score),
             train_loss=recovered.train_loss,
             seconds={"recovery": recovered.seconds, "oracle": time.perf_counter() - began},
             validation_loss=recovered.validation_loss,
         )
 
-    def report_run(self, allocation: RankAllocation, seed: int) -> ConfirmationRun:
+    def report_run(self, allocation: RankAllocation, seed: int) -> Outcome:
         """Fine-tunes and scores on both sets of documents; one seed's adapter is kept."""
         run = self.search_run(allocation, seed)
         began = time.perf_counter()

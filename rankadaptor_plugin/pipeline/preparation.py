@@ -31,7 +31,7 @@ from rankadaptor_plugin.oracle.oracle import (
     check_task_names,
     objective_metric,
 )
-from rankadaptor_plugin.pipeline import registries as plugin_list
+from rankadaptor_plugin.pipeline import context as plugin_list
 from rankadaptor_plugin.pipeline import texts
 from rankadaptor_plugin.pipeline.context import RunContext
 from rankadaptor_plugin.pruning.calibration import calibration_documents, calibration_samples

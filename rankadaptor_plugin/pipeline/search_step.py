@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from rankadaptor_plugin.core.errors import RankSpaceError
 from rankadaptor_plugin.models.device import device_count
 from rankadaptor_plugin.pipeline.layer_features import layer_features
 from rankadaptor_plugin.search.allocations import given_allocation
@@ -21,14 +20,15 @@ if TYPE_CHECKING:
 
     from optuna.samplers import BaseSampler
 
-    from rankadaptor_plugin.config.tables import RunConfig
+    from rankadaptor_plugin.config.tables import SearchConfig
     from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
     from rankadaptor_plugin.core.run_folder import RunFolder
     from rankadaptor_plugin.core.trials import Trial
     from rankadaptor_plugin.models.pruned_model import PrunedModel
     from rankadaptor_plugin.oracle.oracle import Objective
-    from rankadaptor_plugin.pipeline.context import Registries, RunContext
+    from rankadaptor_plugin.pipeline.context import RunContext
     from rankadaptor_plugin.pipeline.fine_tuning import FineTuner
+    from rankadaptor_plugin.search.performance.performance_model import PriorEffects
     from rankadaptor_plugin.verdict.noise import Noise
 
 logger = logging.getLogger(__name__)
@@ -76,36 +76,6 @@ class TimeLimits:
             if limit and self.spent + made + follow > limit * _SECONDS:
                 return stop
         return None
-
-
-def sampler_for(
-    space: RankSpace,
-    config: RunConfig,
-    registries: Registries,
-    knowledge: Knowledge,
-    objective: Objective,
-) -> Callable[[int], BaseSampler]:
-    """Returns what makes the sampler of one trial from a seed."""
-    table, model = config.search, config.performance_model
-    make_sampler = registries.samplers.get(table.method)
-    make_model = registries.performance_models.get(model.name)
-
-    def make(seed: int) -> BaseSampler:
-        return make_sampler(
-            SamplerSettings(
-                space=space,
-                seed=seed,
-                n_startup_trials=table.n_startup_trials,
-                candidates=table.candidates,
-                final_candidates=table.final_candidates,
-                performance_model=lambda: make_model(space, model, seed),
-                metric=objective.metric,
-                priors=knowledge.priors,
-                pareto=table.pareto,
-            )
-        )
-
-    return make
 
 
 class SearchStep:
@@ -181,9 +151,7 @@ class SearchStep:
             pareto=False,
             meta="",
         )
-        config = replace(self._config, search=table)
-        nothing = Knowledge(space=self._space, priors=())
-        make = sampler_for(self._space, config, self._context.registries, nothing, self._objective)
+        make = self._sampler_for(table, ())
         with (
             self._folder.timed(_RANDOM) as add_seconds,
             TrialStore.open(self._folder.study_url, _RANDOM) as store,
@@ -196,13 +164,38 @@ class SearchStep:
             self._progress(_RANDOM, len(store.trials()), total)
             return search(
                 self._space,
-                self._tuner.evaluate,
+                self._tuner.search_run,
                 store,
                 lambda seed: make(seed ^ 1),
                 table,
-                config.seed,
+                self._config.seed,
                 on_trial,
             )
+
+    def _sampler_for(
+        self, table: SearchConfig, priors: tuple[PriorEffects, ...]
+    ) -> Callable[[int], BaseSampler]:
+        """Returns what makes the sampler of one trial from a seed."""
+        registries, model = self._context.registries, self._config.performance_model
+        make_sampler = registries.samplers.get(table.method)
+        make_model = registries.performance_models.get(model.name)
+
+        def make(seed: int) -> BaseSampler:
+            return make_sampler(
+                SamplerSettings(
+                    space=self._space,
+                    seed=seed,
+                    n_startup_trials=table.n_startup_trials,
+                    candidates=table.candidates,
+                    final_candidates=table.final_candidates,
+                    performance_model=lambda: make_model(self._space, model, seed),
+                    metric=self._objective.metric,
+                    priors=priors,
+                    pareto=table.pareto,
+                )
+            )
+
+        return make
 
     def _given(self) -> RankAllocation:
         """Returns the allocation that the run file names.
@@ -212,14 +205,7 @@ class SearchStep:
         """
         space, size = self._space, self._pruned.model.config.hidden_size
         allocation = given_allocation(self._config, space.slots, size)
-        limited = replace(space, budget=None)  # the run file says how many parameters it has
-        if not limited.within_limits(allocation):
-            raise RankSpaceError(
-                f"[search] allocation has {space.parameters(allocation)} trainable parameters and "
-                f"ranks that add up to {sum(allocation.ranks)}; [rank_space] max_parameters is "
-                f"{space.max_parameters or 'no limit'} and max_rank_sum "
-                f"{space.max_rank_sum or 'no limit'}. Lower some ranks or raise the limit."
-            )
+        space.check_limits(allocation, "[search] allocation")
         return allocation
 
     def _features(self, store: TrialStore) -> LayerFeatures:
@@ -275,11 +261,9 @@ class SearchStep:
 
         return search(
             self._space,
-            self._tuner.evaluate,
+            self._tuner.search_run,
             store,
-            sampler_for(
-                self._space, config, self._context.registries, self.knowledge, self._objective
-            ),
+            self._sampler_for(config.search, self.knowledge.priors),
             config.search,
             config.seed,
             on_trial,

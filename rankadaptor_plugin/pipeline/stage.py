@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from rankadaptor_plugin.config.tables import SEARCHED_RANKS, UNIFORM_LORA
+from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.oracle.oracle import Objective, objective_metric, reported_target
 from rankadaptor_plugin.pipeline.context import Recovered, RunContext
 from rankadaptor_plugin.pipeline.fine_tuning import FineTuner
-from rankadaptor_plugin.pipeline.method_race import (
-    found_entrants,
-    given_entrants,
-    trained_parameters,
-)
 from rankadaptor_plugin.pipeline.search_step import SearchStep, own_seconds
 from rankadaptor_plugin.pipeline.summary import StageResults, stage_summary
+from rankadaptor_plugin.recovery.files import adapter_parameters
+from rankadaptor_plugin.recovery.methods.methods import Method, parse_method, pattern_allocation
 from rankadaptor_plugin.recovery.slots import rank_space
 from rankadaptor_plugin.search.study import TrialStore
 from rankadaptor_plugin.verdict.confirmation import Confirmation, fresh_seeds
@@ -28,16 +28,16 @@ from rankadaptor_plugin.verdict.race import (
     BEST_RANDOM,
     FINALIST,
     RECOVERED,
-    ConfirmationRun,
     Entrant,
     Rules,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
-    from rankadaptor_plugin.config.tables import RunConfig
-    from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
+    from rankadaptor_plugin.config.tables import RecoveryConfig
+    from rankadaptor_plugin.core.ranks import RankSpace
     from rankadaptor_plugin.models.pruned_model import PrunedModel
     from rankadaptor_plugin.search.search import SearchResult
     from rankadaptor_plugin.verdict.race import Confirmed
@@ -50,8 +50,8 @@ def measure_noise(pruned: PrunedModel, context: RunContext) -> dict[str, Any] | 
         What `Noise.to_json` returns; None if too few allocations can be fine-tuned.
     """
     stage = _Stage(pruned, context)
-    with stage.tuner.cleared(), stage.progressing("noise") as on_run:
-        noise = measure(*stage.noise_inputs(), on_run)
+    with stage.tuner.cleared():
+        noise = stage.noise()
     return noise.to_json() if noise else None
 
 
@@ -67,10 +67,7 @@ def recover_pruned(pruned: PrunedModel, context: RunContext) -> Recovered:
     stage = _Stage(pruned, context)
     config, folder = context.config, stage.folder
     with stage.tuner.cleared():
-        noise = None
-        if config.searches and config.noise.seeds:
-            with stage.progressing("noise") as on_run:
-                noise = measure(*stage.noise_inputs(), on_run)
+        noise = stage.noise() if config.searches and config.noise.seeds else None
         searched = stage.step.run(noise)
         drawn = None
         if searched.is_searched and config.confirm.best_random:
@@ -115,10 +112,8 @@ class _Stage:
 
             yield progress
 
-    def noise_inputs(
-        self,
-    ) -> tuple[RankSpace, Callable[..., ConfirmationRun], RunFolder, RunConfig, Question]:
-        """Returns the arguments of `measure` but the last."""
+    def noise(self) -> Noise | None:
+        """Measures the noise floor."""
         oracle = self.context.oracle
         reported = oracle.describe()["documents"]["report"]
         question = Question(
@@ -127,7 +122,9 @@ class _Stage:
             weights=oracle.weights("search"),
             report_documents={task: len(ids) for task, ids in reported.items()},
         )
-        return self.space, self.tuner.search_run, self.folder, self.config, question
+        run, folder = self.tuner.search_run, self.folder
+        with self.progressing("noise") as on_run:
+            return measure(self.space, run, folder, self.config, question, on_run)
 
     def _objective(self) -> Objective:
         config, oracle = self.config.oracle, self.context.oracle
@@ -213,3 +210,100 @@ class _Stage:
     def _trained(self, allocation: RankAllocation) -> int:
         adapter = self.folder.path / self.tuner.adapter_name(allocation)
         return trained_parameters(allocation, self.space, self.config.recovery, adapter)
+
+
+def given_entrants(methods: Sequence[str], space: RankSpace) -> list[Entrant]:
+    """Returns what is fine-tuned for each recovery method, and what it is compared with.
+
+    A method has the ranks of uniform LoRA and is compared with it; one that gives the ranks by
+    layer is compared with the most even allocation of as many parameters. The searched ranks,
+    what takes them, and uniform LoRA itself are left out (`found_entrants`).
+
+    Raises:
+        ConfigError: If a method is unknown.
+        RankSpaceError: If ranks do not fit the model, or exceed a limit.
+    """
+    parsed = map(parse_method, methods)
+    plain = parse_method(UNIFORM_LORA)
+    return [
+        _entrant(method, space)
+        for method in parsed
+        if method.name != SEARCHED_RANKS and method != plain
+    ]
+
+
+def found_entrants(
+    methods: Sequence[str], best: Entrant, reference: RankAllocation
+) -> list[Entrant]:
+    """Returns the same for the methods that depend on the best finalist.
+
+    Those such as ``rankadaptor+dora`` take its ranks. ``lora`` is LoRA of the default rank; where
+    it is another allocation than the finalist's baseline, it is compared with that.
+
+    Args:
+        methods: The recovery methods.
+        best: The best finalist.
+        reference: LoRA of the default rank.
+
+    Raises:
+        ConfigError: If a method is unknown.
+    """
+    entrants = []
+    for method in map(parse_method, methods):
+        allocation = best.allocation if method.name == SEARCHED_RANKS else reference
+        if method == parse_method(UNIFORM_LORA):
+            if reference == best.baseline:
+                continue
+        elif method.name != SEARCHED_RANKS or method == parse_method(SEARCHED_RANKS):
+            continue
+        entrants.append(
+            Entrant(label=str(method), allocation=_with(allocation, method), baseline=best.baseline)
+        )
+    return entrants
+
+
+def _with(allocation: RankAllocation, method: Method) -> RankAllocation:
+    """Returns ranks with what is left of a method beside its ranks."""
+    rest = str(replace(method, name=UNIFORM_LORA, ranks=()))
+    return replace(allocation, method="" if rest == UNIFORM_LORA else rest)
+
+
+def _entrant(method: Method, space: RankSpace) -> Entrant:
+    text, uniform = str(method), space.limited_uniform()
+    if not method.ranks:
+        return Entrant(label=text, allocation=replace(uniform, method=text), baseline=uniform)
+    by_layer = pattern_allocation(method.ranks, space.layers).ranks
+    ranks = tuple(rank for rank in by_layer for _ in space.groups)
+    plain = space.with_defaults(RankAllocation(ranks))
+    space.check_limits(plain, f'[recovery] methods: "{text}"')
+    return Entrant(
+        label=text,
+        allocation=_with(plain, method),
+        baseline=space.evenly(space.parameters(plain), everywhere=True),
+    )
+
+
+def trained_parameters(
+    allocation: RankAllocation, space: RankSpace, config: RecoveryConfig, adapter: Path
+) -> int:
+    """Returns the number of parameters that the fine-tune of an allocation trains.
+
+    Of AdaLoRA, those that are left in the end; it begins with half as many again.
+
+    Args:
+        allocation: The ranks, and the method.
+        space: The rank space.
+        config: The ``[recovery]`` table.
+        adapter: Folder of its adapter: some methods choose the ranks themselves.
+    """
+    method = parse_method(allocation.method or UNIFORM_LORA)
+    if method.name == "none":
+        return 0
+    if method.name == "lora-fa":  # the other half keeps its first weights
+        return adapter_parameters(adapter, "lora_B")
+    if method.name != UNIFORM_LORA:
+        return adapter_parameters(adapter)
+    # PiSSA is saved with twice the ranks, as what it adds to the unchanged weights.
+    if not (method.dora or config.use_dora):
+        return space.parameters(allocation)
+    return space.parameters(allocation) + adapter_parameters(adapter, "lora_magnitude_vector")

@@ -13,7 +13,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -37,19 +37,6 @@ PAPER = "paper"
 """The method that ends when prediction and measurement agree."""
 
 _LEAST_COMPLETE = 2  # Below this there is nothing to compare.
-
-
-class Evaluate(Protocol):
-    """Fine-tunes and scores an allocation."""
-
-    def __call__(self, allocation: RankAllocation, seed: int) -> Outcome:
-        """Returns the outcome.
-
-        Args:
-            allocation: The ranks.
-            seed: Seed of the fine-tune.
-        """
-        ...
 
 
 class StopReason(enum.StrEnum):
@@ -105,7 +92,7 @@ class SearchResult:
 
 def search(
     space: RankSpace,
-    evaluate: Evaluate,
+    evaluate: Callable[[RankAllocation, int], Outcome],
     store: TrialStore,
     sampler_for: Callable[[int], BaseSampler],
     config: SearchConfig,
@@ -222,12 +209,12 @@ def _placed(
     return spare if tuple(space.row(allocation)) in tried else allocation
 
 
-def _run(trial: Trial, evaluate: Evaluate) -> Trial:
+def _run(trial: Trial, evaluate: Callable[[RankAllocation, int], Outcome]) -> Trial:
     """Evaluates a trial; returns it complete, or failed with its reason."""
     began = time.perf_counter()
     try:
         outcome = evaluate(trial.allocation, trial.seed)
-        if not (outcome.score.is_finite() and math.isfinite(outcome.objective)):
+        if not outcome.is_finite():
             raise OracleError(
                 f"A score is not a finite number (objective {outcome.objective}). Lower [recovery] "
                 "learning_rate or check the oracle's tasks."
@@ -237,15 +224,8 @@ def _run(trial: Trial, evaluate: Evaluate) -> Trial:
         took = {"recovery": time.perf_counter() - began}  # limits on time count it
         return replace(trial, reason=str(error), seconds=trial.seconds | took)
     logger.info("Trial %d (%s): %.4f", trial.position + 1, trial.allocation, outcome.objective)
-    return replace(
-        trial,
-        state=TrialState.COMPLETE,
-        score=outcome.score,
-        objective=outcome.objective,
-        train_loss=outcome.train_loss,
-        validation_loss=outcome.validation_loss,
-        seconds=trial.seconds | outcome.seconds,
-    )
+    made = ("position", "phase", "allocation", "seed", "predicted", "seconds", "parameters")
+    return outcome.trial(**{name: getattr(trial, name) for name in made})
 
 
 def _stop_reason(trials: Sequence[Trial], config: SearchConfig) -> StopReason | None:

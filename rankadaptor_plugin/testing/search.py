@@ -74,7 +74,7 @@ def planted_outcome(ranks: Sequence[int]) -> Outcome:
         for name, v in (("exact", value), ("noisy", value + noise))
     }
     return Outcome(
-        score=Score(tasks=scores),
+        search=Score(tasks=scores),
         objective=value,
         train_loss=3.0 - value,
         seconds={"recovery": 0.0},

@@ -12,7 +12,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.core.errors import ConfigError, OracleError, RecoveryError
-from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
+from rankadaptor_plugin.core.trials import Outcome, Phase, Trial, TrialState
 from rankadaptor_plugin.verdict.race import Confirmed, run_name, stored_run
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.core.ranks import RankAllocation
     from rankadaptor_plugin.core.run_folder import RunFolder
     from rankadaptor_plugin.search.study import TrialStore
-    from rankadaptor_plugin.verdict.race import ConfirmationRun, Entrant, Rules
+    from rankadaptor_plugin.verdict.race import Entrant, Rules
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Confirmation:
     def __init__(
         self,
         *,
-        run: Callable[[RankAllocation, int], ConfirmationRun],
+        run: Callable[[RankAllocation, int], Outcome],
         folder: RunFolder,
         store: TrialStore,
         rules: Rules,
@@ -96,7 +96,7 @@ class Confirmation:
         racing = [entrant for entrant in distinct if entrant.allocation != entrant.baseline]
         needed = [entrant.baseline for entrant in racing or distinct[:1]] or [reference]
         every = dict.fromkeys([*needed, reference, *(entrant.allocation for entrant in racing)])
-        runs: dict[RankAllocation, list[ConfirmationRun]] = {a: [] for a in every}
+        runs: dict[RankAllocation, list[Outcome]] = {a: [] for a in every}
         failed: dict[RankAllocation, str] = {}
         seeds = self._rules.seeds
         done, total = 0, len(every) * len(seeds)
@@ -119,10 +119,10 @@ class Confirmation:
         finished = {allocation: tuple(several) for allocation, several in runs.items()}
         return Confirmed.of(self._rules, finished, distinct, reference, failed)
 
-    def _result(self, allocation: RankAllocation, seed: int) -> ConfirmationRun:
+    def _result(self, allocation: RankAllocation, seed: int) -> Outcome:
         """Returns a run, made anew only where it was not finished."""
 
-        def make() -> ConfirmationRun:
+        def make() -> Outcome:
             run = self._run(allocation, seed)
             if run.report is None or not run.is_finite():
                 raise RecoveryError(
@@ -142,7 +142,7 @@ class Confirmation:
         if earlier is not None and earlier.state is TrialState.FAILED:
             raise RecoveryError(earlier.reason)
 
-    def _record(self, allocation: RankAllocation, seed: int, result: ConfirmationRun | str) -> None:
+    def _record(self, allocation: RankAllocation, seed: int, result: Outcome | str) -> None:
         """Stores a run as a trial, once; the text is the reason of a failed one."""
         place: dict[str, Any] = {
             "position": len(self._recorded),

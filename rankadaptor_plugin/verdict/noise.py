@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.config.tables import RunConfig
     from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
     from rankadaptor_plugin.core.run_folder import RunFolder
-    from rankadaptor_plugin.core.trials import Trial
-    from rankadaptor_plugin.verdict.race import ConfirmationRun, Runs
+    from rankadaptor_plugin.core.trials import Outcome, Trial
+    from rankadaptor_plugin.verdict.race import Runs
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class Question:
 
 def measure(
     space: RankSpace,
-    run: Callable[[RankAllocation, int], ConfirmationRun],
+    run: Callable[[RankAllocation, int], Outcome],
     folder: RunFolder,
     config: RunConfig,
     question: Question,

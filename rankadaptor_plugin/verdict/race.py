@@ -13,8 +13,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from rankadaptor_plugin.core.scores import Score
-from rankadaptor_plugin.core.trials import Trial, TrialState
+from rankadaptor_plugin.core.trials import Outcome
 from rankadaptor_plugin.verdict.statistics import compare, model_of
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
     from rankadaptor_plugin.core.ranks import RankAllocation
     from rankadaptor_plugin.core.run_folder import RunFolder
+    from rankadaptor_plugin.core.scores import Score
     from rankadaptor_plugin.verdict.statistics import Difference, Model
 
 FINALIST, BEST_RANDOM = "finalist", "best random"
@@ -32,62 +32,7 @@ UNIFORM, DEFAULT_RANK, SEARCHED, RECOVERED = "uniform", "lora", "searched", "rec
 rank, the best rank allocation that was searched or given, and what is delivered."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConfirmationRun:
-    """One fine-tune of an allocation with a seed.
-
-    Attributes:
-        search: Scores on the search documents.
-        report: Scores on the report documents; None of a run outside the race.
-        objective: What the search maximizes, on the search documents.
-        train_loss: See `rankadaptor_plugin.core.trials.Outcome`.
-        seconds: Wall time by part: ``recovery`` and ``oracle``.
-        validation_loss: See `rankadaptor_plugin.core.trials.Outcome`.
-    """
-
-    search: Score
-    report: Score | None
-    objective: float
-    train_loss: float
-    seconds: dict[str, float]
-    validation_loss: float | None = None
-
-    def is_finite(self) -> bool:
-        """Tells whether every score is a finite number."""
-        return self.search.is_finite() and (self.report is None or self.report.is_finite())
-
-    def trial(self, **place: Any) -> Trial:
-        """Returns the run as a complete trial; `place` are the other fields of it."""
-        return Trial(
-            state=TrialState.COMPLETE,
-            score=self.search,
-            objective=self.objective,
-            train_loss=self.train_loss,
-            validation_loss=self.validation_loss,
-            seconds=self.seconds,
-            **place,
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain values, without those per document."""
-        return {
-            "search": self.search.to_json(),
-            "report": self.report and self.report.to_json(),
-            "objective": self.objective,
-            "train_loss": self.train_loss,
-            "validation_loss": self.validation_loss,
-            "seconds": self.seconds,
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> ConfirmationRun:
-        """Builds a run from what `to_json` returned."""
-        search = Score.from_json(data["search"])
-        report = data["report"] and Score.from_json(data["report"])
-        return cls(**{**data, "search": search, "report": report})
-
-
-Runs = tuple[ConfirmationRun, ...]  # one per seed
+Runs = tuple[Outcome, ...]  # one per seed
 
 
 def run_name(allocation: RankAllocation, seed: int) -> str:
@@ -98,11 +43,11 @@ def run_name(allocation: RankAllocation, seed: int) -> str:
 def stored_run(
     folder: RunFolder,
     name: str,
-    make: Callable[[], ConfirmationRun],
+    make: Callable[[], Outcome],
     part: Literal["search", "report"],
     *,
     is_whole: bool = True,
-) -> ConfirmationRun:
+) -> Outcome:
     """Returns a run from the run folder; it is made anew where it was not finished.
 
     Args:
@@ -112,13 +57,13 @@ def stored_run(
         part: The score whose values per document are kept.
         is_whole: False if something else that the run left is missing.
     """
-    run = folder.read_result(name, ConfirmationRun.from_json) if is_whole else None
+    run = folder.read_result(name, Outcome.from_json) if is_whole else None
     if run is None:
         made = make()
         folder.write_score(f"{name}.parquet", getattr(made, part))
         folder.write_json(f"{name}.json", made.to_json())
         # As it reads back, so that an interrupted run ends like one that was not.
-        run = ConfirmationRun.from_json(json.loads(json.dumps(made.to_json())))
+        run = Outcome.from_json(json.loads(json.dumps(made.to_json())))
     score = folder.with_documents(f"{name}.parquet", getattr(run, part))
     return replace(run, search=score) if part == "search" else replace(run, report=score)
 

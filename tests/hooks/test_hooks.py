@@ -32,8 +32,7 @@ from rankadaptor_plugin.models.families import LLAMA
 from rankadaptor_plugin.models.pruned_model import PrunedModel
 from rankadaptor_plugin.oracle.oracle import OracleSettings
 from rankadaptor_plugin.oracle.tasks import Tasks
-from rankadaptor_plugin.pipeline.context import RunContext
-from rankadaptor_plugin.pipeline.registries import GROUP, registries
+from rankadaptor_plugin.pipeline.context import GROUP, RunContext, registries
 from rankadaptor_plugin.plugins import plugin_manager
 from rankadaptor_plugin.report.progress import Progress
 from rankadaptor_plugin.testing.oracles import OracleConformance

@@ -13,7 +13,7 @@ from rankadaptor_plugin import plugins
 from rankadaptor_plugin.cli import build_cli
 from rankadaptor_plugin.core.errors import PluginError
 from rankadaptor_plugin.pipeline import stage
-from rankadaptor_plugin.pipeline.registries import GROUP, registries
+from rankadaptor_plugin.pipeline.context import GROUP, registries
 
 HOOK = "from rankadaptor_plugin import hookimpl\n\n\n@hookimpl\ndef rankadaptor_"
 

@@ -28,8 +28,8 @@ from rankadaptor_plugin.core.errors import ConfigError, RankSpaceError, Recovery
 from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
 from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.core.scores import Score, TaskScore
-from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
-from rankadaptor_plugin.pipeline.method_race import (
+from rankadaptor_plugin.core.trials import Outcome, Phase, Trial, TrialState
+from rankadaptor_plugin.pipeline.stage import (
     found_entrants,
     given_entrants,
     trained_parameters,
@@ -41,7 +41,7 @@ from rankadaptor_plugin.report.words import METHODS, alone_sentence, verdict_sen
 from rankadaptor_plugin.search.study import TrialStore
 from rankadaptor_plugin.verdict.comparison import compare_runs
 from rankadaptor_plugin.verdict.confirmation import Confirmation, check, fresh_seeds
-from rankadaptor_plugin.verdict.race import ConfirmationRun, Entrant, Reason, Rules, run_name
+from rankadaptor_plugin.verdict.race import Entrant, Reason, Rules, run_name
 from rankadaptor_plugin.verdict.statistics import Difference, Seeds
 
 UNIFORM = RankAllocation((8, 8))
@@ -69,7 +69,7 @@ class Runs:
         if allocation in self.fails:
             raise RecoveryError("The training loss is nan.")
         value = score(self.worth[allocation], seed + len(str(allocation)))
-        return ConfirmationRun(
+        return Outcome(
             search=value, report=value, objective=0.0, train_loss=1.0, seconds={"recovery": 1.0}
         )
 

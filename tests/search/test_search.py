@@ -209,7 +209,7 @@ def failing(positions, error=None):
             if error is not None:
                 raise error
             outcome = planted_outcome(allocation.ranks)
-            outcome.score.tasks["noisy"].values["choice_logprob"] = math.nan
+            outcome.search.tasks["noisy"].values["choice_logprob"] = math.nan
             return outcome
         return planted_outcome(allocation.ranks)
 
@@ -365,7 +365,7 @@ def test_uniform_lora_of_the_noise_floor_is_no_other_finalist_than_the_same_of_t
         allocation=uniform,
         seed=2,
         state=TrialState.COMPLETE,
-        score=outcome.score,
+        score=outcome.search,
         objective=outcome.objective + 1,
     )
     store.add(first, RATED)

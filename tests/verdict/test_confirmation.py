@@ -14,13 +14,12 @@ from rankadaptor_plugin.core.errors import OracleError, RecoveryError
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.core.scores import Score, TaskScore
-from rankadaptor_plugin.core.trials import Phase, TrialState
+from rankadaptor_plugin.core.trials import Outcome, Phase, TrialState
 from rankadaptor_plugin.search.study import TrialStore
 from rankadaptor_plugin.verdict.confirmation import Confirmation, fresh_seeds
 from rankadaptor_plugin.verdict.race import (
     BEST_RANDOM,
     FINALIST,
-    ConfirmationRun,
     Entrant,
     Reason,
     Rules,
@@ -58,7 +57,7 @@ class ToyRuns:
             raise RecoveryError("The training loss is nan at step 2 of 3.")
         value = self.worth[allocation] + (seed - SEEDS[0]) / 7
         own = 1000 * sum(allocation.ranks) + 10 * allocation.ranks[0] + seed
-        return ConfirmationRun(
+        return Outcome(
             search=score(-value),  # the other way round: it must not matter
             report=score(value, self.noise, own),
             objective=-value,
@@ -377,7 +376,7 @@ def test_the_report_keeps_its_documents_and_comes_back_equal(folder, store):
     result = race(folder, store, ToyRuns(EQUAL))
     (first, *_) = result.runs[B]
     name = f"evaluations/{run_name(B, SEEDS[0])}"
-    again = ConfirmationRun.from_json(folder.read_json(f"{name}.json"))
+    again = Outcome.from_json(folder.read_json(f"{name}.json"))
     assert again.report.tasks["toy"].per_document == {}
     assert folder.with_documents(f"{name}.parquet", again.report) == first.report
     assert first.search.tasks["toy"].per_document == {}

@@ -13,11 +13,11 @@ from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.core.errors import RecoveryError
 from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.core.scores import Score, TaskScore
+from rankadaptor_plugin.core.trials import Outcome
 from rankadaptor_plugin.report.console import noise_text
 from rankadaptor_plugin.testing.search import SPACE
 from rankadaptor_plugin.verdict.noise import Question, measure, noise_allocations, noise_seeds
 from rankadaptor_plugin.verdict.noise_floor import document_sd, seed_scale
-from rankadaptor_plugin.verdict.race import ConfirmationRun
 from rankadaptor_plugin.verdict.reliability import reliability
 
 METRICS = ("accuracy", "choice_logprob")
@@ -31,7 +31,7 @@ def planted(allocation, seed, *, between=1.0, noise=0.1):
         "choice_logprob": [value - 1, value + 1, value, value],
         "accuracy": [0.0, 1.0, 1.0, 0.0],
     }
-    return ConfirmationRun(
+    return Outcome(
         search=Score(tasks={"toy": TaskScore.of(per_document, keys=list("abcd"))}),
         report=None,
         objective=value,

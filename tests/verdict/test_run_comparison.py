@@ -19,11 +19,12 @@ from rankadaptor_plugin.core.document_results import write_documents
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError, OracleError, RankAdaptorError
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.core.scores import Score, TaskScore
+from rankadaptor_plugin.core.trials import Outcome
 from rankadaptor_plugin.pipeline.commands import compare
 from rankadaptor_plugin.plugins import plugin_manager
 from rankadaptor_plugin.report.console import comparison_text
 from rankadaptor_plugin.verdict.comparison import compare_runs
-from rankadaptor_plugin.verdict.race import ConfirmationRun, Confirmed, Entrant, Rules, run_name
+from rankadaptor_plugin.verdict.race import Confirmed, Entrant, Rules, run_name
 
 TASKS = {"tiny_boolq": 1.0, "tiny_piqa": 1.0}
 LEVELS = {"base": 0.8, "pruned": 0.4, "uniform": 0.6, "searched": 0.6}
@@ -245,7 +246,7 @@ def races(draw):
             )
             for t, v in tables.items()
         }
-        return ConfirmationRun(
+        return Outcome(
             search=Score(tasks=per_task),
             report=Score(tasks=per_task),
             objective=0.0,
