@@ -35,7 +35,9 @@ def rankadaptor_register_pruners(register: Registry[Pruner]) -> None:
     """Registers pruners for ``[prune] method``.
 
     Called once at the start. A pruner is ``(model, tokenizer, samples, config) -> PrunedModel``
-    and may change the model in place. Example: ``register("width", "my_package.cut:prune")``.
+    and may change the model in place. If it has an attribute ``check(config, model_config)``, that
+    is called before any weight is loaded, to raise what is wrong with the table. Example:
+    ``register("width", "my_package.cut:prune")``.
     """
 
 

@@ -22,7 +22,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
 
+from rankadaptor_plugin.config.run_file import model_folder
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError, UnsupportedModelError
+from rankadaptor_plugin.models.device import quantization_config, resolve_device, resolve_dtype
 from rankadaptor_plugin.models.families import family_of
 from rankadaptor_plugin.models.footprint import on_meta
 from rankadaptor_plugin.models.modeling_rankadaptor import (
@@ -30,12 +32,15 @@ from rankadaptor_plugin.models.modeling_rankadaptor import (
     pruned_config_class,
     pruned_model_class,
 )
+from rankadaptor_plugin.models.transformers_internals import ignored_keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rankadaptor_plugin.config.tables import RunConfig
 
 
 log = logging.getLogger(__name__)
@@ -72,18 +77,16 @@ def check_checkpoint(folder: Path, *, strict: bool = True) -> PreTrainedModel:
     model = meta_model(folder)
     expected: Shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     found = _as_in_model(header_shapes(folder), model, expected)
-    known = (*(model._keys_to_ignore_on_load_unexpected or ()), *_FORMER)
+    may_have, may_lack = ignored_keys(model)
     unknown = sorted(found.keys() - expected.keys(), key=_by_layer)
-    if unknown := [name for name in unknown if not _ignored(name, known)]:
+    if unknown := [name for name in unknown if not _ignored(name, (*may_have, *_FORMER))]:
         problem = f"{unknown[0]} is in the weights, but in no model by config.json"
         if strict:
             raise _broken(folder, problem)
         log.warning("%s: %s. It is ignored, with %d more.", folder, problem, len(unknown) - 1)
     for name in expected:  # in the order of the model: the first contradiction comes first
         if name not in found:
-            tied = (_tied_to(name, model) & found.keys()) or _ignored(
-                name, model._keys_to_ignore_on_load_missing or ()
-            )
+            tied = (_tied_to(name, model) & found.keys()) or _ignored(name, may_lack)
             if not tied:
                 raise _broken(folder, f"{name} is missing in the weights")
         elif found[name] != expected[name]:
@@ -233,6 +236,28 @@ def _reason(error: Exception) -> str:
     """Returns the last line of a message: transformers begins with where it happened."""
     lines = str(error).strip().splitlines()
     return lines[-1].strip().rstrip(".") if lines else type(error).__name__
+
+
+def check(config: RunConfig, *, in_memory: bool = False) -> None:
+    """Checks the model, device and type that a run file names; no weight is loaded.
+
+    Args:
+        config: The run file.
+        in_memory: True if the pruned model is given rather than loaded.
+
+    Raises:
+        ConfigError: If the folder, the device or its quantization cannot be used.
+        UnsupportedModelError: If the model cannot be pruned.
+        ArtifactError: If its weights are pickled, torn or missing.
+    """
+    check_folder(model_folder(config.model))
+    if in_memory and config.quantize:
+        raise ConfigError(
+            f'quantize is "{config.quantize}", but the model is in memory already. Load it that '
+            'way, and leave quantize = "".'
+        )
+    device = resolve_device(config.device)
+    quantization_config(config.quantize, device, resolve_dtype(config.dtype, device))
 
 
 def check_folder(folder: Path) -> str:

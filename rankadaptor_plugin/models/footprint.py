@@ -16,6 +16,7 @@ from rankadaptor_plugin.models.structures import (
     layer_widths,
     structure_of,
 )
+from rankadaptor_plugin.models.transformers_internals import from_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -82,6 +83,6 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
 def on_meta(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Builds a model without memory for its weights, to read shapes off it."""
     with torch.device("meta"):
-        model: PreTrainedModel = model_class._from_config(copy.deepcopy(config), dtype=dtype)
+        model = from_config(model_class, copy.deepcopy(config), dtype)
     model.tie_weights()
     return model

@@ -28,6 +28,7 @@ from rankadaptor_plugin.models.structures import (
     set_config,
     structure_of,
 )
+from rankadaptor_plugin.models.transformers_internals import forget_weight_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -294,9 +295,7 @@ def to_pruned(model: PreTrainedModel, base: ModelShape) -> PreTrainedModel:
     config.per_layer_config = {i: structure.to_config(w) for i, w in enumerate(widths)}
     config.architectures = [model_class.__name__]
     set_config(model, config)
-    # Of the file that the base came from: transformers would write old names again, which it
-    # translates back for stock model types alone.
-    model._weight_conversions = None
+    forget_weight_names(model)
     for layer, width in zip(decoder_layers(model), widths, strict=True):
         structure.repair(layer, width)
     model.__class__ = model_class

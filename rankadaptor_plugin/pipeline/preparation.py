@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig
 
 from rankadaptor_plugin import corpus as recovery_corpus
-from rankadaptor_plugin import oracle, recovery, search, verdict
+from rankadaptor_plugin import models, oracle, pruning, recovery, search, verdict
 from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.run_file import corpus_file, model_folder
-from rankadaptor_plugin.core.errors import ArtifactError, ConfigError
+from rankadaptor_plugin.core.errors import ArtifactError
 from rankadaptor_plugin.core.run_folder import RunFolder, digest
 from rankadaptor_plugin.core.trials import TrialState
 from rankadaptor_plugin.corpus.corpus import load_corpus
-from rankadaptor_plugin.models.checkpoints import check_folder, load_tokenizer
-from rankadaptor_plugin.models.device import quantization_config, resolve_device, resolve_dtype
+from rankadaptor_plugin.models.checkpoints import load_tokenizer
+from rankadaptor_plugin.models.device import resolve_device, resolve_dtype
 from rankadaptor_plugin.oracle.oracle import (
     Oracle,
     OracleSettings,
@@ -35,14 +35,12 @@ from rankadaptor_plugin.pipeline import context as plugin_list
 from rankadaptor_plugin.pipeline import texts
 from rankadaptor_plugin.pipeline.context import RunContext
 from rankadaptor_plugin.pruning.calibration import calibration_documents, calibration_samples
-from rankadaptor_plugin.pruning.depth import check_importance
-from rankadaptor_plugin.pruning.importance import check_names
 from rankadaptor_plugin.search.study import TrialStore
 
 if TYPE_CHECKING:
     import pluggy
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from rankadaptor_plugin.config.tables import RunConfig
     from rankadaptor_plugin.core.ranks import RankAllocation
@@ -50,6 +48,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.corpus.sequences import Corpus
     from rankadaptor_plugin.models.pruned_model import PrunedModel
     from rankadaptor_plugin.oracle.oracle import OracleFactory
+    from rankadaptor_plugin.pipeline.context import Registries
     from rankadaptor_plugin.pruning.cutting import Pruner
 
 logger = logging.getLogger(__name__)
@@ -117,7 +116,7 @@ def prepare(
     device = pruned.model.device if pruned else resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     source = model_folder(config.model)
-    check(config, source, pruned, device, dtype)
+    check(config, registries, source, pruned)
     tokenizer = (
         pruned.tokenizer
         if pruned
@@ -166,11 +165,7 @@ def prepare(
 
 
 def check(
-    config: RunConfig,
-    source: Path,
-    pruned: PrunedModel | None,
-    device: torch.device,
-    dtype: torch.dtype,
+    config: RunConfig, registries: Registries, source: Path, pruned: PrunedModel | None
 ) -> None:
     """Lets every package check its tables of the run file; no weight is loaded.
 
@@ -179,12 +174,21 @@ def check(
     """
     verdict.check(config)
     oracle.check(config)
-    check_folder(source)
+    models.check(config, in_memory=pruned is not None)
+    base = _config_of(config, source)
     if pruned is None:
-        _check_prune(config, source)
+        pruning.check(config.prune, registries.pruners.get(config.prune.method), base)
     recovery_corpus.check(config)
-    _check_recovery(config, source, pruned, device, dtype)
-    search.check(config, *_shape(config, source, pruned))
+    learns = pruned is not None and config.recovery.distill_weight
+    recovery.check(config, *((base, pruned.model.config) if pruned and learns else ()))
+    search.check(config, *_shape(config, base, pruned))
+
+
+def _config_of(config: RunConfig, source: Path) -> PreTrainedConfig:
+    loaded: PreTrainedConfig = AutoConfig.from_pretrained(
+        source, trust_remote_code=config.trust_remote_code, local_files_only=True
+    )
+    return loaded
 
 
 def _oracle(oracles: Registry[OracleFactory], settings: OracleSettings) -> Oracle:
@@ -203,70 +207,18 @@ def _oracle(oracles: Registry[OracleFactory], settings: OracleSettings) -> Oracl
 
 def _window(config: RunConfig, source: Path, pruned: PrunedModel | None) -> int | None:
     """Returns the context window of the model, as its configuration has it."""
-    model = (
-        pruned.model.config
-        if pruned
-        else AutoConfig.from_pretrained(
-            source, trust_remote_code=config.trust_remote_code, local_files_only=True
-        )
-    )
+    model = pruned.model.config if pruned else _config_of(config, source)
     return getattr(model.get_text_config(), "max_position_embeddings", None)
 
 
 def _shape(
-    config: RunConfig, source: Path, pruned: PrunedModel | None
+    config: RunConfig, base: PreTrainedConfig, pruned: PrunedModel | None
 ) -> tuple[int | None, int | None]:
     """Returns layers and width of the pruned model, None where pruning decides on them."""
-    if pruned is not None:
-        return pruned.model.config.num_hidden_layers, pruned.model.config.hidden_size
-    if config.prune.method != "width":
+    if pruned is None and config.prune.method != "width":
         return None, None
-    model = AutoConfig.from_pretrained(
-        source, trust_remote_code=config.trust_remote_code, local_files_only=True
-    ).get_text_config()
+    model = (pruned.model.config if pruned else base).get_text_config()
     return model.num_hidden_layers, model.hidden_size
-
-
-def _check_prune(config: RunConfig, source: Path) -> None:
-    """Says what is wrong with the table of a built-in pruner before weights are loaded."""
-    checks = {"width": check_names, "channel": check_names, "depth": check_importance}
-    method = config.prune.method
-    if method in checks:
-        checks[method](config.prune)
-    text = config.prune.calibration
-    if text and not Path(text).is_file():
-        raise ConfigError(
-            f"The calibration text {text} does not exist. Correct [prune] calibration, or leave it "
-            "empty."
-        )
-    if method in ("width", "depth"):
-        model = AutoConfig.from_pretrained(
-            source, trust_remote_code=config.trust_remote_code, local_files_only=True
-        )
-        config.prune.layers(model.num_hidden_layers)
-
-
-def _check_recovery(
-    config: RunConfig,
-    source: Path,
-    pruned: PrunedModel | None,
-    device: torch.device,
-    dtype: str | torch.dtype,
-) -> None:
-    """Says what is wrong with the fine-tunes before weights are loaded."""
-    teacher = student = None
-    if pruned is not None and config.recovery.distill_weight:
-        student = pruned.model.config
-        teacher = AutoConfig.from_pretrained(
-            source, trust_remote_code=config.trust_remote_code, local_files_only=True
-        )
-    recovery.check(config, teacher, student)
-    quantization_config(config.quantize, device, dtype)
-    if pruned is not None and config.quantize:
-        raise ConfigError(
-            f'quantize is "{config.quantize}", but the model is in memory already. Load it that '
-            'way, and leave quantize = "".'
-        )
 
 
 def _calibration(

@@ -1,1 +1,28 @@
-"""The package pruning."""
+"""What is cut out of a model and why; the only package that knows torch-pruning.
+
+Three pruners: `width` (heads and MLP channels, LLM-Pruner), `channel` (the hidden size) and `depth`
+(whole blocks, Shortened LLaMA). Scores of units are in `importance`, streamed gradients in
+`gradients`, and what all pruners share, with the bridge to torch-pruning, in `cutting`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rankadaptor_plugin.core.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from rankadaptor_plugin.pruning.checks import check
+    from rankadaptor_plugin.pruning.cutting import Pruner, describe_pruned, traceable
+
+__all__ = ["Pruner", "check", "describe_pruned", "traceable"]
+
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "Pruner": "cutting",
+        "check": "checks",
+        "describe_pruned": "cutting",
+        "traceable": "cutting",
+    },
+)

@@ -13,6 +13,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch_pruning import utils
 from torch_pruning.dependency import index_mapping
 
 from rankadaptor_plugin.config.tables import PruneConfig
@@ -150,19 +151,23 @@ def set_hidden_size(model: PreTrainedModel, hidden: int) -> None:
 
 @contextlib.contextmanager
 def traceable() -> Iterator[None]:
-    """Lets torch-pruning trace models with grouped-query attention, within a ``with`` block.
+    """Lets torch-pruning trace a causal LM of transformers, within a ``with`` block.
 
-    torch-pruning 1.6.1 takes the two halves of a rotated query for concatenated features, and
-    then looks for their pruning group without end where two query heads share a key-value head.
-    Its notes on concatenation are switched off in the block; decoder layers have none. Build the
-    pruner inside; `after_pruning` covers its steps.
+    torch-pruning 1.6.1 takes the two halves of a rotated query for concatenated features, and then
+    looks for their pruning group without end: where query heads share a key-value head, and, with
+    as many key-value heads as query heads, where the forward pass fills a cache. Its notes on
+    concatenation are switched off in the block; decoder layers have none. It also stumbles over a
+    cache in the output, of which only the logits are traced here, so that no ``forward_fn`` is
+    needed. Build the pruner inside; `after_pruning` covers its steps.
     """
-    noted = index_mapping.update_concat_index_mapping
+    noted, flattened = index_mapping.update_concat_index_mapping, utils.flatten_as_list
     index_mapping.update_concat_index_mapping = lambda group, node: None
+    utils.flatten_as_list = lambda output: flattened(getattr(output, "logits", output))
     try:
         yield
     finally:
         index_mapping.update_concat_index_mapping = noted
+        utils.flatten_as_list = flattened
 
 
 def after_pruning(pruner: BasePruner, callback: Callable[[PreTrainedModel], object]) -> None:

@@ -66,6 +66,24 @@ def foreign_run(installed, tmp_path_factory, write_run_file):
     return call(installed, folder, "run", "RUN.toml"), folder / "out"
 
 
+def test_its_pruner_checks_the_run_file_before_anything_is_loaded(
+    installed, tmp_path, write_run_file
+):
+    file = write_run_file(tmp_path / "RUN.toml", prune={"method": "halve", "pruning_ratio": 0.3})
+    done = subprocess.run(
+        [sys.executable, "-m", "rankadaptor_plugin", "run", str(file)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert (
+        "pruning_ratio is 0.3, but the pruner halve removes half of one of 8 layers" in done.stderr
+    )
+    assert not (tmp_path / "out" / "pruned").exists()
+
+
 def test_a_run_uses_its_pruner(foreign_run):
     pruned = load_pruned(foreign_run[1] / "pruned")
     assert pruned.provenance == {"pruner": "halve", "samples": 3}

@@ -192,3 +192,22 @@ def test_fractional_heads_and_loose_matrices_are_errors():
     tp.prune_linear_in_channels(model.model.layers[2].mlp.down_proj, [0])
     with pytest.raises(UnsupportedModelError, match=r"down_proj has shape \(32, 23\)"):
         describe_pruned(model, TOKENIZER)
+
+
+@pytest.mark.filterwarnings(NORMS)
+@pytest.mark.parametrize("groups", [4, 2])
+def test_a_model_that_fills_a_cache_is_traced_without_a_forward_function(groups):
+    """Without `traceable` this ends in an error, or, on the logits alone, never."""
+    model = tiny(num_key_value_heads=groups)
+    layers = model.model.layers
+    with traceable():
+        graph = tp.DependencyGraph().build_dependency(model, {"input_ids": SAMPLES[0][None]})
+        group = graph.get_pruning_group(
+            layers[1].mlp.up_proj, tp.prune_linear_out_channels, idxs=[0]
+        )
+        heads = graph.get_pruning_group(
+            layers[1].self_attn.q_proj, tp.prune_linear_out_channels, idxs=list(range(8))
+        )
+    cut = {dep.target.module for dep, _ in group}
+    assert cut >= {layers[1].mlp.up_proj, layers[1].mlp.gate_proj, layers[1].mlp.down_proj}
+    assert len(heads) > 1

@@ -19,3 +19,17 @@ def halve(model, tokenizer, samples, config):
         count = len(units[0].indices)
         remove(units, range(count // 2, count))
     return PrunedModel.of(model, tokenizer, {"pruner": "halve", "samples": len(samples)})
+
+
+def check(config, model_config):
+    """Is called before any weight is loaded."""
+    from rankadaptor_plugin.core.errors import ConfigError
+
+    if config.pruning_ratio != 0.5:
+        raise ConfigError(
+            f"[prune] pruning_ratio is {config.pruning_ratio:g}, but the pruner halve removes half "
+            f"of one of {model_config.num_hidden_layers} layers. Set it to 0.5."
+        )
+
+
+halve.check = check
