@@ -263,11 +263,11 @@ def test_the_documented_project_names_the_documented_module():
     assert project["project"]["entry-points"] == {GROUP: {"ends": "rankadaptor_ends"}}
     assert project["tool"]["setuptools"]["py-modules"] == ["rankadaptor_ends"]
     assert chosen == {"search": {"method": "ends"}}
-    assert 'register("ends"' in blocks("## Write one")[0]
+    assert 'register("ends"' in blocks("## Write a plugin")[0]
 
 
 def test_the_documented_plugin_passes_its_documented_test_file(tmp_path, monkeypatch):
-    plugin = load(blocks("## Write one")[0], tmp_path, "rankadaptor_ends")
+    plugin = load(blocks("## Write a plugin")[0], tmp_path, "rankadaptor_ends")
     monkeypatch.setitem(sys.modules, "rankadaptor_ends", plugin)
     suite = load(blocks("## Test it")[0], tmp_path, "test_ends").TestEnds()
     tests = [name for name in dir(suite) if name.startswith("test_")]
