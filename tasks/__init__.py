@@ -1,4 +1,4 @@
-"""What lm-eval reads: task YAML, small data, prompt functions."""
+"""Files for lm-eval: task YAML, small data sets, prompt functions."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ _TABLES: dict[str, type] = {"corpus": CorpusConfig, "recovery": RecoveryConfig}
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What one fine-tune is made of.
+    """Settings of one fine-tune.
 
     Attributes:
         corpus: How the recovery corpus is read.

@@ -105,7 +105,7 @@ def run_folder(run: Path) -> RunFolder:
 
 
 def is_hub_name(path: Path | str) -> bool:
-    """Whether a path reads as the name of a dataset on the hub, ``owner/name``.
+    """True if a path reads as the name of a dataset on the Hub, ``owner/name``.
 
     A file that is there goes before; that is for the caller to look up.
     """
@@ -124,7 +124,7 @@ def _absolute(path: str, folder: Path) -> str:
 
 
 def _corpus(path: str, folder: Path) -> str:
-    """Returns a file's path, or the name of a dataset of the hub as it is."""
+    """Returns a file's path, or the unchanged name of a dataset on the Hub."""
     on_hub = is_hub_name(path) and not (folder / path).exists()
     return path if on_hub else _absolute(path, folder)
 

@@ -29,7 +29,7 @@ _TASK, _KEY = "task", "document"
 
 @dataclass(frozen=True, eq=False)
 class TaskDocuments:
-    """What one model did on each of the J documents of a task.
+    """Results of one model on each of the J documents of a task.
 
     Attributes:
         keys: Names of the documents, J of them; their positions as text where they have no name.

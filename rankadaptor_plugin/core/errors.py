@@ -29,7 +29,7 @@ class RankSpaceError(ConfigError):
 
 
 class UnsupportedModelError(RankAdaptorError):
-    """The model is no causal language model of a family that we can prune."""
+    """The model is not a causal language model of a supported family."""
 
 
 class CorpusError(RankAdaptorError):

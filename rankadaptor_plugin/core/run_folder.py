@@ -1,4 +1,4 @@
-"""The run folder: one artefact per stage, written whole or not at all.
+"""The run folder: one artifact per stage, written whole or not at all.
 
     inputs.json       what the run was made from; another run may not continue it
     pruned/           the pruned model
@@ -13,7 +13,7 @@
     .teacher/         predictions of the unpruned model, under a hash of what they depend on
     timings.json      wall seconds per stage, over all sessions
 
-A stage whose artefact is there is skipped, so running again *is* resuming.
+A stage whose artifact exists is skipped, so running again *is* resuming.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class RunFolder:
     def read_result(
         self, name: str, build: Callable[[dict[str, Any]], T], *, documents: bool = True
     ) -> T | None:
-        """Returns what was built from ``NAME.json``, or None if it is not all there.
+        """Returns the object built from ``NAME.json``, or None if it is incomplete.
 
         Args:
             name: Path in the folder, without ending.

@@ -1,4 +1,4 @@
-"""What an oracle says of a model: values per task and metric, and per document where needed.
+"""Scores of a model: values per task and metric, and per document where needed.
 
 Metrics, all "higher is better"; ``ll[c]`` is the log-likelihood of choice c in nats. Several right
 choices count together in `choice_logprob`, and by the likeliest of them in the other two:
@@ -95,7 +95,7 @@ class TaskScore:
         )
 
     def is_finite(self) -> bool:
-        """Tells whether every mean is a finite number."""
+        """True if every mean is a finite number."""
         return all(math.isfinite(value) for value in self.values.values())
 
 
@@ -117,7 +117,7 @@ class Score:
         return sum(w * self.tasks[name].values[metric] for name, w in weights.items()) / total
 
     def is_finite(self) -> bool:
-        """Tells whether every value is a finite number."""
+        """True if every value is a finite number."""
         return all(task.is_finite() for task in self.tasks.values())
 
     def to_json(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class Score:
 
 
 class Metric(NamedTuple):
-    """What tables say of a metric.
+    """Description of a metric in tables.
 
     Attributes:
         unit: Unit of its values; accuracy is shown in percent.
@@ -190,7 +190,7 @@ def metric_suggestion(name: str, metrics: Sequence[str]) -> str:
 
 
 def described(metric: str) -> Metric:
-    """Returns what is known of a metric: nothing of one that a plugin brings."""
+    """Returns the description of a metric; empty for one of a plugin."""
     return KNOWN_METRICS.get(metric, Metric())
 
 

@@ -1,4 +1,4 @@
-"""Whether the weights in a folder are those that its config.json describes, without reading them.
+"""Checks of the weights in a folder against its config.json, without reading them.
 
 Names and shapes stand in the headers of safetensors files, and in a model on the meta device. The
 two are compared before a load, where transformers would fill in or fail without saying why.

@@ -1,4 +1,4 @@
-"""Where a run computes: device, dtype, threads, and the memory that it took."""
+"""Compute settings of a run: device, dtype and threads, and its memory use."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Tells whether memory did not suffice; torch says so in plain errors as well."""
+    """True for an out-of-memory error, which torch also raises as a plain RuntimeError."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     said = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
@@ -70,7 +70,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def device_name(device: torch.device) -> str:
-    """Returns what a report calls a device."""
+    """Returns the name of a device in reports."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.get_num_threads()} threads)"
@@ -100,7 +100,7 @@ def device_count(model: torch.nn.Module) -> int:
 def quantization_config(
     quantize: str, device: torch.device, dtype: str | torch.dtype
 ) -> BitsAndBytesConfig | None:
-    """Returns what ``from_pretrained`` takes to quantize a model while it loads.
+    """Returns the arguments of ``from_pretrained`` that quantize a model while it loads.
 
     Nothing is loaded here, so that it can be called early, to see whether it will work.
 

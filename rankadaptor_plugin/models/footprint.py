@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-accumulates, cache and checkpoint."""
+"""Costs of a model: parameters, multiply-accumulates, cache and checkpoint."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOKENS = 64
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a model costs.
+    """Costs of a model.
 
     Attributes:
         parameters: Number of parameters; tied weights count once.

@@ -1,4 +1,4 @@
-"""What a model folder holds, layer by layer, and what was pruned from it; no weights are read."""
+"""Contents of a model folder by layer, and what was pruned from it; no weights are read."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What a folder holds.
+    """Contents of a model folder.
 
     Attributes:
         folder: The folder that was looked at: in a run folder its ``pruned/``.

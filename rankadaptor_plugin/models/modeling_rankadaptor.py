@@ -29,7 +29,7 @@ logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
 
 @dataclass(frozen=True)
 class LayerWidths:
-    """How wide one decoder layer is.
+    """Widths of one decoder layer.
 
     Attributes:
         heads: Query heads.
@@ -197,7 +197,7 @@ def take(module: Any, rows: Any, columns: Any) -> None:
 
 
 class _PrunedConfig:
-    """What the config classes add to those of transformers."""
+    """Additions to the config classes of transformers."""
 
     structure: Any
 
@@ -211,7 +211,7 @@ class _PrunedConfig:
 
 
 class _PrunedModel:
-    """What the model classes add to those of transformers."""
+    """Additions to the model classes of transformers."""
 
     stock_class: Any
     get_submodule: Any

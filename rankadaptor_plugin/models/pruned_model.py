@@ -262,7 +262,7 @@ def stock_class(model: PreTrainedModel) -> Any:
 
 
 def is_pruned(model: PreTrainedModel) -> bool:
-    """Returns whether a model is of a pruned class already."""
+    """True if a model already has a pruned class."""
     return hasattr(type(model), "stock_class")
 
 
@@ -370,7 +370,7 @@ def load_pruned(
 
 
 class Recorded(NamedTuple):
-    """What a record says that a model was before pruning.
+    """Shapes of a model before pruning, from its record.
 
     Attributes:
         shape: Its hidden size and widths.

@@ -1,4 +1,4 @@
-"""Which rows and columns of a decoder layer belong together, per model family.
+"""Rows and columns of a decoder layer that belong together, per model family.
 
 Written down by hand, because tracing finds wrong groups for grouped-query attention and fused
 projections; for the families where tracing is right, a test compares the two.
@@ -45,7 +45,7 @@ def place(model: PreTrainedModel, name: str) -> str:
 
 
 def group_matrices(structure: Structure) -> dict[str, dict[str, tuple[str, ...]]]:
-    """Returns which matrices share a rank, by how finely ranks are searched.
+    """Returns the matrices that share a rank, at the granularity of the search.
 
     Returns:
         Under ``"layer"``, ``"group"`` and ``"projection"``: the groups of a layer by name, in the
@@ -212,7 +212,7 @@ def _attention(structure: Structure, layer: nn.Module, widths: LayerWidths) -> U
 def _head_rows(
     structure: Structure, size: int, widths: LayerWidths
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns which rows of their matrix each query, key and value head has: (heads, size)."""
+    """Returns the rows of each query, key and value head in their matrix: (heads, size)."""
     heads, groups = widths.heads, widths.kv_heads
     if len(structure.query_key_value) > 1:
         keys = torch.arange(groups * size).view(groups, size)
@@ -241,7 +241,7 @@ def _member(
 
 
 def _check_plain(name: str, matrix: nn.Module) -> None:
-    """Sees to it that a matrix is one that can be cut: of numbers, and without an adapter."""
+    """Checks that a matrix can be cut: it has numbers and no adapter."""
     weight = matrix.weight if isinstance(matrix, (nn.Linear, Conv1D)) else None
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         raise UnsupportedModelError(
@@ -252,7 +252,7 @@ def _check_plain(name: str, matrix: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What pruning changes about a model.
+    """Properties of a model that pruning changes.
 
     Attributes:
         hidden: Hidden size.
@@ -300,7 +300,7 @@ class Member:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Returns whether a matrix is kept as (in, out): transformers' ``Conv1D`` does."""
+    """True if a matrix is stored as (in, out), as in transformers' ``Conv1D``."""
     return hasattr(module, "nf")
 
 

@@ -100,7 +100,7 @@ class TaskRequests:
         )
 
     def asked(self) -> Iterator[str]:
-        """Returns what fixes the scores: every request as it is asked, and the right answers."""
+        """Returns the inputs that determine the scores: all requests and the right answers."""
         for question in self.questions:
             yield repr(([request.args for request in question.requests], question.gold))
 
@@ -150,7 +150,7 @@ class Requests:
         self._planned: Plan | None = None
 
     def asked(self) -> Iterator[str]:
-        """Returns what fixes the scores of all tasks."""
+        """Returns the inputs that determine the scores of all tasks."""
         for task in self._tasks.values():
             yield from task.asked()
 
@@ -167,7 +167,7 @@ class Requests:
         return Score(tasks=scores)
 
     def _plan(self, model: PreTrainedModel) -> Plan:
-        """Tokenises and packs the requests; the models of a run have one context window."""
+        """Tokenizes and packs the requests; the models of a run share one context window."""
         with quiet("lm_eval"):
             lm = HFLM(
                 pretrained=model,

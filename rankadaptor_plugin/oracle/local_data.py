@@ -36,7 +36,7 @@ class RowError(OracleError):
 
 
 def has_field(row: Any, field: str) -> bool:
-    """Returns whether a row has a field; ``a.b`` is the field ``b`` of an object ``a``."""
+    """True if a row has a field; ``a.b`` is the field ``b`` of an object ``a``."""
     head, _, rest = field.partition(".")
     return isinstance(row, dict) and head in row and (not rest or has_field(row[head], rest))
 

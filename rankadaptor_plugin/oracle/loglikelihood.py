@@ -91,7 +91,7 @@ class _Passes:
         return [before, self._run(shared.suffix, use_cache=True, past_key_values=cache)[0]]
 
     def share_exactly(self, plan: Plan) -> bool:
-        """Returns whether the model may share prefixes, after a comparison the first time."""
+        """True if the model may share prefixes; compares both ways the first time."""
         if plan.probes and self._base not in _shares:
             differences = [self._difference(*probe, plan.distinct) for probe in plan.probes]
             if np.isnan(differences).any():

@@ -34,7 +34,7 @@ PASS = 200
 
 
 def rows_of(length: int, batch_tokens: int) -> int:
-    """Returns how many rows of a length in tokens go into one pass, at least 1."""
+    """Returns the number of rows of a length in tokens that fit into one pass, at least 1."""
     return max(1, batch_tokens // length)
 
 
@@ -97,7 +97,7 @@ def pack(groups: Sequence[Group], batch_tokens: int) -> list[list[Group]]:
 
 
 def padded_tokens(batch: Sequence[Group]) -> int:
-    """Returns how many tokens the passes over prefixes and suffixes compute, with padding."""
+    """Returns the tokens that the passes over prefixes and suffixes compute, with padding."""
     count = sum(len(item.rows) for item in batch)
     prefixes = len(batch) * max(item.prefix for item in batch)
     return prefixes + count * max(item.suffix for item in batch)
@@ -124,7 +124,7 @@ def _split(item: Group, batch_tokens: int) -> Iterator[Group]:
 
 
 def _common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
-    """Returns how many tokens two rows share at their beginning; one of them differs then."""
+    """Returns the number of leading tokens that two different rows share."""
     length = min(len(one), len(other))
     return int(np.argmin(np.append(one[:length] == other[:length], False)))
 
@@ -151,7 +151,7 @@ def _close(branches: list[_Branch], depth: int, lengths: list[int], batch_tokens
 
 
 def _cost(item: Group, batch_tokens: int) -> float:
-    """Returns what a group costs in tokens, of its two passes those shares that it fills."""
+    """Returns the cost of a group in tokens: the parts of its two passes that it fills."""
     count, length = len(item.rows), item.prefix + item.suffix
     passes = count / rows_of(length, batch_tokens)
     prefixes = item.prefix * np.ceil(passes)

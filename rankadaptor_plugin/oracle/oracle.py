@@ -52,7 +52,7 @@ class Oracle(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Returns what fixes the scores.
+        """Returns the inputs that determine the scores.
 
         Returns:
             ``documents``: ids by purpose (``search``, ``report``) and task; ``digest``: a hash of

@@ -83,7 +83,7 @@ def accuracy_metric(name: str, task: Any) -> str:
 
 
 def question(task: Any, doc: dict[str, Any]) -> str:
-    """Returns what a document asks: its context and choices, without ids and other fields."""
+    """Returns the question of a document: context and choices, without ids and other fields."""
     return json.dumps([str(task.doc_to_text(doc)), task.doc_to_choice(doc)], default=str)
 
 

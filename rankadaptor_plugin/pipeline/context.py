@@ -112,7 +112,7 @@ class Registries:
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """What a stage or plugin may know of the run.
+    """Context of a run for stages and plugins.
 
     Attributes:
         config: The run file.
@@ -181,7 +181,7 @@ def register_families(found: Registries) -> None:
 
 
 def describe(manager: pluggy.PluginManager) -> dict[str, Any]:
-    """Returns what is active.
+    """Returns the active plugins and their registered names.
 
     Returns:
         ``plugins``: name, provider and hooks of each plugin, in the order of their calls;

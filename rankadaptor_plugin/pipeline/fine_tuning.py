@@ -118,5 +118,5 @@ class FineTuner:
         return seed != self._delivered_seed or folder.is_dir()
 
     def adapter_name(self, allocation: RankAllocation) -> str:
-        """Returns where in the run folder the adapter lies that may be delivered."""
+        """Returns the path in the run folder of the adapter that may be delivered."""
         return f"adapters/{run_name(allocation, self._delivered_seed)}"

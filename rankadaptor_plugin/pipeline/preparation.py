@@ -70,7 +70,7 @@ computed at once, which a run may have to change before it can go on."""
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What the stages share.
+    """State that the stages share.
 
     Attributes:
         context: The run, as plugins may know it.
@@ -272,7 +272,7 @@ def _tried(folder: RunFolder, study: str) -> set[RankAllocation]:
 def _inputs(
     config: RunConfig, source: Path, pruned: PrunedModel | None, corpus: Corpus, oracle: Oracle
 ) -> dict[str, Any]:
-    """Returns what must not change between two sessions in one run folder."""
+    """Returns the settings that must not change between two sessions in one run folder."""
     plain, corpus_path = run_file.to_dict(config), corpus_file(config.corpus.path)
     # A run may move to another machine or device.
     # What the noise step and the texts show may be asked again in another way.

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run leaves behind.
+    """Result of a run.
 
     Attributes:
         verdict: The sentence that the report opens with.
@@ -222,7 +222,7 @@ class _Session:
         return self.folder.with_documents(f"{file}.parquet", score)
 
     def texts(self, pruned: PrunedModel, summary: Summary) -> list[Entry]:
-        """Returns what the models write, kept from an earlier session if it was asked alike."""
+        """Returns the texts; reused from an earlier session with the same settings."""
         table = self.config.generation
         if not table.max_new_tokens:
             return []

@@ -175,7 +175,7 @@ class SearchStep:
     def _sampler_for(
         self, table: SearchConfig, priors: tuple[PriorEffects, ...]
     ) -> Callable[[int], BaseSampler]:
-        """Returns what makes the sampler of one trial from a seed."""
+        """Returns the factory that makes the sampler of one trial from a seed."""
         registries, model = self._context.registries, self._config.performance_model
         make_sampler = registries.samplers.get(table.method)
         make_model = registries.performance_models.get(model.name)

@@ -213,7 +213,7 @@ class _Stage:
 
 
 def given_entrants(methods: Sequence[str], space: RankSpace) -> list[Entrant]:
-    """Returns what is fine-tuned for each recovery method, and what it is compared with.
+    """Returns the fine-tunes of each recovery method, and their baselines.
 
     A method has the ranks of uniform LoRA and is compared with it; one that gives the ranks by
     layer is compared with the most even allocation of as many parameters. The searched ranks,

@@ -189,7 +189,7 @@ def _verdict(results: StageResults, context: RunContext) -> Verdict:
 
 
 def foreign_summary(recovered: Recovered, context: RunContext) -> Summary:
-    """Returns what the report says of a stage of another package, which compared nothing."""
+    """Returns the summary of another package's stage, which compared nothing."""
     config, oracle = context.config, context.oracle
     confidence = config.confirm.confidence
     return Summary(

@@ -128,7 +128,7 @@ def sample_texts(
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
 ) -> list[Entry]:
-    """Returns what every model writes, judged by the base model.
+    """Returns the texts of every model, judged by the base model.
 
     Args:
         pruned: The pruned model; it comes back without adapter, where it was.
@@ -184,7 +184,7 @@ def generate(
     settings: Settings,
     seed: int,
 ) -> list[Sample]:
-    """Returns what a model writes after each prompt, first greedily, then sampled.
+    """Returns the texts of a model after each prompt, first greedy, then sampled.
 
     A prompt that leaves too little room in the context window loses its beginning, but for the
     token that begins every text. Model and global random state are left as they were.

@@ -1,4 +1,4 @@
-"""What is cut out of a model and why; the only package that knows torch-pruning.
+"""Pruning: importance scores and cuts; the only package that knows torch-pruning.
 
 Three pruners: `width` (heads and MLP channels, LLM-Pruner), `channel` (the hidden size) and `depth`
 (whole blocks, Shortened LLaMA). Scores of units are in `importance`, streamed gradients in

@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
 
 def check_loaded(model: PreTrainedModel) -> None:
-    """Sees to it that all weights are in memory and are numbers, as scores and cuts need them.
+    """Checks that all weights are in memory and finite, as scores and cuts need them.
 
     Raises:
         UnsupportedModelError: If some are offloaded.
@@ -58,7 +58,7 @@ def check_loaded(model: PreTrainedModel) -> None:
 
 
 def check_samples(model: PreTrainedModel, samples: Sequence[torch.Tensor]) -> None:
-    """Sees to it that a model can read calibration sequences.
+    """Checks that a model can read calibration sequences.
 
     Raises:
         CorpusError: If there is no sequence, or one is too short or long, or has unknown tokens.
@@ -93,7 +93,7 @@ def padded(samples: Sequence[torch.Tensor]) -> Batch:
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Returns what the output layer reads, shape (sequences, t, hidden)."""
+    """Returns the inputs of the output layer, shape (sequences, t, hidden)."""
     device = model.get_input_embeddings().weight.device
     ids, mask = (tensor.to(device) for tensor in batch)
     decoder: Any = model.get_decoder()

@@ -1,4 +1,4 @@
-"""What all pruners share: cutting units out, and the bridge to torch-pruning's own pruners.
+"""Shared parts of all pruners: cutting out units, and the bridge to torch-pruning's own pruners.
 
 The only module that imports torch-pruning.
 """
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def provenance(config: PruneConfig, samples: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """Returns what a built-in pruner notes of how it pruned."""
+    """Returns the record of a built-in pruner: its settings."""
     settings = {k: v for k, v in asdict(config).items() if k not in ("method", "calibration")}
     return {
         "pruner": config.method,
@@ -82,7 +82,7 @@ def note_unused(config: PruneConfig, *keys: str) -> None:
 
 
 def remove(units: Units, numbers: Sequence[int]) -> None:
-    """Cuts units out of all their matrices; which parameters are frozen stays as it is."""
+    """Cuts units out of all their matrices; frozen parameters stay frozen."""
     if not numbers:
         return
     for member in units:

@@ -191,7 +191,7 @@ def check_importance(config: PruneConfig) -> None:
 
 
 def _count(model: PreTrainedModel, span: range, config: PruneConfig) -> int:
-    """Returns how many blocks go."""
+    """Returns the number of blocks to remove."""
     blocks = block_list(model)
     if config.blocks:
         asked, wish = config.blocks, f"blocks {config.blocks}"
@@ -321,7 +321,7 @@ def block_list(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def check_removable(model: PreTrainedModel) -> None:
-    """Sees to it that blocks work as before when others are gone.
+    """Makes blocks work as before after others are removed.
 
     Raises:
         UnsupportedModelError: If they do not.

@@ -1,4 +1,4 @@
-"""What each matrix sees in one pass over the calibration sequences, handed over matrix by matrix.
+"""Inputs and output gradients of each matrix in one pass over the calibration sequences.
 
 Whole gradients of a 7B model take as much memory as the model. The scores of a matrix need only
 its own gradient, so each is made when the backward pass comes to its matrix, and then given up.

@@ -1,4 +1,4 @@
-"""How much each unit matters: scores of its weights, summed within each matrix it runs through.
+"""Importance of each unit: scores of its weights, summed within each of its matrices.
 
 Taylor scores estimate by how much the calibration loss would change without the weight, as in
 LLM-Pruner (arXiv 2305.11627, section 3.2) and the paper (arXiv 2406.15734, equation 2); Wanda

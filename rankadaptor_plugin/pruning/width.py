@@ -180,7 +180,7 @@ def share_removed(kinds: Sequence[Kind], total: int, ratio: float, config: Prune
 
 
 def layer_counts(kinds: Sequence[Kind], ratio: float, config: PruneConfig) -> list[int]:
-    """Returns how many units of each kind go where all layers lose the same share."""
+    """Returns the number of units of each kind to remove if all layers lose the same share."""
     emptied = next((kind for kind in kinds if _kept(kind.count, ratio) < 1), None)
     if emptied:
         warn_of_too_much(
@@ -202,7 +202,7 @@ def layer_counts(kinds: Sequence[Kind], ratio: float, config: PruneConfig) -> li
 
 
 def global_totals(kinds: Sequence[Kind], ratio: float, config: PruneConfig) -> dict[str, int]:
-    """Returns how many units of each kind go over all layers where they compete."""
+    """Returns the number of units of each kind to remove from all layers if they compete."""
     totals = {}
     for name, own in _by_name(kinds).items():
         most = sum(_most(kind, config) for kind in own)
@@ -257,7 +257,7 @@ def _wanted(kinds: Sequence[Kind], ratio: float) -> int:
 
 
 def _layer_count(kind: Kind, ratio: float, config: PruneConfig) -> int:
-    """Returns how many units of one kind go at a ratio; one always stays."""
+    """Returns the number of units of one kind to remove at a ratio; one always stays."""
     return kind.count - _rounded(kind, max(1, _kept(kind.count, ratio)), config)
 
 

@@ -198,7 +198,7 @@ def recover(
 def _record(
     allocation: RankAllocation, spec: methods.Method, corpus: Corpus, config: RecoveryConfig
 ) -> dict[str, Any]:
-    """Returns what a fine-tune is made from, plain values."""
+    """Returns the inputs of a fine-tune as plain values."""
     return {
         "method": str(spec),
         "ranks": list(allocation.ranks),

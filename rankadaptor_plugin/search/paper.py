@@ -45,7 +45,7 @@ _PRIOR_ROWS = 512  # random allocations from which the network learns what a pri
 
 
 class PerformanceModelSampler(RankSampler):
-    """The paper's search step: random allocations first, then the performance model's favourite.
+    """The paper's search step: random allocations first, then the performance model's favorite.
 
     The first `n_startup_trials` proposals are random. Each later one trains a fresh performance
     model, offline on the initial trials' values per task and then on the target values of all
@@ -116,7 +116,7 @@ class PerformanceModelSampler(RankSampler):
         observed: Observations,
         rng: np.random.Generator,
     ) -> Sequence[int]:
-        """Proposes a random row, or the favourite of the model; see the class."""
+        """Proposes a random row, or the favorite of the model; see the class."""
         if observed.position < self.n_startup_trials or len(observed.values) < 2:  # noqa: PLR2004
             return self.random_row(observed, rng)
         model = self._trained(study, observed)

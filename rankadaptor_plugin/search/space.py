@@ -79,7 +79,7 @@ def allocation_from(space: RankSpace, params: Mapping[str, Any]) -> RankAllocati
 
 
 def proposed(space: RankSpace, params: Mapping[str, Any]) -> RankAllocation:
-    """Returns what a sampler proposes that knows nothing of adapters.
+    """Returns the proposal of a sampler that knows nothing about adapters.
 
     Rank 0 everywhere becomes the smallest allocation.
     """

@@ -190,7 +190,7 @@ class TrialStore:
         return sorted(map(Trial.from_json, records), key=lambda trial: trial.position)
 
     def interrupted(self) -> int:
-        """Returns how many trials a killed process left behind, now or earlier."""
+        """Returns the number of trials that killed processes left unfinished."""
         return sum(
             trial.state == OptunaState.RUNNING or trial.user_attrs.get(REASON) == INTERRUPTED
             for trial in self._study.get_trials(deepcopy=False)

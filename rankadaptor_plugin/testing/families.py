@@ -61,7 +61,7 @@ class FamilyConformance:
     """Attention implementations of the family; first the one that transformers takes by itself."""
 
     static_cache = True
-    """Whether the family can generate with a static cache."""
+    """True if the family can generate with a static cache."""
 
     def model(self, attention: str) -> PreTrainedModel:
         """Returns a fresh tiny random model with the given attention implementation.
@@ -372,5 +372,5 @@ def generate(model: Any, **options: Any) -> torch.Tensor:
 
 
 def tied(model: Any) -> bool:
-    """Returns whether the output layer shares its weights with the input embeddings."""
+    """True if the output layer shares its weights with the input embeddings."""
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight

@@ -284,7 +284,7 @@ class PerformanceModelConformance:
         assert first == second
 
     def test_proposals_after_one_value_or_equal_values(self) -> None:
-        """Little to learn from is no reason to fail."""
+        """Fits even very little data."""
         rows, _ = self._data(6)
         for count in (1, 2, 6):
             model = self.performance_model(SPACE, 0)

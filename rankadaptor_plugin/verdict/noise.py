@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OBJECTIVE = "objective"
-"""Stands for what the search maximizes among the names of the scores."""
+"""Name of the search objective among the names of the scores."""
 
 _LEAST = 2  # allocations, and seeds: fewer show no variance
 
@@ -126,7 +126,7 @@ class Noise:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What the run is asked, on which documents.
+    """Metrics and documents of the run.
 
     Attributes:
         metrics: Metrics of the search documents.

@@ -83,7 +83,7 @@ class Reason(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What the race is about.
+    """Rules of the race: seeds, confidence and metrics.
 
     Attributes:
         seeds: Fresh seeds, the same for all allocations.
@@ -100,7 +100,7 @@ class Rules:
 
 @dataclass(frozen=True, kw_only=True)
 class Entrant:
-    """What enters the race.
+    """One entrant of the race.
 
     Attributes:
         label: `FINALIST`, `BEST_RANDOM`, or the name of a recovery method.
@@ -140,7 +140,7 @@ class Competitor(Entrant):
 
 @dataclass(frozen=True, kw_only=True)
 class Confirmed:
-    """What the fresh seeds say.
+    """Results of the fresh seeds.
 
     Attributes:
         rules: What the race was about.
@@ -228,7 +228,7 @@ class Confirmed:
 
     @property
     def models(self) -> dict[str, RankAllocation]:
-        """What reports and comparisons show, by name; LoRA of the default rank comes once."""
+        """Models that reports and comparisons show, by name; LoRA of the default rank once."""
         models = {UNIFORM: self.baseline}
         if self.reference != self.baseline and self._is_whole(self.reference):
             models[DEFAULT_RANK] = self.reference
@@ -238,7 +238,7 @@ class Confirmed:
 
     @property
     def labels(self) -> dict[str, str]:
-        """What the models are called that are LoRA, by name: their ranks are said."""
+        """Labels of the LoRA models by name; they state the ranks."""
         models = self.models
         return {
             name: baseline_label(models[name].ranks)
@@ -311,7 +311,7 @@ class Confirmed:
         }
 
     def _baselines(self) -> list[RankAllocation]:
-        """Returns what competitors are compared with, the decisive one first, and the default."""
+        """Returns the baselines of the competitors, the decisive one first, and the default."""
         every = (self.baseline, *(c.baseline for c in self.competitors), self.reference)
         return [allocation for allocation in dict.fromkeys(every) if self._is_whole(allocation)]
 

@@ -146,9 +146,9 @@ def check_fraction(name: str, value: float) -> None:
 def _mean_squares(table: Array) -> tuple[float, float, float]:
     """Returns the mean squares of allocations, seeds and residual; rounding errors become 0."""
     n, k = table.shape
-    centred = table - table.mean()
-    rows, columns = centred.mean(axis=1, keepdims=True), centred.mean(axis=0, keepdims=True)
-    residual = centred - rows - columns
+    centered = table - table.mean()
+    rows, columns = centered.mean(axis=1, keepdims=True), centered.mean(axis=0, keepdims=True)
+    residual = centered - rows - columns
     exact = (16 * np.finfo(np.float64).eps * np.abs(table).max()) ** 2
     squares = (
         k * float(np.sum(rows**2)) / (n - 1),

@@ -354,7 +354,7 @@ class _Evidence:
 
 
 def _chance(values: Values) -> float:
-    """Returns what single pairs of seed and document add to the variance of the mean."""
+    """Returns the part of the variance of the mean from single pairs of seed and document."""
     seeds, documents = values.shape
     if min(seeds, documents) == 1:
         return 0.0

@@ -98,7 +98,7 @@ class AdaLora:
         return adamw(self._trained, learning_rate, weight_decay)
 
     def extra_loss(self) -> torch.Tensor:
-        """Returns how far the singular vectors are from orthogonal, weighted; once per step.
+        """Returns the weighted deviation of the singular vectors from orthogonality; once per step.
 
         PEFT adds it where its own model computes a loss; here the model below is trained.
         """
@@ -142,7 +142,7 @@ class AdaLora:
         return dict(adapted_modules(self.model))
 
     def _kept(self, name: str) -> list[bool]:
-        """Which ranks of a module are kept."""
+        """Mask of the ranks that a module keeps."""
         kept: list[bool] = self._config.rank_pattern[_values(name)]
         return kept
 

@@ -75,7 +75,7 @@ class Method:
     pissa: bool = False
 
     def __str__(self) -> str:
-        """Returns how it is written; ``lora`` with a switch is named by the switch alone."""
+        """Returns the name in run files; ``lora`` with a switch is named by the switch alone."""
         name = self.name + (":" + "-".join(map(str, self.ranks)) if self.ranks else "")
         on = [switch for switch in SWITCHES if getattr(self, switch)]
         return "+".join(on if on and name == LORA else [name, *on])
@@ -190,13 +190,13 @@ class Tuned(Protocol):
         """True if `finish` keeps every rank that is trained now."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """Returns what is trained; nothing for the method ``none``."""
+        """Returns the trainable parameters; none for the method ``none``."""
 
     def optimizer(self, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
         """Returns the method's optimizer of these parameters."""
 
     def extra_loss(self) -> torch.Tensor | None:
-        """Returns what is added to the loss once per optimizer step, or None."""
+        """Returns the term added to the loss once per optimizer step, or None."""
 
     def after_step(self, step: int) -> None:
         """Is called after the optimizer's step, while its gradients are there; steps from 0."""

@@ -48,7 +48,7 @@ class Tuning:
         return True
 
     def parameters(self) -> list[nn.Parameter]:
-        """Returns what is trained."""
+        """Returns the trainable parameters."""
         return self.trained
 
     def optimizer(self, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:

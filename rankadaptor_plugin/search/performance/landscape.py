@@ -119,7 +119,7 @@ class Landscape:
         return np.asarray(value + self.linear * total + self.quadratic * total**2)
 
     def gains(self, index: Ints) -> tuple[Floats, Floats, Floats]:
-        """Returns what every change of one column adds.
+        """Returns the gain of every change of one column.
 
         Two columns that change together add ``2 * pairs * step * step`` of their steps in code
         and ``2 * quadratic * step * step`` of their steps in total to the sum of both gains.
@@ -147,7 +147,7 @@ class Landscape:
         return np.asarray(np.where(self.codes.valid, own, -np.inf).argmax(axis=1))
 
     def step_gains(self, index: Ints, to: Ints) -> Floats:
-        """Returns what each column adds if it alone moves to a new level, all of shape (n, c)."""
+        """Returns the gain of moving each column alone to a new level, all of shape (n, c)."""
         codes, total = take(self.codes.monotone, index), take(self.codes.total, index)
         code_step = take(self.codes.monotone, to) - codes
         total_step = take(self.codes.total, to) - total
@@ -204,7 +204,7 @@ class Limits:
         return len(self.most)
 
     def spent(self, index: Ints) -> Ints:
-        """Returns what n rows spend, shape (k, n)."""
+        """Returns the spending of n rows, shape (k, n)."""
         spent = [take(spend, index).sum(axis=1) for spend in self.spend]
         return np.array(spent, dtype=np.int64).reshape(len(spent), len(index))
 
@@ -228,7 +228,7 @@ class Limits:
         return np.where(tight, full + 1, np.where(tight.any(axis=0), 0, spent))
 
     def ranges(self, index: Ints, floor: Ints) -> list[tuple[Ints, Ints, Ints]]:
-        """Returns what changes of n rows may spend.
+        """Returns the spending limits of changes to n rows.
 
         Args:
             index: Positions of levels, shape (n, c).

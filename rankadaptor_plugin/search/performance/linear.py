@@ -569,7 +569,7 @@ class BayesianRegression:
         return [int(value) for value in self._codes.rows(highest[None])[0]]
 
     def _expected(self, index: Ints) -> Floats:
-        """Returns what each prior expects of n rows, shape (p, n)."""
+        """Returns the expectation of each prior for n rows, shape (p, n)."""
         expected = [take(table, index).sum(axis=1) for table in self._tables]
         return np.array(expected).reshape(len(expected), len(index))
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     State = dict[str, torch.Tensor]
 
 _BATCH = 4096  # Rows per forward pass; their activations stay in the processor's cache.
-_INNER_STEPS = 8  # Reptile: gradient steps on one task before the weights move towards it.
+_INNER_STEPS = 8  # Reptile: gradient steps on one task before the weights move toward it.
 _MATCHED = 1e-4  # Squared error, in variances of the target, below which a point is learned.
 
 
@@ -44,7 +44,7 @@ class MLPPerformanceModel:
 
     * ``meta``: ``joint`` standardizes the scores per task and learns all tasks together; ``raw``,
       the literal reading, takes ranks and scores as they are, in the fit as well; ``reptile``
-      moves the weights towards those of one standardized task after another (Nichol et al.,
+      moves the weights toward those of one standardized task after another (Nichol et al.,
       arXiv 1803.02999); ``none`` starts from random weights.
     * ``replay``: every fit learns all target data. Without it, the points are learned one after
       the other in the order of the rows, each until it is matched or for `epochs` steps, so that

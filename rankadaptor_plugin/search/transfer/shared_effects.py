@@ -35,7 +35,7 @@ _CHOOSING = 8  # studies that choose the kernel; more would not change it, but t
 
 @dataclass(frozen=True, kw_only=True)
 class Points:
-    """Where the weights are that are to be learned.
+    """Points of the weights to be learned.
 
     Attributes:
         similarity: How alike the points are apart from what follows, shape (P, P), in [0, 1],
@@ -188,7 +188,7 @@ class _Model:
         return self._factor @ mean[:m], np.sqrt(setting.curvature) * self._factor @ mean[m:]
 
     def _fitted(self, ratio: Array) -> tuple[Array, Array]:
-        """Returns what effects of a variance explain of the values, and the log determinants."""
+        """Explained part of the values and log determinants, by variance of the effects."""
         scale = 1 + ratio[:, None] * self._lengths
         return (self._moment**2 / scale).sum(1), np.log(scale).sum(1)
 

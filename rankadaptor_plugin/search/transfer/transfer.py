@@ -62,7 +62,7 @@ class Knowledge:
     priors: tuple[PriorEffects, ...]
 
     def worth(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
-        """Returns how much each belief helped to predict the trials.
+        """Returns the contribution of each prior to the prediction of the trials.
 
         Returns:
             One entry per prior: ``name``; ``weight``, the share of it that the measurements bear
