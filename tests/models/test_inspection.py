@@ -142,16 +142,6 @@ def test_a_run_folder_and_all_exports(finished_copy, command):
         assert found == expected
 
 
-def test_code_of_an_export_is_not_run(made, tmp_path, command):
-    for file in made["uneven"].folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["auto_map"] = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
-    assert command("inspect", tmp_path).exit_code == 0
-
-
 def test_the_table_is_for_people(made, command):
     done = command("inspect", made["both"].folder)
     lines = [line.split() for line in done.stdout.splitlines()]

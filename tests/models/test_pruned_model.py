@@ -8,12 +8,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -103,13 +102,6 @@ def test_importance_that_a_provenance_does_not_tell_is_unknown(shares):
     assert found.importance_lost is None
     found.provenance["importance_lost"] = shares
     assert found.importance_lost is None
-
-
-def test_the_importance_lost_is_kept_with_the_model(tmp_path):
-    found = pruned()
-    found.provenance["importance_lost"] = [0, 0.25, 1 / 3, 1]
-    found.save(tmp_path / "pruned")
-    assert load_pruned(tmp_path / "pruned").importance_lost == (0.0, 0.25, 1 / 3, 1.0)
 
 
 def test_conversion_keeps_the_logits_and_other_models_of_the_config():
@@ -215,56 +207,6 @@ def test_names_are_added_at_once_where_transformers_is_already_there(monkeypatch
     assert not hasattr(stand_in, "__wrapped__")
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("changes", VARIANTS)
-def test_cached_generation_equals_uncached(changes, attention, tmp_path):
-    pruned(**changes).save(tmp_path / "pruned")
-    model = load_pruned(tmp_path / "pruned").model
-    model.set_attn_implementation(attention)
-    settings = {
-        "attention_mask": torch.ones_like(TOKENS),
-        "max_new_tokens": 8,
-        "do_sample": False,
-        "pad_token_id": 94,
-    }
-    cached = model.generate(TOKENS, use_cache=True, **settings)
-    assert cached.shape[1] > TOKENS.shape[1]
-    assert torch.equal(cached, model.generate(TOKENS, use_cache=False, **settings))
-
-
-def test_a_resave_by_transformers_stays_loadable(tmp_path):
-    kept = pruned()
-    kept.save(tmp_path / "pruned")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
-    model.save_pretrained(tmp_path / "again", max_shard_size="30KB")
-    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert torch.equal(logits(again), logits(kept.model))
-
-
-@pytest.mark.filterwarnings(OLD_NAME)
-def test_a_lora_adapter_trains_saves_and_loads(tmp_path):
-    pruned().save(tmp_path / "pruned")
-    torch.manual_seed(0)
-    config = LoraConfig(r=2, target_modules=["q_proj", "o_proj", "down_proj"])
-    model = get_peft_model(load_pruned(tmp_path / "pruned").model, config)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.0
-    )
-    losses = []
-    for _ in range(5):
-        loss = model(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    model.eval().save_pretrained(tmp_path / "adapter")
-    base = load_pruned(tmp_path / "pruned").model
-    again = PeftModel.from_pretrained(base, tmp_path / "adapter")
-    assert torch.equal(logits(again), logits(model))
-
-
 def test_saving_replaces_a_pruned_model_and_leftovers_but_nothing_else(tmp_path):
     folder = tmp_path / "pruned"
     pruned().save(folder)
@@ -368,8 +310,3 @@ def test_models_with_adapters_or_wrong_sizes_are_not_converted():
     model.config.intermediate_size = 20
     with pytest.raises(UnsupportedModelError, match=r"Layer 0 has .*channels=24.*channels=20"):
         PrunedModel.of(model, tokenizer())
-
-
-def test_the_tokenizer_loads_by_itself(tmp_path):
-    pruned().save(tmp_path / "pruned")
-    assert AutoTokenizer.from_pretrained(tmp_path / "pruned").decode([5]) == "w5"

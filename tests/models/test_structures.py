@@ -122,45 +122,6 @@ def rows(first: int, last: int) -> list[int]:
     return list(range(first, last))
 
 
-@pytest.mark.parametrize(
-    ("model_type", "changes", "expected"),
-    [
-        (
-            "llama",
-            GQA,
-            {
-                "self_attn.q_proj": rows(16, 32),
-                "self_attn.k_proj": rows(8, 16),
-                "self_attn.v_proj": rows(8, 16),
-                "self_attn.o_proj": rows(16, 32),
-            },
-        ),
-        (
-            "phi3",  # all queries, all keys, all values
-            GQA,
-            {
-                "self_attn.qkv_proj": [*rows(16, 32), *rows(40, 48), *rows(56, 64)],
-                "self_attn.o_proj": rows(16, 32),
-            },
-        ),
-        (
-            "falcon",  # group by group
-            {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
-            {
-                "self_attention.query_key_value": rows(32, 64),
-                "self_attention.dense": rows(16, 32),
-            },
-        ),
-    ],
-    ids=["llama", "phi3", "falcon"],
-)
-def test_a_group_holds_one_key_value_head_and_its_query_heads(model_type, changes, expected):
-    units = layer_units(tiny(model_type, **changes))[0]
-    assert {m.name: m.indices[1].tolist() for m in units.attention} == expected
-    assert [m.side for m in units.attention] == ["out"] * (len(expected) - 1) + ["in"]
-    assert [m.side for m in units.mlp] == ["out"] * (len(units.mlp) - 1) + ["in"]
-
-
 def test_query_heads_that_share_one_key_value_head_are_units_of_their_own():
     units = layer_units(tiny(num_key_value_heads=1))[0].attention
     assert {m.name: m.indices.tolist()[2] for m in units} == {

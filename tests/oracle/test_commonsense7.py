@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -17,7 +14,6 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from rankadaptor_plugin.config.run_file import model_folder
 from rankadaptor_plugin.core.errors import ConfigError, OracleError
 from rankadaptor_plugin.oracle.commonsense7 import ACCURACY_METRICS, Commonsense7Task, task_config
 from rankadaptor_plugin.oracle.lm_eval_internals import task_file
@@ -175,13 +171,6 @@ def test_without_data_dir_the_stock_data_set_is_asked_for(monkeypatch, benchmark
     assert len(task.eval_docs) == len(rows_of(benchmark, documents))
 
 
-@pytest.mark.parametrize(("benchmark", "documents"), CASES)
-def test_our_yaml_holds_no_definition_of_its_own(benchmark, documents):
-    config = own_config(benchmark, documents)
-    assert set(config) == {"task", "class", "stock", "benchmark", "documents", "num_fewshot"}
-    assert config["stock"] == STOCK[benchmark][0]
-
-
 # ------------------------------------------------------------------------------------ evaluation
 
 
@@ -285,31 +274,3 @@ def test_examples_are_refused(copies):
 def test_a_missing_copy_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"missing: .*/openbookqa/train\.jsonl"):
         manager(tmp_path).load(["rankadaptor_openbookqa_search"])
-
-
-def test_the_stock_command_line_averages_the_group(copies, tmp_path):
-    scripts = Path(sys.executable).parent
-    tasks = subprocess.run(
-        [scripts / "rankadaptor-plugin", "task-path"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    done = subprocess.run(
-        [
-            *(scripts / "lm_eval", "--include_path", tasks, "--tasks", GROUPS["report"]),
-            *("--metadata", f"data_dir={copies}", "--output_path", tmp_path / "results"),
-            *("--model", "hf", "--model_args", f"pretrained={model_folder('embedded')}"),
-            *("--device", "cpu", "--limit", "4"),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    (file,) = (tmp_path / "results").rglob("results_*.json")
-    found = json.loads(file.read_text(encoding="utf-8"))["results"]
-    each = {
-        benchmark: found[f"rankadaptor_{benchmark}"][f"{metric},none"]
-        for benchmark, metric in ACCURACY_METRICS.items()
-    }
-    assert found[GROUPS["report"]]["accuracy,none"] == pytest.approx(sum(each.values()) / 7)
-    assert GROUPS["report"] in done.stdout

@@ -7,6 +7,7 @@ the embedded one, its pruned forms, and an adapter on it, attached and merged.
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 
 import lm_eval
@@ -142,24 +143,14 @@ def stock(model, oracles, tokenizer):
     ]
 
 
-def test_accuracies_are_equal_to_the_last_digit(ours, stock):
-    for score in ours:
-        for found in stock:
-            for task, metric in TASKS.items():
-                assert score.tasks[task].accuracy_metric == metric
-                assert score.tasks[task].documents == DOCUMENTS
-                assert (
-                    score.tasks[task].values["accuracy"] == found["results"][task][f"{metric},none"]
-                )
-
-
-def test_the_accuracy_of_every_document_is_equal(ours, stock, oracles):
+def test_accuracies_are_equal_to_the_last_digit_of_every_document_too(ours, stock, oracles):
     ids = oracles[0].describe()["documents"]["report"]
-    for score in ours:
-        for found in stock:
-            for task, metric in TASKS.items():
-                logged = {s["doc_id"]: s[metric] for s in found["samples"][task]}
-                assert score.tasks[task].per_document["accuracy"] == [logged[i] for i in ids[task]]
+    for score, found in itertools.product(ours, stock):
+        for name, metric in TASKS.items():
+            task, logged = score.tasks[name], {s["doc_id"]: s for s in found["samples"][name]}
+            assert (task.accuracy_metric, task.documents) == (metric, DOCUMENTS)
+            assert task.values["accuracy"] == found["results"][name][f"{metric},none"]
+            assert task.per_document["accuracy"] == [logged[i][metric] for i in ids[name]]
 
 
 def test_choice_logprob_and_margin_follow_from_the_logged_log_likelihoods(ours, stock, oracles):

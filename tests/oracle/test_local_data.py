@@ -106,19 +106,6 @@ def test_every_layout_gives_the_fields_that_lm_eval_reads(benchmark, row):
     assert convert([row], benchmark) == [HUB[benchmark]]
 
 
-def test_every_layout_is_tried_above():
-    for benchmark, layouts in LAYOUTS.items():
-        rows = [HUB[benchmark], *(row for name, row in OTHERS if name == benchmark)]
-        for layout in layouts:
-            heads = {field.split(".")[0] for field in (*layout.fields, layout.answer)}
-            assert any(heads <= set(row) for row in rows)
-
-
-def test_layouts_may_be_mixed_in_one_file():
-    rows = [row for name, row in OTHERS if name == "arc_easy"]
-    assert convert(rows, "arc_easy") == [HUB["arc_easy"]] * len(rows)
-
-
 words = st.text(min_size=1, max_size=20)
 
 
@@ -210,25 +197,16 @@ def test_a_flattened_row_is_taken_apart_exactly_or_refused(question, choices, da
             "without guessing",
         ),
         ("arc_easy", "text", "row 1 is 'text', not an object"),
+        # Layouts that lost the original fields.
+        ("boolq", {"instruction": "...: is it?", "answer": "true"}, "in no known layout"),
+        ("hellaswag", {"query": "A man", "choices": ["stops."], "gold": 0}, "in no known layout"),
+        ("winogrande", {"context_options": ["A", "B"], "gold": 1}, "in no known layout"),
     ],
 )
 def test_a_bad_row_is_refused_in_one_line(benchmark, row, message):
     with pytest.raises(OracleError, match=message) as caught:
         convert([row], benchmark)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("benchmark", "row"),
-    [
-        ("boolq", {"instruction": "Please answer ...: is it?", "answer": "true"}),
-        ("hellaswag", {"query": "Running: A man", "choices": ["stops."], "gold": 0}),
-        ("winogrande", {"context_options": ["A", "B"], "continuation": "hid.", "gold": 1}),
-    ],
-)
-def test_layouts_that_lost_the_original_fields_are_refused(benchmark, row):
-    with pytest.raises(OracleError, match="in no known layout"):
-        convert([row], benchmark)
 
 
 def test_rows_are_counted_from_one_and_the_file_is_named(tmp_path):
@@ -285,21 +263,19 @@ def test_a_missing_shard_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
-def test_parquet_and_json_give_the_same_rows(tmp_path, benchmark):
-    write_parquet(tmp_path / f"{benchmark}_train.parquet", [HUB[benchmark]] * 2)
-    (tmp_path / f"{benchmark}_test.json").write_text(json.dumps([HUB[benchmark]] * 2, indent=1))
-    for split in ("train", "test"):
-        assert load_split(tmp_path, benchmark, split) == [HUB[benchmark]] * 2
-
-
-@pytest.mark.parametrize("benchmark", ["piqa", "winogrande"])
-def test_a_table_in_csv_or_arrow_gives_the_same_rows(tmp_path, benchmark):
-    table = pa.Table.from_pylist([HUB[benchmark]] * 2)
-    csv.write_csv(table, tmp_path / f"{benchmark}_train.csv")
-    with pa.ipc.new_stream(tmp_path / f"{benchmark}_test.arrow", table.schema) as file:
+def test_every_format_gives_the_same_rows(tmp_path, benchmark):
+    rows = [HUB[benchmark]] * 2
+    table = pa.Table.from_pylist(rows)
+    parquet.write_table(table, tmp_path / f"{benchmark}_train.parquet")
+    (tmp_path / f"{benchmark}_test.json").write_text(json.dumps(rows, indent=1))
+    with pa.ipc.new_stream(tmp_path / f"{benchmark}_validation.arrow", table.schema) as file:
         file.write_table(table)
-    for split in ("train", "test"):
-        assert load_split(tmp_path, benchmark, split) == [HUB[benchmark]] * 2
+    for split in ("train", "validation", "test"):
+        assert load_split(tmp_path, benchmark, split) == rows
+    if benchmark in ("piqa", "winogrande"):  # without lists
+        (tmp_path / f"{benchmark}_train.parquet").unlink()
+        csv.write_csv(table, tmp_path / f"{benchmark}_train.csv")
+        assert load_split(tmp_path, benchmark, "train") == rows
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])

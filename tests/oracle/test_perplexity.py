@@ -98,6 +98,7 @@ def test_one_long_text_is_cut_between_windows(oracle):
             {"target": "boolq"},
             "target names 'boolq', which is not among the tasks. Tasks: text",
         ),
+        (texts(9), {"weights": {"boolq": 1.0}}, "weights names 'boolq', which .* Tasks: text"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(oracle, rows, changes, message):
@@ -127,11 +128,6 @@ def test_windows_fit_into_the_model(tmp_path, make_tokenizer):
     assert made(max_length=8) == 8
     with pytest.raises(ConfigError, match=r"max_length 17 is more than .* 16 tokens. Lower it"):
         made(max_length=17)
-
-
-def test_weights_of_tasks_that_it_does_not_have_are_refused(oracle):
-    with pytest.raises(ConfigError, match=r"weights names 'boolq', which .* Tasks: text"):
-        oracle(texts(9), weights={"boolq": 1.0})
 
 
 def test_no_window_is_on_both_sides_although_texts_share_some(oracle):

@@ -424,10 +424,3 @@ def test_a_pruned_model_is_saved_and_loaded(family, samples, tokens, make_tokeni
     assert type(loaded.model) is type(pruned.model) is stock
     assert loaded.record() == pruned.record()
     assert torch.equal(logits_of(loaded.model, tokens), logits_of(pruned.model, tokens))
-
-
-def test_a_pruned_model_cannot_lose_blocks(samples, make_tokenizer):
-    model = tiny()
-    model.config.model_type = "rankadaptor_llama"
-    with pytest.raises(UnsupportedModelError, match="differ in width already"):
-        prune_depth(model, make_tokenizer(), samples, table())

@@ -191,18 +191,6 @@ def test_units_compete_across_layers():
     assert sum(4 - width.heads for width in pruned.widths) == 12 - int(12 * 0.7)
 
 
-def test_a_layer_loses_no_more_than_max_pruning_ratio():
-    pruned = prune(
-        tiny(),
-        pruning_ratio=0.5,
-        global_pruning=True,
-        importance="random",
-        max_pruning_ratio=0.6,
-    )
-    assert all(24 - width.channels <= 14 for width in pruned.widths[1:4])
-    assert sum(24 - width.channels for width in pruned.widths) == 36
-
-
 @given(
     ratio=st.floats(0.01, 0.99),
     most=st.floats(0.1, 0.99),
@@ -308,11 +296,6 @@ def test_pruning_a_pruned_model_again():
 def test_layers_must_be_left_to_prune(first, last):
     with pytest.raises(ConfigError, match=f"keep_first {first} and keep_last {last} leave none of"):
         prune(tiny(), keep_first=first, keep_last=last)
-
-
-def test_an_unknown_importance_is_named():
-    with pytest.raises(ConfigError, match=r'importance "magic" is unknown. Use one of: magnitude'):
-        prune(tiny(), importance="magic")
 
 
 def test_random_units_follow_torchs_seed():

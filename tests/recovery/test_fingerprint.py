@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 
 import pytest
@@ -21,7 +20,6 @@ from rankadaptor_plugin.recovery.files import (
     load,
     merged,
     save_adapter,
-    write_provenance,
 )
 
 RANKS = RankAllocation((4, 2))
@@ -35,22 +33,10 @@ def saved(make_llama, tmp_path):
     return tmp_path / "adapter"
 
 
-def test_the_same_model_has_the_same_hashes(make_llama):
-    assert fingerprint(make_llama()) == fingerprint(make_llama())
-    assert all(fingerprint(make_llama()).values())
-
-
 def test_other_weights_have_another_hash_but_the_same_shapes(make_llama):
     one, other = fingerprint(make_llama()), fingerprint(make_llama(seed=1))
     assert one["shapes"] == other["shapes"]
     assert one["weights"] != other["weights"]
-
-
-def test_another_width_has_other_shapes(make_llama):
-    assert (
-        fingerprint(make_llama())["shapes"]
-        != (fingerprint(make_llama(intermediate_size=20))["shapes"])
-    )
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -130,11 +116,6 @@ def test_an_adapter_without_a_record_is_not_checked(make_llama, saved):
     check_base(make_llama(seed=1), saved)
 
 
-def test_a_record_that_names_no_base_is_not_checked(make_llama, tmp_path):
-    write_provenance(tmp_path, {"recipe": "quick"})
-    check_base(make_llama(), tmp_path)
-
-
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"base": 3}', '{"base": {"shapes": "x"}}', '{"base": "\udcff"}']
 )
@@ -144,7 +125,3 @@ def test_a_torn_record_is_one_line(make_llama, saved, text):
         with pytest.raises(ArtifactError, match=rf"{RECORD} cannot be read") as caught:
             put_on(make_llama(), saved)
         assert "\n" not in str(caught.value)
-
-
-def test_the_record_keeps_what_it_was_given(saved):
-    assert json.loads((saved / RECORD).read_text())["recipe"] == "quick"

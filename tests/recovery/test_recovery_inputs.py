@@ -90,10 +90,6 @@ def refused(make_llama, corpus):
 
 
 REFUSED = {
-    "a rank above the smaller side of a matrix": (
-        {"allocation": RankAllocation((9, 2))},
-        *(RankSpaceError, "Rank 9 is too high for Layer 0: self_attn.k_proj", "(8, 16)"),
-    ),
     "a plain list for another depth": (
         {"allocation": [4, 2, 2]},
         *(RankSpaceError, "3 ranks for 2 layers"),
@@ -101,10 +97,6 @@ REFUSED = {
     "a pattern longer than the model": (
         {"method": "pattern:1-2-3"},
         *(RankSpaceError, "The pattern 1-2-3 has 3 ranks for 2 layers"),
-    ),
-    "an unknown method": (
-        {"method": "adalor"},
-        *(ConfigError, "Unknown recovery method 'adalor'", "Did you mean 'adalora'?"),
     ),
     "several methods": (
         {"recipe": recipe("quick", methods=["adalora", "eva"])},
@@ -127,42 +119,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(refused, case):
     refused(kind, *fragments, **arguments)
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora", "eva", "lora-fa", "pissa", "dora", "none"])
-def test_every_method_refuses_ranks_for_another_depth(refused, method):
-    refused(
-        *(RankSpaceError, "3 ranks for 2 layers"),
-        allocation=RankAllocation((4, 2, 2)),
-        method=method,
-    )
-
-
-@pytest.mark.parametrize("method", ["lora", "adalora", "eva"])
-def test_every_method_refuses_a_matrix_that_is_not_there(refused, method):
-    config = dataclasses.replace(CONFIG, target_modules=("qkv_proj",))
-    refused(
-        *(ConfigError, 'target_modules names "qkv_proj"', "There are: q_proj"),
-        recipe=config,
-        method=method,
-    )
-
-
 # ---------------------------------------------------------------------------------- what is read
-
-
-def test_no_rows_are_refused(refused, make_tokenizer):
-    refused(
-        *(CorpusError, "gives no training sequence (0 rows", "Give a file with rows"),
-        data=[],
-        tokenizer=make_tokenizer(),
-    )
-
-
-def test_a_sequence_whose_labels_are_all_masked_is_refused_by_its_number(refused):
-    sequences = [sequence(5, 2), sequence(6, 6), sequence(7, 2)]
-    refused(
-        *(CorpusError, "Training sequence 2 of 3 has no token to train on", "unmask its response"),
-        data=Corpus(sequences=sequences, dropped=0),
-    )
 
 
 def test_tokens_of_another_vocabulary_are_refused_by_their_sequence(refused):
@@ -193,25 +150,6 @@ def test_rows_that_are_all_longer_than_allowed_are_refused(refused, make_tokeniz
         tokenizer=make_tokenizer(),
         recipe=small,
     )
-
-
-def test_a_tokenizer_without_padding_is_enough(make_llama, make_tokenizer):
-    plain = recipe(
-        "quick",
-        template="plain",
-        max_steps=2,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=1,
-        warmup_steps=0,
-    )
-    bare = make_tokenizer()
-    bare.pad_token = None
-    assert bare.pad_token_id is None
-    one, other = (
-        recover(make_llama(), tokenizer, ALLOCATION, ROWS, plain)
-        for tokenizer in (bare, make_tokenizer())
-    )
-    assert one.losses == other.losses
 
 
 def test_a_run_of_a_model_without_padding_token_works(tmp_path, write_run_file, command):
@@ -291,30 +229,7 @@ def test_kept_predictions_of_another_vocabulary_are_refused(refused, corpus):
     )
 
 
-# ----------------------------------------------------------------------------- diverging fine-tunes
-
-
-WILD = dataclasses.replace(CONFIG, learning_rate=1e30, warmup_steps=0, max_grad_norm=0.0)
-
-
-@pytest.mark.parametrize("method", ["adalora", "eva", "lora-fa", "pissa"])
-def test_a_learning_rate_beyond_all_measure_is_named_with_the_step(refused, method):
-    refused(
-        *(RecoveryError, "at step 2 of 4", "Lower [recovery] learning_rate (now 1e+30)"),
-        recipe=WILD,
-        method=method,
-    )
-
-
 # ------------------------------------------------------------------------- adapters of another base
-
-
-@pytest.fixture
-def recovered(make_llama, corpus, tmp_path):
-    """An adapter on disk, of the model with seed 0."""
-    one = recover(make_llama(), None, ALLOCATION, corpus, CONFIG)
-    one.save(tmp_path / "adapter")
-    return one, tmp_path / "adapter"
 
 
 def with_another_base(run, tmp_path):
@@ -355,13 +270,6 @@ def test_an_adapter_of_another_base_is_not_scored(finished, tmp_path, write_run_
     assert not (tmp_path / "out" / "report.json").exists()
 
 
-def test_an_adapter_of_another_base_writes_no_texts(finished, tmp_path, write_run_file, command):
-    with_another_base(finished.folder, tmp_path)
-    file = write_run_file(tmp_path / "r.toml", generation={"max_new_tokens": 4})
-    result = command("run", file)
-    assert_error(result, 1, "was trained on another base model")
-
-
 def test_an_adapter_of_another_base_is_not_evaluated_in_lm_eval(finished, tmp_path):
     folder = with_another_base(finished.folder, tmp_path)
     with pytest.raises(ArtifactError) as caught:
@@ -385,17 +293,6 @@ def full_disk(monkeypatch):
         monkeypatch.setattr("peft.peft_model.safe_save_file", fail)
 
     return SimpleNamespace(fill=fill, free=monkeypatch.undo)
-
-
-def test_a_record_that_cannot_be_written_leaves_no_adapter(recovered, tmp_path, monkeypatch):
-    def fail(folder, record):
-        (folder / RECORD).write_text('{"half', "utf-8")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("rankadaptor_plugin.recovery.files.write_provenance", fail)
-    with pytest.raises(ArtifactError, match="No space left on device"):
-        recovered[0].save(tmp_path / "other")
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_a_run_on_a_full_disk_goes_on_where_there_is_space(
