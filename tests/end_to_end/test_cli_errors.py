@@ -29,12 +29,6 @@ def assert_error(result, code, *fragments):
         assert fragment in lines[0]
 
 
-def config_only(folder, **config):
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config), "utf-8")
-    return str(folder)
-
-
 def file_of(folder, name, content):
     (folder / name).write_text(content, "utf-8")
     return str(folder / name)

@@ -356,18 +356,6 @@ def test_a_gain_below_the_noise_ends_without_a_search(below):
     assert below.counter.fine_tunes == FINE_TUNES + CONFIRMED // 2
 
 
-def test_then_uniform_lora_is_delivered_and_reported(below):
-    report = below.report
-    assert report["allocations"] == {"uniform": [8] * 8, "recovered": [8] * 8}
-    assert report["scores"].keys() == {"base", "pruned", "uniform", "recovered"}
-    assert report["scores"]["recovered"] == report["scores"]["uniform"]
-    config = json.loads((below.folder / "adapter" / "adapter_config.json").read_text("utf-8"))
-    assert set(config["rank_pattern"].values()) == {8}
-    for suffix in ("md", "html"):
-        text = (below.folder / f"report.{suffix}").read_text("utf-8")
-        assert "no search: no plausible gain rises above the noise" in text
-
-
 def test_a_search_can_be_asked_for_all_the_same(
     below, copy_of, tmp_path, write_run_file, command, counter
 ):
@@ -426,13 +414,3 @@ def test_less_at_once_goes_on(measured, copy_of, tmp_path, write_run_file, comma
     result = command("noise", write_run_file(tmp_path / "r.toml", **settings), plugin=counter)
     assert result.exit_code == 0, result.stderr
     assert counter.fine_tunes == 0
-
-
-def test_a_file_of_another_shape_is_one_line(
-    measured, copy_of, tmp_path, write_run_file, command, counter
-):
-    copied = copy_of(measured)
-    file = sorted((copied / "noise").glob("*.json"))[0]
-    file.write_text('{"search": {}}', encoding="utf-8")
-    result = command("noise", write_run_file(tmp_path / "r.toml", **QUICK), plugin=counter)
-    assert_error(result, 1, file.name, "does not hold what a run writes", "Delete it")

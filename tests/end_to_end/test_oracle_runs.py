@@ -9,10 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rankadaptor_plugin import hookimpl
 from rankadaptor_plugin.config.run_file import corpus_file
 from rankadaptor_plugin.core.document_results import read_documents
-from rankadaptor_plugin.oracle.lm_eval_oracle import LmEvalOracle
 
 QUICK = {
     "corpus": {"max_train_samples": 64},
@@ -22,20 +20,10 @@ QUICK = {
 }
 TASKS = ["tiny_boolq", "tiny_piqa"]
 LAST_ROWS = 40  # of the corpus; the runs train on the first ones
-SCORES = 2 + 3 + 2 * 6  # calls of the oracle: base and pruned, trials, confirmation
 
 
 def report_of(folder):
     return json.loads((folder / "report.json").read_text("utf-8"))
-
-
-def lasting(report):
-    """What depends neither on time nor on place, nor on interruptions."""
-    kept = {key: value for key, value in report.items() if key != "cost"}
-    kept["trials"] = [{**trial, "seconds": None} for trial in report["trials"]]
-    kept["search"] = {**report["search"], "interrupted": None}
-    kept["config"] = {**report["config"], "output": None}
-    return kept
 
 
 @pytest.fixture(scope="session")
@@ -245,23 +233,7 @@ def test_search_tasks_that_are_report_tasks_are_cut(run, tmp_path):
 # -------------------------------------------------------------------------------------- bad input
 
 
-def copies_without_train(folder):
-    path = write_copies(folder / "copies")
-    (folder / "copies" / "boolq" / "train.jsonl").unlink()
-    return with_copies(path)
-
-
 BAD = {
-    "objective of the other oracle": (
-        lambda folder, text: {
-            "oracle": {"search_name": "perplexity", "text": text, "objective": "choice_logprob"}
-        },
-        *(2, "'choice_logprob'", "for the oracle perplexity: log_likelihood"),
-    ),
-    "no folder of copies": (
-        lambda folder, text: {"oracle": {"data_dir": "nowhere"}},
-        *(2, "nowhere is not a folder", "local copies"),
-    ),
     "no text": (
         lambda folder, text: {"oracle": {"search_name": "perplexity"}},
         *(2, "needs held-out text", "[oracle] text"),
@@ -269,16 +241,6 @@ BAD = {
     "text that is not there": (
         lambda folder, text: {"oracle": {"search_name": "perplexity", "text": "nowhere.txt"}},
         *(2, "nowhere.txt"),
-    ),
-    "copies without train": (
-        lambda folder, text: copies_without_train(folder),
-        *(2, "boolq/train.jsonl", "Local copies are missing"),
-    ),
-    "overlap": (
-        lambda folder, text: with_copies(
-            write_copies(folder / "copies", shared=3), search_documents=24
-        ),
-        *(1, "3 of the search documents of 'rankadaptor_arc_easy'", 'overlap = "drop"'),
     ),
 }
 
@@ -315,75 +277,3 @@ def test_every_model_has_its_results_by_document(two_oracles):
                 assert np.mean(values) == pytest.approx(
                     report["scores"][model][task][metric]["mean"]
                 )
-
-
-class Stopper:
-    """An oracle that interrupts the run after so many scores."""
-
-    def __init__(self, stop_after=None):
-        self.scores, self.stop_after = 0, stop_after
-
-    @hookimpl
-    def rankadaptor_register_oracles(self, register):
-        stopper = self
-
-        class StoppingOracle(LmEvalOracle):
-            def score(self, model, documents):
-                if stopper.scores == stopper.stop_after:
-                    raise KeyboardInterrupt
-                stopper.scores += 1
-                return super().score(model, documents)
-
-        register("stopping", StoppingOracle)
-
-
-STOPPED = {"oracle": {"name": "stopping", "tasks": TASKS}}
-
-
-@pytest.fixture(scope="module")
-def whole(run):
-    stopper = Stopper()
-    found = run(plugin=stopper, **STOPPED)
-    assert stopper.scores == SCORES
-    return found
-
-
-def test_a_run_interrupted_again_and_again_ends_alike(whole, tmp_path, write_run_file, command):
-    file, out = write_run_file(tmp_path / "r.toml", **{**QUICK, **STOPPED}), tmp_path / "out"
-    for stop_after in (1, 2, 3, 3):
-        result = command("run", file, plugin=Stopper(stop_after))
-        assert result.exit_code == 130
-        assert "Interrupted" in result.stderr
-    assert (out / "evaluations" / "base.parquet").is_file()
-    assert not (out / "report.json").exists()
-    result = command("run", file, plugin=Stopper())
-    assert result.exit_code == 0, result.stderr
-    assert lasting(report_of(out)) == lasting(whole.report)
-    for entry in (e for files in whole.report["results"].values() for e in files):
-        kept = (whole.folder / entry["file"], out / entry["file"])
-        first, second = map(read_documents, kept)
-        for task in TASKS:
-            assert first[task].keys == second[task].keys
-            for metric, values in first[task].values.items():
-                np.testing.assert_array_equal(values, second[task].values[metric])
-
-
-def test_a_torn_results_file_is_named_and_made_anew(whole, tmp_path, write_run_file, command):
-    out, file = copied(whole, tmp_path, write_run_file, **STOPPED)
-    torn = out / whole.report["results"]["searched"][-1]["file"]
-    torn.write_bytes(torn.read_bytes()[:-40])
-    result = command("run", file, plugin=Stopper())
-    assert_error(result, 1, str(torn), "Delete it and run again")
-    assert report_of(out) == whole.report
-
-    torn.unlink()  # what the message says
-    again = command("run", file, plugin=Stopper())
-    assert again.exit_code == 0, again.stderr
-    assert lasting(report_of(out)) == lasting(whole.report)
-
-
-def test_text_that_was_trained_on_is_no_held_out_text(tmp_path, write_run_file, command):
-    table = {"tasks": [], "name": "perplexity", "text": str(corpus_file("embedded"))}
-    result = command("run", write_run_file(tmp_path / "r.toml", oracle=table))
-    assert_error(result, 2, "recovery corpus, which models are trained on", "Name held-out text")
-    assert not (tmp_path / "out").exists()

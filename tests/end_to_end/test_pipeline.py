@@ -128,17 +128,6 @@ def test_the_report_is_complete_and_agrees_with_itself(finished):
     assert report["search"] == {**search, "method": "bayes", "stop_reason": "n_trials"}
 
 
-def test_search_and_report_documents_are_disjoint(finished):
-    for task in TASKS:
-        search, report = (set(finished.documents[p][task]) for p in ("search", "report"))
-        assert (len(search), len(report)) == (12, 20)
-        assert not search & report
-    assert finished.report["documents"] == {
-        "search": dict.fromkeys(TASKS, 12),
-        "report": dict.fromkeys(TASKS, 20),
-    }
-
-
 def test_plain_optuna_reads_every_trial(finished):
     url = f"sqlite:///{finished.folder / 'study.db'}"
     study = optuna.load_study(study_name="search", storage=url)

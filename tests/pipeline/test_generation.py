@@ -418,22 +418,6 @@ def test_distinct_is_a_share(tokens, n):
         assert found >= 1 / (len(tokens) - n + 1)
 
 
-@given(TOKENS.flatmap(lambda tokens: st.tuples(st.just(tokens), st.permutations(tokens))))
-def test_single_tokens_know_no_order(pair):
-    tokens, shuffled = pair
-    assert distinct(tokens, 1) == distinct(shuffled, 1)
-
-
-@given(TOKENS, st.integers(1, 4), st.permutations(range(6)))
-def test_renaming_tokens_changes_nothing(tokens, n, names):
-    assert distinct(tokens, n) == distinct([names[token] for token in tokens], n)
-
-
-@given(TOKENS, st.integers(1, 4))
-def test_reading_backwards_changes_nothing(tokens, n):
-    assert distinct(tokens, n) == distinct(tokens[::-1], n)
-
-
 @given(st.integers(4, 200))
 def test_a_constant_text_repeats_all_but_its_first_grams(length):
     expected = (1 / length, 1 / (length - 1), pytest.approx(1 - 1 / (length - 3)))

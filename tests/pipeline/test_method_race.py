@@ -41,7 +41,7 @@ from rankadaptor_plugin.report.words import METHODS, alone_sentence, verdict_sen
 from rankadaptor_plugin.search.study import TrialStore
 from rankadaptor_plugin.verdict.comparison import compare_runs
 from rankadaptor_plugin.verdict.confirmation import Confirmation, check, fresh_seeds
-from rankadaptor_plugin.verdict.race import Entrant, Reason, Rules, run_name
+from rankadaptor_plugin.verdict.race import Entrant, Rules, run_name
 from rankadaptor_plugin.verdict.statistics import Difference, Seeds
 
 UNIFORM = RankAllocation((8, 8))
@@ -313,54 +313,10 @@ def test_methods_race_beside_the_finalists(race):
     assert found.methods == {"adalora": ADALORA, "none": NONE}
 
 
-@pytest.mark.parametrize(
-    ("adalora", "searched", "label", "delivered"),
-    [(0.5, 0.3, "adalora", ADALORA), (0.3, 0.5, "finalist", FOUND)],
-)
-def test_the_one_with_the_greatest_gain_is_delivered(race, adalora, searched, label, delivered):
-    worth = {**WORTH, ADALORA: adalora, FOUND: searched}
-    found = race(Runs(worth)).confirm([FINALIST, *ENTRANTS], UNIFORM)
-    assert (found.chosen.label, found.delivered, found.searched) == (label, delivered, FOUND)
-    assert found.baseline == UNIFORM
-
-
-def test_a_method_that_fails_is_out_with_its_reason(race):
-    found = race(Runs(WORTH, fails={NONE})).confirm([FINALIST, *ENTRANTS], UNIFORM)
-    out = found.competitors[2]
-    assert (out.reason, out.detail) == (Reason.FAILED, "The training loss is nan.")
-    assert found.methods == {"adalora": ADALORA}
-
-
 def test_methods_race_without_any_finalist(race):
     found = race(Runs({**WORTH, ADALORA: 0.5})).confirm(ENTRANTS, UNIFORM)
     assert (found.delivered, found.searched) == (ADALORA, None)
     assert found.to_json(lambda _: 1)["competitors"][0]["method"] == "adalora"
-
-
-def test_a_list_of_ranks_that_was_found_too_runs_once(race):
-    run = Runs(WORTH)
-    same = replace(FINALIST, label="pattern:2-12")
-    found = race(run).confirm([FINALIST, same], UNIFORM)
-    assert [c.label for c in found.competitors] == ["finalist"]
-    assert len(run.calls) == 2 * len(SEEDS)
-
-
-def test_a_race_of_methods_goes_on_where_it_was_interrupted(race):
-    store, first, again = TrialStore(InMemoryStorage(), "confirm"), Runs(WORTH), Runs(WORTH)
-    entrants = [FINALIST, *ENTRANTS]
-    whole = race(first, store=store).confirm(entrants, UNIFORM)
-    assert {t.allocation for t in store.trials()} == {UNIFORM, FOUND, ADALORA, NONE}
-    assert race(again, store=store).confirm(entrants, UNIFORM) == whole
-    assert again.calls == []
-
-
-def test_uniform_lora_alone_runs_with_all_seeds(race):
-    run = Runs(WORTH)
-    found = race(run).confirm([], UNIFORM)
-    assert run.calls == [(UNIFORM, seed) for seed in SEEDS]
-    assert (found.delivered, found.chosen, found.searched) == (UNIFORM, None, None)
-    assert len(found.reports(UNIFORM)) == len(SEEDS)
-    assert found.to_json(lambda _: 1)["competitors"] == []
 
 
 # ------------------------------------------------------------------------------------ the verdict
@@ -497,14 +453,6 @@ def test_methods_of_a_finished_run_can_be_compared(methods_alone):
     assert every == ["adalora", "none", "pattern:4-12", "uniform"]
 
 
-def test_the_comparison_of_a_run_is_its_verdict(methods_alone):
-    found, verdict = compare_runs([str(methods_alone.folder)]), methods_alone.report["verdict"]
-    names = [model.model for model in found.models]
-    (chosen,) = [c for c in methods_alone.report["confirm"]["competitors"] if c["chosen"]]
-    difference = found.pairs[names.index(chosen["model"]), names.index(chosen["baseline_model"])]
-    assert difference.to_json() == verdict["comparisons"][found.metric] == chosen["comparison"]
-
-
 def test_methods_race_the_searched_ranks_in_one_report(run):
     found = run("rankadaptor", "rankadaptor+dora", search={"n_startup_trials": 2, "n_trials": 2})
     labels = [entry["label"] for entry in found.report["confirm"]["competitors"]]
@@ -522,13 +470,6 @@ def test_uniform_lora_alone_is_delivered_and_nothing_is_claimed(run):
     assert (report["verdict"]["delivered"], report["verdict"]["comparisons"]) == ("uniform", {})
     assert len(report["results"]["uniform"]) == 3
     assert "No race was run. LoRA ran alone, with 3 seeds." in found.markdown
-
-
-def test_an_unknown_method_is_refused_before_anything_runs(tmp_path, write_run_file, command):
-    result = command("run", write_run_file(tmp_path / "a.toml", recovery={"methods": ["adalor"]}))
-    assert result.exit_code == 2
-    assert "adalora" in result.stderr
-    assert not (tmp_path / "out" / "pruned").exists()
 
 
 def test_columns_of_lora_are_labelled_by_their_ranks_whatever_was_searched(run):

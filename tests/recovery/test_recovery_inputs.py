@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 
 from rankadaptor_plugin import hookimpl
 from rankadaptor_plugin.config.recipes import recipe
-from rankadaptor_plugin.config.run_file import EMBEDDED_FOLDER
 from rankadaptor_plugin.config.tables import RecoveryConfig
 from rankadaptor_plugin.core.errors import (
     ArtifactError,
@@ -24,14 +20,11 @@ from rankadaptor_plugin.core.errors import (
     RecoveryError,
 )
 from rankadaptor_plugin.core.ranks import RankAllocation
-from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.corpus.sequences import IGNORED, Corpus, TeacherTokens, TrainingSequence
 from rankadaptor_plugin.lm_eval_model import RankAdaptorLM
 from rankadaptor_plugin.pipeline.context import Recovered
-from rankadaptor_plugin.recovery.files import RECORD
 from rankadaptor_plugin.recovery.fine_tune import recover
 from rankadaptor_plugin.recovery.teacher import LiveTeacher
-from rankadaptor_plugin.search.study import TrialStore
 
 CONFIG = RecoveryConfig(
     max_steps=4,
@@ -152,26 +145,6 @@ def test_rows_that_are_all_longer_than_allowed_are_refused(refused, make_tokeniz
     )
 
 
-def test_a_run_of_a_model_without_padding_token_works(tmp_path, write_run_file, command):
-    folder = tmp_path / "model"
-    shutil.copytree(EMBEDDED_FOLDER / "model", folder)
-    (folder / "special_tokens_map.json").unlink(missing_ok=True)
-    for name, keys in (("tokenizer_config.json", ("pad_token",)), ("tokenizer.json", ("padding",))):
-        content = json.loads((folder / name).read_text("utf-8"))
-        (folder / name).write_text(json.dumps({**content, **dict.fromkeys(keys)}), "utf-8")
-    assert AutoTokenizer.from_pretrained(folder).pad_token is None
-    file = write_run_file(
-        tmp_path / "r.toml",
-        model=str(folder),
-        corpus={"max_train_samples": 32},
-        recovery={"methods": ["lora"], "max_steps": 1},
-        prune={"importance": "magnitude"},
-    )
-    result = command("run", file)
-    assert result.exit_code == 0, result.stderr
-    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
-
-
 # -------------------------------------------------------------------------- settings and methods
 
 
@@ -277,49 +250,6 @@ def test_an_adapter_of_another_base_is_not_evaluated_in_lm_eval(finished, tmp_pa
     assert_one_line(caught, "was trained on another base model")
 
 
-# ------------------------------------------------------------------------------ a full disk
-
-
-@pytest.fixture
-def full_disk(monkeypatch):
-    """Lets the next writing of adapter weights end half way."""
-
-    def fail(tensors, path, **_):
-        with open(path, "wb") as file:
-            file.write(b"half of it")
-        raise OSError(28, "No space left on device")
-
-    def fill():
-        monkeypatch.setattr("peft.peft_model.safe_save_file", fail)
-
-    return SimpleNamespace(fill=fill, free=monkeypatch.undo)
-
-
-def test_a_run_on_a_full_disk_goes_on_where_there_is_space(
-    tmp_path, write_run_file, command, full_disk
-):
-    file = write_run_file(
-        tmp_path / "r.toml",
-        recovery={"methods": ["lora"], "max_steps": 1},
-        corpus={"max_train_samples": 32},
-        prune={"importance": "magnitude"},
-    )
-    full_disk.fill()
-    result = command("run", file)
-    assert_error(result, 1, "The adapter cannot be written", "No space left on device")
-    out = tmp_path / "out"
-    assert not list((out / "adapters").iterdir())
-    assert not (out / "adapter").exists()
-    full_disk.free()
-    result = command("run", file)
-    assert result.exit_code == 0, result.stderr
-    assert {path.name for path in (out / "adapter").iterdir()} >= {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        RECORD,
-    }
-
-
 # --------------------------------------------------------------------------------- the command line
 
 
@@ -332,52 +262,6 @@ def assert_error(result, code, *fragments):
     assert result.stdout == ""
     for fragment in fragments:
         assert fragment in lines[0], lines[0]
-
-
-@pytest.mark.parametrize(
-    ("changes", "code", "fragments"),
-    [
-        (
-            {"target_modules": ["qkv_proj"]},
-            2,
-            ('target_modules names "qkv_proj"', "There are: q_proj"),
-        ),
-        ({"methods": ["pattern:1-2-3-4-5-6-7-8-9"]}, 2, ("9", "8")),
-        ({"methods": ["lora", "eva+pissa"]}, 2, ("eva cannot be combined with pissa",)),
-        ({"distill_weight": 1.5}, 2, ("distill_weight is 1.5", "at most 1")),
-    ],
-    ids=str,
-)
-def test_bad_settings_of_a_run_are_one_line(
-    tmp_path, write_run_file, command, changes, code, fragments
-):
-    file = write_run_file(
-        tmp_path / "r.toml",
-        recovery={"max_steps": 1, **changes},
-        corpus={"max_train_samples": 32},
-        prune={"importance": "magnitude"},
-    )
-    assert_error(command("run", file), code, *fragments)
-    assert not (tmp_path / "out" / "study.db").exists()
-
-
-def test_trials_that_fail_in_a_row_are_kept_and_end_the_run_with_advice(
-    tmp_path, write_run_file, command, observer
-):
-    file = write_run_file(
-        tmp_path / "r.toml",
-        recovery={"learning_rate": 1e30},
-        corpus={"max_train_samples": 32},
-        prune={"importance": "magnitude"},
-    )
-    result = command("run", file, plugin=observer)
-    assert_error(
-        *(result, 1, "3 trials in a row failed", "at step 2 of 3", "Lower [recovery] learning_"),
-        *("run the same command again", "the trials made so far are kept"),
-    )
-    assert [trial.state.value for trial in observer.trials] == ["failed"] * 3
-    with TrialStore.open(RunFolder(tmp_path / "out").study_url, "search") as store:
-        assert [trial.state.value for trial in store.trials()] == ["failed"] * 3
 
 
 # ------------------------------------------------------------------------- the method of a recipe

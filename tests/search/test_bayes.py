@@ -12,12 +12,11 @@ import pytest
 
 from rankadaptor_plugin.core.errors import RankSpaceError
 from rankadaptor_plugin.core.ranks import RankSpace
-from rankadaptor_plugin.core.trials import RECORD
 from rankadaptor_plugin.search.bayes import N_STARTUP_TRIALS, BayesSampler, bayes, rank_sampler
 from rankadaptor_plugin.search.performance.performance_model import Prediction, PriorEffects
 from rankadaptor_plugin.search.samplers import SamplerSettings
 from rankadaptor_plugin.search.space import allocation_from, distributions
-from rankadaptor_plugin.testing.search import SPACE, UNEVEN_SPACE, additive_value, suggest
+from rankadaptor_plugin.testing.search import SPACE, additive_value, suggest
 
 TINY = RankSpace(candidates=(2, 4), searchable=(True, True), default_rank=4, costs=(1, 1))
 SMALL = RankSpace(candidates=(2, 4, 8), searchable=(True,) * 3, default_rank=4, costs=(1, 2, 3))
@@ -179,13 +178,6 @@ def test_pareto_draws_a_limit_for_every_proposal():
     assert model.limits == [None, None]
 
 
-def test_pareto_keeps_to_max_parameters():
-    space = replace(SMALL, max_parameters=30)
-    model = Planned(space=space)
-    studied(model, 15, space=space, pareto=True, initial=1)
-    assert max(model.limits) <= 30
-
-
 def test_pareto_finds_both_ends_of_the_front():
     sampler = bayes(settings(SPACE, pareto=True))
     study = optuna.create_study(direction="maximize", sampler=sampler)
@@ -234,29 +226,6 @@ def test_pareto_tries_the_whole_of_a_small_space():
     assert len({tuple(trial.params.values()) for trial in study.trials}) == 4
 
 
-def test_equal_values_are_survived():
-    sampler = rank_sampler(layers=4, candidates=(2, 4, 8))
-    study = optuna.create_study(direction="maximize", sampler=sampler)
-    space = replace(SMALL, searchable=(True,) * 4, costs=(1,) * 4)
-
-    def objective(trial):
-        value_of(trial, space)
-        return 0.25
-
-    study.optimize(objective, n_trials=10)
-    assert len(sampler.recommend(study, 2)) == 2
-
-
-def test_uniform_lora_beyond_the_candidates_is_learned_from():
-    space = UNEVEN_SPACE  # candidates 1, 2, 8 and default rank 4
-    study = optuna.create_study(direction="maximize", sampler=bayes(settings(space)))
-    record = {RECORD: {"ranks": [4, 4, 4, 4]}}
-    study.add_trial(optuna.trial.create_trial(value=1.3, user_attrs=record))
-    study.optimize(lambda trial: value_of(trial, space), n_trials=5)
-    for trial in study.trials[1:]:
-        space.check(allocation_from(space, trial.params))
-
-
 # --------------------------------------------------------------------------------- one's own study
 
 
@@ -292,17 +261,6 @@ def test_ranks_that_are_not_evenly_spaced_are_categorical():
 
     study.optimize(objective, n_trials=8)
     assert study.best_value == 11
-
-
-def test_rank_0_may_be_a_candidate():
-    sampler = rank_sampler(layers=3, candidates=(0, 4))
-    study = optuna.create_study(direction="maximize", sampler=sampler)
-
-    def objective(trial):
-        return float(sum(trial.suggest_int(f"layer_{i:02d}", 0, 4, step=4) for i in range(3)))
-
-    study.optimize(objective, n_trials=7)
-    assert min(trial.value for trial in study.trials) > 0
 
 
 def test_further_parameters_are_drawn_at_random_and_again_the_same():

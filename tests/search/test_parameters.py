@@ -171,15 +171,35 @@ def test_minimized_values_change_their_sign():
     assert seen.sign == -1
 
 
-def test_records_say_what_was_really_used():
-    record = {RECORD: {"ranks": [4, 0]}}
-    study = study_of(trial_of((2, 4), 0.3, user_attrs=record))
-    np.testing.assert_array_equal(Observations.of(study, TWO).rows, [[4, 0]])
+@pytest.mark.parametrize(
+    ("space", "trial", "row"),
+    [
+        (TWO, trial_of((2, 4), 0.3, user_attrs={RECORD: {"ranks": [4, 0]}}), [4, 0]),
+        (TWO, trial_of((3, 3), 0.3, record=True), [3, 3]),  # uniform LoRA beyond the candidates
+        (KEPT, trial_of((4, 0, 0), 0.3, space=KEPT), [4, 0, 0]),
+    ],
+)
+def test_what_was_really_used_is_observed(space, trial, row):
+    np.testing.assert_array_equal(Observations.of(study_of(trial), space).rows, [row])
 
 
-def test_uniform_lora_beyond_the_candidates_is_observed():
-    study = study_of(trial_of((3, 3), 0.3, record=True))
-    np.testing.assert_array_equal(Observations.of(study, TWO).rows, [[3, 3]])
+def with_parameters(space, value, **more):
+    params = {**dict.fromkeys(distributions(space), value), **more}
+    kinds = {"x": FloatDistribution(0, 1), **distributions(space)}
+    kinds = {name: kinds[name] for name in params}
+    return optuna.trial.create_trial(value=1.0, params=params, distributions=kinds)
+
+
+@pytest.mark.parametrize(
+    ("space", "trial", "count"),
+    [
+        (TWO, with_parameters(TWO, 2, x=0.5), 1),  # a parameter beside the ranks does no harm
+        (TWO, with_parameters(TWO, 0), 0),  # a trial without any adapter is left out
+        (GROUPED, with_parameters(GROUPED, 0, learning_rate=1e-4), 0),
+    ],
+)
+def test_parameters_that_make_an_allocation_are_observed(space, trial, count):
+    assert len(Observations.of(study_of(trial), space).rows) == count
 
 
 def test_settings_of_records_are_observed():
@@ -207,30 +227,6 @@ def test_trials_of_something_else_are_left_out(foreign):
     seen = Observations.of(study_of(foreign, trial_of((2, 4), 0.3)), TWO)
     np.testing.assert_array_equal(seen.rows, [[2, 4]])
     assert seen.position == 2
-
-
-def test_parameters_beside_the_ranks_do_no_harm():
-    params = {**parameters_of(TWO, RankAllocation((2, 4))), "x": 0.5}
-    kinds = {**distributions(TWO), "x": FloatDistribution(0, 1)}
-    study = study_of(optuna.trial.create_trial(value=1.0, params=params, distributions=kinds))
-    np.testing.assert_array_equal(Observations.of(study, TWO).rows, [[2, 4]])
-
-
-def test_a_trial_without_any_adapter_is_left_out():
-    params = dict.fromkeys(distributions(TWO), 0)
-    bare = optuna.trial.create_trial(value=1.0, params=params, distributions=distributions(TWO))
-    assert not Observations.of(study_of(bare), TWO).trials
-
-
-def test_a_trial_without_any_adapter_is_left_out_where_settings_are_searched():
-    params = {**dict.fromkeys(slot_names(GROUPED), 0), "learning_rate": 1e-4}
-    bare = optuna.trial.create_trial(value=1.0, params=params, distributions=distributions(GROUPED))
-    assert not Observations.of(study_of(bare), GROUPED).trials
-
-
-def test_rank_0_in_all_searched_layers_is_observed_where_others_have_an_adapter():
-    study = study_of(trial_of((4, 0, 0), 0.3, space=KEPT))
-    np.testing.assert_array_equal(Observations.of(study, KEPT).rows, [[4, 0, 0]])
 
 
 def test_a_pruned_trial_is_tried_and_not_measured():

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import doctest
-from dataclasses import replace
 
 import numpy as np
 import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from rankadaptor_plugin.core.errors import RankSpaceError
 from rankadaptor_plugin.core.ranks import RankSpace
@@ -19,7 +17,6 @@ from rankadaptor_plugin.search.performance.performance_model import Prediction
 from rankadaptor_plugin.search.space import allocation_from, distributions, untried
 from rankadaptor_plugin.testing.search import (
     SPACE,
-    UNEVEN_SPACE,
     SamplerConformance,
     additive_value,
 )
@@ -105,17 +102,6 @@ def test_docstring_example_runs():
     assert doctest.DocTestRunner().run(example).failed == 0
 
 
-def test_parameters_are_the_searchable_layers():
-    assert distributions(SPACE) == {
-        f"layer_0{i}": IntDistribution(2, 8, step=2) for i in range(1, 6)
-    }
-    assert distributions(UNEVEN_SPACE) == {
-        f"layer_0{i}": CategoricalDistribution((1, 2, 8)) for i in (0, 1, 3)
-    }
-    single = replace(SPACE, candidates=(6,))
-    assert distributions(single)["layer_01"] == IntDistribution(6, 6)
-
-
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
 def test_trains_offline_then_online_then_takes_the_best_untried(direction):
     sign = 1 if direction == "maximize" else -1
@@ -193,11 +179,3 @@ def test_untried_draws_from_large_spaces_within_the_budget():
     assert len(again)
     for row in again:
         assert space.check(space.allocation(row)).ranks not in tried
-
-
-def test_untried_finds_the_last_allocation_of_a_small_space():
-    rows = SPACE.every()
-    tried = {tuple(row) for row in rows[:-1].tolist()}
-    left = untried(SPACE, tried, 10, np.random.default_rng(0))
-    np.testing.assert_array_equal(left, rows[-1:])
-    assert not len(untried(SPACE, {*tried, tuple(rows[-1].tolist())}, 10, np.random.default_rng(0)))

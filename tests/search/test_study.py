@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
-
 import optuna
 import pytest
 from hypothesis import given, settings
@@ -206,64 +200,3 @@ def test_is_quiet_and_leaves_the_verbosity_alone(tmp_path, capfd, talkative):
         store.finish(store.begin(sampler(), SPACE), COMPLETE)
     assert optuna.logging.get_verbosity() == talkative
     assert capfd.readouterr() == ("", "")
-
-
-SEARCH = """
-import pathlib, sys, time
-from rankadaptor_plugin.config.tables import PerformanceModelConfig, SearchConfig
-from rankadaptor_plugin.search.samplers import SamplerSettings
-from rankadaptor_plugin.search.performance.mlp import mlp
-from rankadaptor_plugin.search import paper as samplers
-from rankadaptor_plugin.search.search import search
-from rankadaptor_plugin.search.study import TrialStore
-from rankadaptor_plugin.testing.search import SPACE, planted_outcome
-
-def run(folder, hang_at=None):
-    calls = []
-    def evaluate(allocation, seed):
-        calls.append(allocation)
-        if len(calls) == hang_at:
-            pathlib.Path(folder, "hangs").touch()
-            time.sleep(600)
-        return planted_outcome(allocation.ranks)
-    config = PerformanceModelConfig(meta_epochs=20, epochs=20)
-    def sampler_for(seed):
-        return samplers.paper(SamplerSettings(
-            space=SPACE, seed=seed, n_startup_trials=3, candidates=100,
-            performance_model=lambda: mlp(SPACE, config, 0),
-        ))
-    with TrialStore.open(f"sqlite:///{folder}/trials.db", "study") as store:
-        return search(
-            SPACE, evaluate, store, sampler_for,
-            SearchConfig(method="paper", n_startup_trials=3, n_trials=7),
-            5,
-        )
-"""
-
-
-def test_killed_search_goes_on_as_if_it_had_not_been(tmp_path):
-    run = {}
-    exec(SEARCH, run)  # noqa: S102 - the same code runs here and in the process that is killed
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
-    killed.mkdir()
-    command = [sys.executable, "-c", f"{SEARCH}\nrun({str(killed)!r}, hang_at=5)"]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        deadline = time.monotonic() + 60
-        while not (killed / "hangs").exists() and time.monotonic() < deadline:
-            assert process.poll() is None
-            time.sleep(0.02)
-    finally:
-        process.kill()
-    assert process.wait() == -signal.SIGKILL
-    resumed = run["run"](killed)
-    uninterrupted = run["run"](whole)
-    assert resumed.interrupted == 1
-    assert uninterrupted.interrupted == 0
-    assert without_times(resumed.trials) == without_times(uninterrupted.trials)
-    assert any(trial.predicted is not None for trial in resumed.trials)
-
-
-def without_times(found):
-    return [{**trial.to_json(), "seconds": None} for trial in found]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -223,18 +221,3 @@ def test_effects_are_finite_and_about_zero_in_every_column(case):
         assert np.isfinite(effect).all()
         assert effect.mean() == pytest.approx(0, abs=1e-9)
         np.testing.assert_array_equal(effect, same)
-
-
-def test_many_sources_take_seconds_at_most():
-    rng = np.random.default_rng(0)
-    where = space(32)
-
-    def known():
-        return features(32, **{name: rng.normal(size=32) for name in "abcde"})
-
-    sources = tuple(
-        study(where, rng.normal(size=32), rng, trials=100, known=known()) for _ in range(50)
-    )
-    began = time.process_time()
-    prior_effects(MetaKnowledge(sources), where, known())
-    assert time.process_time() - began < 5  # 0.6 s on one core

@@ -419,20 +419,39 @@ def fails(kind: type[RankAdaptorError], message: str, *runs: object, **options) 
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_that_is_not_there(tmp_path):
-    fails(ConfigError, "There is no run", tmp_path / "none")
-    fails(ConfigError, "There is no run", tmp_path / "none:uniform")
-    fails(ConfigError, "There is no run", r"C:\runs\none")
-
-
-def test_a_folder_that_is_no_run(tmp_path):
-    fails(ArtifactError, "is not a run folder", tmp_path)
-
-
-def test_a_run_that_is_not_finished(write_run):
+@pytest.mark.parametrize(
+    ("kind", "message", "runs", "options"),
+    [
+        (ConfigError, "There is no run", ["{}-none"], {}),
+        (ConfigError, "There is no run", ["{}-none:uniform"], {}),
+        (ConfigError, "There is no run", [r"C:\runs\none"], {}),
+        (ArtifactError, "is not a run folder", ["{}/evaluations"], {}),
+        (ConfigError, "no model 'serched'.* Did you mean 'searched'", ["{}:serched"], {}),
+        (ConfigError, "are the same model", ["{}:base", "{}:base"], {}),
+        (ConfigError, "uniform and recovered are the same", ["{}:uniform", "{}:recovered"], {}),
+        (ConfigError, "It has: accuracy, choice_logprob", ["{}"], {"metric": "margin"}),
+        (ConfigError, "'tiny_pica'.* Did you mean 'tiny_piqa'", ["{}"], {"task": "tiny_pica"}),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(kind, message, runs, options, write_run):
     run = write_run()
-    (run / "report.json").unlink()
-    fails(ArtifactError, "not finished", run)
+    fails(kind, message, *(text.format(run) for text in runs), **options)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("report.json", None, "not finished"),
+        ("report.json", '{"results": ', "cannot be read"),
+        ("evaluations/uniform-2.parquet", None, r"uniform-2\.parquet is missing"),
+    ],
+)
+def test_a_missing_or_torn_file_is_one_line(file, content, message, write_run):
+    run = write_run()
+    (run / file).unlink()
+    if content is not None:
+        (run / file).write_text(content)
+    fails(ArtifactError, message, run)
 
 
 def test_a_report_of_an_earlier_version(write_run):
@@ -460,23 +479,6 @@ def test_a_report_that_was_tampered_with(changes, write_run):
     fails(ArtifactError, "no usable results", run)
 
 
-def test_a_torn_report(write_run):
-    run = write_run()
-    (run / "report.json").write_text('{"results": ')
-    fails(ArtifactError, "cannot be read", run)
-
-
-def test_a_file_of_results_that_is_gone(write_run):
-    run = write_run()
-    (run / "evaluations" / "uniform-2.parquet").unlink()
-    fails(ArtifactError, r"uniform-2\.parquet is missing", run)
-
-
-def test_an_unknown_model(write_run):
-    run = write_run()
-    fails(ConfigError, "no model 'serched'.* Did you mean 'searched'", f"{run}:serched")
-
-
 def test_a_model_that_the_run_does_not_have(write_run):
     run = write_run(levels={"base": 0.8, "uniform": 0.6})
     fails(ConfigError, "has no model 'searched'. It has: base, uniform", f"{run}:searched", run)
@@ -486,22 +488,6 @@ def test_a_single_model(write_run):
     run = write_run(levels={"base": 0.8, "uniform": 0.6})
     fails(ConfigError, "only uniform to compare", run)
     fails(ConfigError, "only base to compare", f"{run}:base")
-
-
-def test_a_model_with_itself(write_run):
-    run = write_run()
-    fails(ConfigError, "are the same model", f"{run}:base", f"{run}:base")
-    fails(ConfigError, "uniform and recovered are the same", f"{run}:uniform", f"{run}:recovered")
-
-
-def test_a_metric_that_is_absent(write_run):
-    fails(ConfigError, "It has: accuracy, choice_logprob", write_run(), metric="margin")
-
-
-def test_a_task_that_is_absent(write_run):
-    fails(
-        ConfigError, "no task 'tiny_pica'.* Did you mean 'tiny_piqa'", write_run(), task="tiny_pica"
-    )
 
 
 def test_no_common_task(write_run):
