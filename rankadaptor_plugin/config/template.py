@@ -12,6 +12,7 @@ from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE
 from rankadaptor_plugin.config.tables import EMBEDDED
 from rankadaptor_plugin.core.errors import ConfigError
+from rankadaptor_plugin.core.files import write_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,7 +51,6 @@ def write_template(path: Path, *, model: str | None = None, force: bool = False)
             }
         )
     text = HEADER.format(name=path.name) + "\n".join(_table(config, ""))
-    partial = path.with_name(f".{path.name}.partial")
     try:
         if path.is_dir():
             raise ConfigError(f"{path} is a folder. Name a file, such as {path / 'RUN.toml'}.")
@@ -58,9 +58,7 @@ def write_template(path: Path, *, model: str | None = None, force: bool = False)
             raise ConfigError(
                 f"{path} exists already. Give another name, or --force to overwrite it."
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_file(path, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be written: {error.strerror}. Choose a folder where you may write."

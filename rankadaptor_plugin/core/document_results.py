@@ -7,7 +7,6 @@ their order. Pages carry checksums, so a file that was damaged later is told fro
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rankadaptor_plugin.core.errors import ArtifactError, OracleError
+from rankadaptor_plugin.core.files import write_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,17 +53,11 @@ def write_documents(path: Path, score: Score) -> None:
     """
     metrics = list(dict.fromkeys(m for task in score.tasks.values() for m in task.per_document))
     parts = [_rows(name, task, metrics) for name, task in score.tasks.items()]
-    partial = path.with_name(f".{path.name}.partial")
+    options = {"compression": "zstd", "use_dictionary": True, "write_page_checksum": True}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(
-            pa.concat_tables(parts),
-            partial,
-            compression="zstd",
-            use_dictionary=True,
-            write_page_checksum=True,
+        write_file(
+            path, lambda partial: pq.write_table(pa.concat_tables(parts), partial, **options)
         )
-        os.replace(partial, path)
     except OSError as error:
         raise ArtifactError(
             f"The file {path} cannot be written: {error.strerror or error}. Free some space or "

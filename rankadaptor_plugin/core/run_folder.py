@@ -21,8 +21,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import re
 import shutil
 import tempfile
 import time
@@ -33,6 +31,7 @@ from safetensors import SafetensorError
 
 from rankadaptor_plugin.core.document_results import with_documents, write_documents
 from rankadaptor_plugin.core.errors import ArtifactError
+from rankadaptor_plugin.core.files import write_file, write_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -196,10 +195,7 @@ class RunFolder:
         """
         path = self.path / name
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_text(json.dumps(data), encoding="utf-8")
-            os.replace(partial, path)
+            write_file(path, lambda partial: partial.write_text(json.dumps(data), encoding="utf-8"))
         except OSError as error:
             raise ArtifactError(
                 f"The file {path} cannot be written: {error.strerror or error}. Free some space or "
@@ -297,46 +293,3 @@ def flat(data: Any, prefix: str = "") -> dict[str, Any]:
         for name, item in data.items()
         for key, value in flat(item, f"{prefix}.{name}" if prefix else str(name)).items()
     }
-
-
-def write_folder(folder: Path, fill: Callable[[Path], T]) -> T:
-    """Fills a temporary folder and moves it into place; one that is there is replaced.
-
-    The two lie side by side, hidden, until the last moment; of what a killed process left, the next
-    one keeps the folder and removes the rest.
-
-    Args:
-        folder: The folder to write; its parents are made.
-        fill: Writes into the folder that it is given.
-
-    Returns:
-        What `fill` returned.
-
-    Raises:
-        OSError: If it cannot be written; the folder is then as it was.
-    """
-    partial = folder.with_name(f".{folder.name}.partial")
-    outdated = folder.with_name(f".{folder.name}.outdated")
-    if outdated.exists() and not folder.exists():
-        os.replace(outdated, folder)
-    shutil.rmtree(outdated, ignore_errors=True)
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        result = fill(partial)
-        if folder.exists():
-            os.replace(folder, outdated)
-        try:
-            os.replace(partial, folder)
-        except OSError:
-            if outdated.exists():
-                os.replace(outdated, folder)
-            raise
-    except shutil.Error as error:
-        found = error.args[0]  # of copytree a list: source, target and reason of each file
-        reason = found[0][-1] if isinstance(found, list) else found
-        raise OSError(re.sub(r"^\[Errno \d+\] ", "", str(reason))) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(outdated, ignore_errors=True)
-    return result

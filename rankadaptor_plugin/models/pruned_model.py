@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from rankadaptor_plugin.core.errors import ArtifactError, UnsupportedModelError
-from rankadaptor_plugin.core.run_folder import write_folder
+from rankadaptor_plugin.core.files import write_folder
 from rankadaptor_plugin.models.checkpoints import check_checkpoint, register
 from rankadaptor_plugin.models.device import quantization_config
 from rankadaptor_plugin.models.footprint import Footprint, footprint, on_meta, shape_of

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from rankadaptor_plugin import __version__
 from rankadaptor_plugin.config.run_file import run_folder
 from rankadaptor_plugin.core.errors import ArtifactError, UnsupportedModelError
-from rankadaptor_plugin.core.run_folder import write_folder
+from rankadaptor_plugin.core.files import write_folder
 from rankadaptor_plugin.models import modeling_rankadaptor
 from rankadaptor_plugin.models.checkpoints import check_checkpoint
 from rankadaptor_plugin.models.families import BUILT_IN

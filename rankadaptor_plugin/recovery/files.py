@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rankadaptor_plugin.core.errors import ArtifactError
-from rankadaptor_plugin.core.run_folder import write_folder
+from rankadaptor_plugin.core.files import write_folder
 from rankadaptor_plugin.models.structures import matrix_shape
 from rankadaptor_plugin.recovery.peft_internals import WRAPPED, WRAPPER, without_old_name
 

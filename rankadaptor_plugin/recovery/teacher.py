@@ -7,12 +7,10 @@ tokens, and the unpruned model leaves memory again. `LiveTeacher` keeps it, and 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import logging
-import os
 import zlib
 from typing import TYPE_CHECKING
 
@@ -21,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rankadaptor_plugin.core.errors import ConfigError
+from rankadaptor_plugin.core.files import write_file
 from rankadaptor_plugin.corpus.sequences import TeacherTokens
 from rankadaptor_plugin.recovery.batches import LEAST, forward_logits, padded, trained_tokens
 
@@ -257,15 +256,10 @@ def _read(file: Path, total: int) -> TeacherTokens | None:
 
 def _write(file: Path, predictions: TeacherTokens) -> bool:
     """Writes the predictions, whole or not at all; returns True if they were written."""
-    # Runs may share the folder.
-    partial = file.with_name(f".{file.stem}.{os.getpid()}.partial")
+    checksum = {"checksum": _checksum(predictions)}
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_tensors(predictions), partial, {"checksum": _checksum(predictions)})
-        os.replace(partial, file)
+        write_file(file, lambda partial: save_file(_tensors(predictions), partial, checksum))
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         logger.warning(
             "The teacher's predictions cannot be kept in %s (%s); the next run computes them again",
             file.parent,

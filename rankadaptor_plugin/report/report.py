@@ -14,21 +14,21 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from rankadaptor_plugin.core.errors import ArtifactError
+from rankadaptor_plugin.core.files import write_file
 from rankadaptor_plugin.core.scores import metric_meanings, unit_of_difference
 from rankadaptor_plugin.report import svg, tables, words
 from rankadaptor_plugin.report.words import metric_label, visible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from rankadaptor_plugin.report.schema import ReportData
 
@@ -55,7 +55,7 @@ def write_report(folder: Path, data: ReportData) -> tuple[Path, Path, Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, content in zip(paths, contents.values(), strict=True):
-            _write(path, content)
+            write_file(path, partial(Path.write_text, data=content, encoding="utf-8", newline="\n"))
     except OSError as error:
         raise ArtifactError(
             f"The report cannot be written to {folder}: {error}. Check the folder and its rights."
@@ -98,19 +98,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _write(path: Path, content: str) -> None:
-    # Beside its target: only there is os.replace atomic. Opened plainly, it obeys the umask.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def rendered(template: str, data: ReportData, **values: Any) -> str:

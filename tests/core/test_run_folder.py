@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from rankadaptor_plugin.core.errors import ArtifactError
-from rankadaptor_plugin.core.run_folder import RunFolder, digest, write_folder
+from rankadaptor_plugin.core.files import write_folder
+from rankadaptor_plugin.core.run_folder import RunFolder, digest
 
 HOLDER = """
 import sys, time

@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import sqlite3
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +28,7 @@ from sqlalchemy.pool import NullPool
 
 from rankadaptor_plugin import __version__
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError
+from rankadaptor_plugin.core.files import write_file
 from rankadaptor_plugin.core.trials import RECORD, Trial, TrialState
 from rankadaptor_plugin.search.space import (
     LAYERS,
@@ -284,11 +284,8 @@ class MetaKnowledge:
             metadata={META: json.dumps(header)},
         )
         check_free(path)
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(content)
-            os.replace(partial, path)
+            write_file(path, lambda partial: partial.write_bytes(content))
         except OSError as error:
             raise ArtifactError(
                 f"{path} cannot be written: {error.strerror or error}. Choose a file where you may "
