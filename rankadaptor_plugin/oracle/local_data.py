@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 import tempfile
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -25,8 +24,6 @@ from rankadaptor_plugin.oracle.oracle import quiet
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
-
-    Build = Callable[[str, Sequence[str], int], "Row"]
 
 Row = dict[str, Any]
 
@@ -65,11 +62,11 @@ def texts(row: Row, field: str) -> list[str]:
     raise RowError(f"has {field} {value!r:.60}, which is not a list of texts. Correct the row.")
 
 
-def has_answer(row: Row, field: str) -> str:
-    """Returns the answer of a row as text, whatever it counts or names.
+def position(row: Row, field: str, names: Sequence[str]) -> int:
+    """Returns the place of a row's answer among the names of its choices.
 
     Raises:
-        RowError: If it is left open, as in hidden test sets.
+        RowError: If the answer is left open, as in hidden test sets, or none of them.
     """
     answer = "" if row[field] is None else str(row[field]).strip()
     if answer in ("", "-1"):
@@ -77,16 +74,6 @@ def has_answer(row: Row, field: str) -> str:
             f"has {field} {row[field]!r}: a document without an answer, as in hidden test sets. "
             "Give documents with their answers."
         )
-    return answer
-
-
-def position(row: Row, field: str, names: Sequence[str]) -> int:
-    """Returns the place of a row's answer among the names of its choices.
-
-    Raises:
-        RowError: If the answer is left open or none of them.
-    """
-    answer = has_answer(row, field)
     if answer not in names:
         raise RowError(
             f"has {field} {row[field]!r}, which is not among its choices: allowed are "
@@ -100,73 +87,75 @@ def numbers(count: int, first: int = 0) -> list[str]:
     return [str(number) for number in range(first, first + count)]
 
 
-def boolq(row: Row, answer: str, *, title: bool = False) -> Row:
-    """A question on a passage, answered by 0 or 1, false or true."""
-    spelled = {"false": "0", "true": "1"}.get(str(row[answer]).lower(), row[answer])
-    passage = text(row, "passage")
-    return {
-        "question": text(row, "question"),
-        # SuperGLUE, which lm-eval reads, writes the title in front of the passage.
-        "passage": f"{text(row, 'title')} -- {passage}" if title else passage,
-        "label": position({answer: spelled}, answer, numbers(2)),
-    }
+@dataclass(frozen=True)
+class Fields:
+    """The fields of a document that lm-eval reads.
+
+    Attributes:
+        texts: Fields of text: the question, and two choices where there is no list of them.
+        answer: Field with the right answer.
+        choices: Field with the choices: ``endings`` a list of texts, ``choices`` with labels.
+        first: Number of the first choice where they are counted.
+        kind: Type of the answer.
+    """
+
+    texts: tuple[str, ...]
+    answer: str
+    choices: str = ""
+    first: int = 0
+    kind: type = str
 
 
-def hellaswag(row: Row) -> Row:
-    """A context in two parts and its endings."""
-    endings = texts(row, "endings")
-    return {
-        **{field: text(row, field) for field in ("activity_label", "ctx_a", "ctx_b")},
-        "endings": endings,
-        "label": str(position(row, "label", numbers(len(endings)))),
-    }
+FIELDS = {
+    "boolq": Fields(("question", "passage"), "label", kind=int),
+    "piqa": Fields(("goal", "sol1", "sol2"), "label", kind=int),
+    "hellaswag": Fields(("activity_label", "ctx_a", "ctx_b"), "label", "endings"),
+    "winogrande": Fields(("sentence", "option1", "option2"), "answer", first=1),
+    "arc_easy": Fields(("question",), "answerKey", "choices"),
+    "arc_challenge": Fields(("question",), "answerKey", "choices"),
+    "openbookqa": Fields(("question_stem",), "answerKey", "choices"),
+}
+"""What lm-eval reads of each benchmark."""
+
+INSTRUCTIONS = {
+    "piqa": ("solution to the question", "Solution"),
+    "winogrande": ("answer to fill in the blank to complete the given sentence", "Option"),
+    **dict.fromkeys(
+        ("arc_easy", "arc_challenge", "openbookqa"), ("answer to the question", "Answer")
+    ),
+}
+"""What LLM-Adapters ask to choose, and the word in front of the numbers of the choices."""
 
 
-def winogrande(row: Row) -> Row:
-    """A sentence with a blank, and two options counted from 1."""
-    sentence = text(row, "sentence")
-    if "_" not in sentence:
-        raise RowError(f"has the sentence {sentence!r:.60} without a blank _. Correct the row.")
-    return {
-        "sentence": sentence,
-        "option1": text(row, "option1"),
-        "option2": text(row, "option2"),
-        "answer": str(1 + position(row, "answer", numbers(2, first=1))),
-    }
-
-
-def winogrande_parts(sentence: str, choices: Sequence[str], gold: int) -> Row:
-    """As `winogrande`, from its parts; `gold` counts from 0."""
-    option1, option2 = _pair(choices, "winogrande")
-    row = {"sentence": sentence, "option1": option1, "option2": option2, "answer": gold + 1}
-    return winogrande(row)
-
-
-def piqa(row: Row) -> Row:
-    """A goal and two solutions counted from 0."""
-    return {
-        **{field: text(row, field) for field in ("goal", "sol1", "sol2")},
-        "label": position(row, "label", numbers(2)),
-    }
-
-
-def piqa_parts(goal: str, choices: Sequence[str], gold: int) -> Row:
-    """As `piqa`, from its parts; `gold` counts from 0."""
-    sol1, sol2 = _pair(choices, "piqa")
-    return {"goal": goal, "sol1": sol1, "sol2": sol2, "label": gold}
-
-
-def science(row: Row, *, question: str, nested: bool = False) -> Row:
-    """A question of ARC or OpenBookQA with labeled choices.
+def standard(row: Row, benchmark: str, answer: str = "") -> Row:
+    """Checks a row with the fields that lm-eval reads; those alone are kept.
 
     Args:
-        row: With `question`, ``choices`` and ``answerKey``, or `nested`.
-        question: Name of the field that lm-eval reads the question from.
-        nested: Question and choices are the fields ``stem`` and ``choices`` of an object
-            ``question``.
+        row: With the `FIELDS` of the benchmark.
+        benchmark: A key of `FIELDS`.
+        answer: Field with the right answer, if it is another one.
     """
-    source = row["question"] if nested else row
-    choices = source["choices"]
+    fields, answer = FIELDS[benchmark], answer or FIELDS[benchmark].answer
+    result: Row = {field: text(row, field) for field in fields.texts}
+    names = numbers(2, fields.first)
+    if benchmark == "boolq":
+        spelled = {"false": "0", "true": "1"}.get(str(row[answer]).lower(), row[answer])
+        row = {answer: spelled}
+    if benchmark == "winogrande" and "_" not in row["sentence"]:
+        sentence = row["sentence"]
+        raise RowError(f"has the sentence {sentence!r:.60} without a blank _. Correct the row.")
+    if fields.choices == "endings":
+        result["endings"] = texts(row, "endings")
+        names = numbers(len(result["endings"]))
+    elif fields.choices:
+        result["choices"] = _labeled(row["choices"])
+        names = result["choices"]["label"]
+    result[fields.answer] = fields.kind(names[position(row, answer, names)])
+    return result
+
+
+def _labeled(choices: Any) -> Row:
+    """Returns the texts and labels of choices, a list of pairs or a pair of lists."""
     if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
         choices = {key: [choice.get(key) for choice in choices] for key in ("text", "label")}
     if not (has_field(choices, "text") and has_field(choices, "label")):
@@ -174,86 +163,55 @@ def science(row: Row, *, question: str, nested: bool = False) -> Row:
     options, labels = texts(choices, "text"), texts(choices, "label")
     if len(options) != len(labels):
         raise RowError(f"has {len(options)} choices but {len(labels)} labels. Correct the row.")
-    return {
-        question: text(source, "stem" if nested else question),
-        "choices": {"text": options, "label": labels},
-        "answerKey": labels[position(row, "answerKey", labels)],
-    }
+    return {"text": options, "label": labels}
 
 
-def science_parts(stem: str, choices: Sequence[str], gold: int, *, question: str) -> Row:
-    """As `science`, from its parts; `gold` counts from 0.
+def _assembled(benchmark: str, question: str, choices: Sequence[str], gold: int) -> Row:
+    """Makes a row of its parts; `gold` counts from 0.
 
-    The labels, which no prompt of lm-eval shows, are A, B, C and so on.
+    Labels, which no prompt of lm-eval shows, are A, B, C and so on.
     """
-    labels = [chr(ord("A") + number) for number in range(len(choices))]
-    return {
-        question: stem,
-        "choices": {"text": list(choices), "label": labels},
-        "answerKey": labels[gold],
-    }
-
-
-def _pair(choices: Sequence[str], benchmark: str) -> tuple[str, str]:
-    if len(choices) != 2:  # noqa: PLR2004  what a pair is
+    fields = FIELDS[benchmark]
+    row: Row = {fields.texts[0]: question}
+    if fields.choices:
+        labels = [chr(ord("A") + number) for number in range(len(choices))]
+        row |= {"choices": {"text": list(choices), "label": labels}, fields.answer: labels[gold]}
+    elif len(choices) == len(fields.texts) - 1:
+        row |= {
+            **dict(zip(fields.texts[1:], choices, strict=True)),
+            fields.answer: gold + fields.first,
+        }
+    else:
         raise RowError(f"has {len(choices)} choices; {benchmark} has 2. Correct the row.")
-    return choices[0], choices[1]
+    return standard(row, benchmark)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """One way to write down a document of a benchmark.
-
-    Attributes:
-        fields: Names of the fields with the question; ``a.b`` is the field ``b`` of an object
-            ``a``.
-        answer: Name of the field with the right answer.
-        convert: From such a row to the fields that lm-eval reads. Raises `RowError` where a value
-            is not as the layout has it.
-    """
-
-    fields: tuple[str, ...]
-    answer: str
-    convert: Callable[[Row], Row]
+def _spelled(row: Row, benchmark: str) -> Row:
+    """BoolQ's own download: ``answer`` is true or false, the title has a field of its own."""
+    if "title" in row:  # SuperGLUE, which lm-eval reads, writes it in front of the passage
+        row = {**row, "passage": f"{text(row, 'title')} -- {text(row, 'passage')}"}
+    return standard(row, benchmark, "answer")
 
 
-def convert_row(row: Row, benchmark: str) -> Row:
-    """Converts one row to the fields that lm-eval reads; those alone are kept.
-
-    A converted row stays as it is if converted again.
-
-    Args:
-        row: In any layout of the benchmark.
-        benchmark: A key of `LAYOUTS`.
-
-    Raises:
-        RowError: If the row is in no known layout, has no answer, or its answer is not among its
-            choices.
-    """
-    layouts = LAYOUTS[benchmark]
-    asked = [layout for layout in layouts if all(has_field(row, name) for name in layout.fields)]
-    for layout in asked:
-        if layout.answer in row:
-            return layout.convert(row)
-    if asked:
-        answers = " or ".join(dict.fromkeys(repr(layout.answer) for layout in asked))
-        raise RowError(f"has no {answers}. Give documents with their answers.")
-    allowed = " | ".join(", ".join((*layout.fields, layout.answer)) for layout in layouts)
-    raise RowError(
-        f"is in no known layout of {benchmark}: it has the fields {', '.join(row) or '-'}; allowed "
-        f"are {allowed}. Convert the file."
-    )
+def _nested(row: Row, benchmark: str) -> Row:
+    """The downloads of ARC and OpenBookQA: ``question`` has ``stem`` and ``choices``."""
+    inner = row["question"]
+    question = {FIELDS[benchmark].texts[0]: inner["stem"], "choices": inner["choices"]}
+    return standard({**row, **question}, benchmark)
 
 
-def _query(row: Row, build: Build) -> Row:
+def _query(row: Row, benchmark: str) -> Row:
     """llm-foundry: the question as a prompt, ``choices`` as texts, ``gold`` counted from 0."""
     choices = texts(row, "choices")
     question = text(row, "query").removesuffix("Answer:").rstrip("\n").removeprefix("Question: ")
-    return build(question, choices, position(row, "gold", numbers(len(choices))))
+    gold = position(row, "gold", numbers(len(choices)))
+    return _assembled(benchmark, question, choices, gold)
 
 
-def _instruction(row: Row, build: Build, *, head: str, word: str) -> Row:
+def _instruction(row: Row, benchmark: str) -> Row:
     """LLM-Adapters: question, numbered choices and the format of the answer in one text."""
+    asked, word = INSTRUCTIONS[benchmark]
+    head = f"Please choose the correct {asked}: "
     refusal = RowError(
         "has an instruction that cannot be taken apart without guessing: it must be "
         f"'{head.strip()} ...', then '{word}1: ...', '{word}2: ...' and 'Answer format: ...', each "
@@ -276,58 +234,72 @@ def _instruction(row: Row, build: Build, *, head: str, word: str) -> Row:
         or not all(parts)
     ):
         raise refusal
-    return build(parts[0], parts[1:], position(row, "answer", names))
+    return _assembled(benchmark, parts[0], parts[1:], position(row, "answer", names))
 
 
-def _science_layouts(question: str) -> tuple[Layout, ...]:
-    hub, build = partial(science, question=question), partial(science_parts, question=question)
-    head = "Please choose the correct answer to the question: "
-    instruction = partial(_instruction, build=build, head=head, word="Answer")
-    return (
-        Layout((question, "choices"), "answerKey", hub),
-        Layout(("question.stem", "question.choices"), "answerKey", partial(hub, nested=True)),
-        Layout(("query", "choices"), "gold", partial(_query, build=build)),
-        Layout(("instruction",), "answer", instruction),
-    )
+@dataclass(frozen=True)
+class Layout:
+    """One way to write down a document of a benchmark.
+
+    Attributes:
+        fields: Names of the fields with the question; ``a.b`` is the field ``b`` of an object
+            ``a``.
+        answer: Name of the field with the right answer.
+        convert: From such a row, and the name of the benchmark, to the fields that lm-eval reads.
+            Raises `RowError` where a value is not as the layout has it.
+    """
+
+    fields: tuple[str, ...]
+    answer: str
+    convert: Callable[[Row, str], Row]
 
 
-_SOLUTIONS = partial(
-    _instruction,
-    build=piqa_parts,
-    head="Please choose the correct solution to the question: ",
-    word="Solution",
-)
+def _layouts(benchmark: str) -> tuple[Layout, ...]:
+    fields = FIELDS[benchmark]
+    question = fields.texts + ((fields.choices,) if fields.choices else ())
+    layouts = [Layout(question, fields.answer, standard)]
+    if benchmark == "boolq":
+        layouts.append(Layout(("question", "title", "passage"), "answer", _spelled))
+        layouts.append(Layout(question, "answer", _spelled))
+    if fields.choices == "choices":
+        layouts.append(Layout(("question.stem", "question.choices"), fields.answer, _nested))
+    if benchmark in INSTRUCTIONS:
+        if benchmark != "winogrande":
+            layouts.append(Layout(("query", "choices"), "gold", _query))
+        layouts.append(Layout(("instruction",), "answer", _instruction))
+    return tuple(layouts)
 
-_OPTIONS = partial(
-    _instruction,
-    build=winogrande_parts,
-    head="Please choose the correct answer to fill in the blank to complete the given sentence: ",
-    word="Option",
-)
 
-LAYOUTS: dict[str, tuple[Layout, ...]] = {
-    "boolq": (
-        Layout(("question", "passage"), "label", partial(boolq, answer="label")),
-        Layout(
-            ("question", "title", "passage"), "answer", partial(boolq, answer="answer", title=True)
-        ),
-        Layout(("question", "passage"), "answer", partial(boolq, answer="answer")),
-    ),
-    "piqa": (
-        Layout(("goal", "sol1", "sol2"), "label", piqa),
-        Layout(("query", "choices"), "gold", partial(_query, build=piqa_parts)),
-        Layout(("instruction",), "answer", _SOLUTIONS),
-    ),
-    "hellaswag": (Layout(("activity_label", "ctx_a", "ctx_b", "endings"), "label", hellaswag),),
-    "winogrande": (
-        Layout(("sentence", "option1", "option2"), "answer", winogrande),
-        Layout(("instruction",), "answer", _OPTIONS),
-    ),
-    "arc_easy": _science_layouts("question"),
-    "arc_challenge": _science_layouts("question"),
-    "openbookqa": _science_layouts("question_stem"),
-}
+LAYOUTS = {benchmark: _layouts(benchmark) for benchmark in FIELDS}
 """The layouts of each benchmark, the one that lm-eval reads first."""
+
+
+def convert_row(row: Row, benchmark: str) -> Row:
+    """Converts one row to the fields that lm-eval reads; those alone are kept.
+
+    A converted row stays as it is if converted again.
+
+    Args:
+        row: In any layout of the benchmark.
+        benchmark: A key of `LAYOUTS`.
+
+    Raises:
+        RowError: If the row is in no known layout, has no answer, or its answer is not among its
+            choices.
+    """
+    layouts = LAYOUTS[benchmark]
+    asked = [layout for layout in layouts if all(has_field(row, name) for name in layout.fields)]
+    for layout in asked:
+        if layout.answer in row:
+            return layout.convert(row, benchmark)
+    if asked:
+        answers = " or ".join(dict.fromkeys(repr(layout.answer) for layout in asked))
+        raise RowError(f"has no {answers}. Give documents with their answers.")
+    allowed = " | ".join(", ".join((*layout.fields, layout.answer)) for layout in layouts)
+    raise RowError(
+        f"is in no known layout of {benchmark}: it has the fields {', '.join(row) or '-'}; allowed "
+        f"are {allowed}. Convert the file."
+    )
 
 
 SPLITS = ("train", "validation", "test")
@@ -346,33 +318,29 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "piqa": ("piqa/data", "piqa/plain_text", "physicaliqa-train-dev"),
     "hellaswag": ("hellaswag/data",),
     "winogrande": ("winogrande/winogrande_xl", "winogrande_1.1", "winogrande/winogrande_1.1"),
-    "arc_easy": ("ARC-Easy", "ai2_arc/ARC-Easy", "ARC-V1-Feb2018-2/ARC-Easy"),
-    "arc_challenge": ("ARC-Challenge", "ai2_arc/ARC-Challenge", "ARC-V1-Feb2018-2/ARC-Challenge"),
+    **{
+        f"arc_{kind.lower()}": (
+            f"ARC-{kind}",
+            f"ai2_arc/ARC-{kind}",
+            f"ARC-V1-Feb2018-2/ARC-{kind}",
+        )
+        for kind in ("Easy", "Challenge")
+    },
     "openbookqa": ("openbookqa/main", "OpenBookQA-V1-Sep2018/Data/Main"),
 }
 """Folders of unpacked downloads and of copied hub repositories, beside the benchmark's own name."""
 
+_ARC = {"train": "Train", "validation": "Dev", "test": "Test"}
 STEMS: dict[str, dict[str, tuple[str, ...]]] = {
     "boolq": {"validation": ("dev", "val")},
     "piqa": {"validation": ("valid", "dev")},
     "hellaswag": {"train": ("hellaswag_train",), "validation": ("hellaswag_val",)},
     "winogrande": {"train": ("train_xl",), "validation": ("dev",)},
-    "arc_easy": {
-        "train": ("ARC-Easy-Train",),
-        "validation": ("ARC-Easy-Dev",),
-        "test": ("ARC-Easy-Test",),
-    },
-    "arc_challenge": {
-        "train": ("ARC-Challenge-Train",),
-        "validation": ("ARC-Challenge-Dev",),
-        "test": ("ARC-Challenge-Test",),
-    },
+    "arc_easy": {split: (f"ARC-Easy-{name}",) for split, name in _ARC.items()},
+    "arc_challenge": {split: (f"ARC-Challenge-{name}",) for split, name in _ARC.items()},
     "openbookqa": {"validation": ("dev",)},
 }
 """File names of the downloads, without their ending."""
-
-LABELS = {"piqa": "label", "winogrande": "answer"}
-"""The field that a file ``*-labels.lst`` beside the rows fills."""
 
 
 def load_split(data_dir: Path, benchmark: str, split: str) -> list[Row]:
@@ -524,9 +492,9 @@ def _with_labels(rows: list[Row], file: Path, benchmark: str) -> list[Row]:
         OracleError: If there are more or fewer answers than rows, or a row has another answer.
     """
     labels = file.with_name(f"{file.stem}-labels.lst")
-    if benchmark not in LABELS or not labels.is_file():
+    if benchmark not in ("piqa", "winogrande") or not labels.is_file():
         return rows
-    field = LABELS[benchmark]
+    field = FIELDS[benchmark].answer
     answers = labels.read_text(encoding="utf-8-sig").split()
     if len(answers) != len(rows):
         raise OracleError(
