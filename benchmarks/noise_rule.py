@@ -17,8 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rankadaptor_plugin.verdict.noise_floor import Design, assess, expected_best_gain
-from rankadaptor_plugin.verdict.reliability import reliability
+from rankadaptor_plugin.verdict.noise_floor import Design, assess, expected_best_gain, reliability
 
 RESULTS = Path(__file__).parent / "results"
 TRIALS, SEEDS = 30, 5

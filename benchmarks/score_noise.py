@@ -13,7 +13,7 @@ report documents. The texts have one line per document, its prompt with the righ
 * report: the report documents. Nobody may search with these; they flatter what is predicted.
 
 None of them is in the recovery corpus. Printed and written to ``results/score_noise-DATE.json``:
-the reliability of each score (`rankadaptor_plugin.verdict.reliability`), and how well it ranks
+the reliability of each score (`rankadaptor_plugin.verdict.noise_floor`), and how well it ranks
 allocations from one seed: Spearman's correlation with the mean report score of the other seeds, the
 mean over the choices of this one seed. Their intervals, and those of the differences from
 `choice_logprob`, are percentiles of a bootstrap over the allocations, the same resamples for every
@@ -57,7 +57,7 @@ from rankadaptor_plugin.recovery import recover
 from rankadaptor_plugin.recovery.slots import rank_space
 from rankadaptor_plugin.tasks import task_dir
 from rankadaptor_plugin.verdict.noise import noise_allocations, noise_seeds
-from rankadaptor_plugin.verdict.reliability import reliability
+from rankadaptor_plugin.verdict.noise_floor import reliability
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -8,7 +8,7 @@ is installed. ``--meta`` names the table that the meta prior is learned from.
 
 What the figures are:
 
-* reliability of each score (`rankadaptor_plugin.verdict.reliability`); what the number of
+* reliability of each score (`rankadaptor_plugin.verdict.noise_floor`); what the number of
   parameters, and an additive function of the ranks, explain of what truly differs between
   allocations, and what the latter explains of a seed's own rest;
 * fidelity: Spearman's correlation of one seed's score, and of the number of parameters, with the

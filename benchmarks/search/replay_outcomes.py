@@ -13,7 +13,7 @@ from replay_priors import priors
 from replay_table import TRUTHS, Kind
 from scipy.stats import t as student
 
-from rankadaptor_plugin.verdict.reliability import reliability
+from rankadaptor_plugin.verdict.noise_floor import reliability
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

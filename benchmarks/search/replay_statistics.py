@@ -9,7 +9,7 @@ from replay_table import TRUTHS, Kind
 from scipy.stats import rankdata
 
 from rankadaptor_plugin.core.scores import METRICS
-from rankadaptor_plugin.verdict.reliability import reliability
+from rankadaptor_plugin.verdict.noise_floor import reliability
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,7 @@ from rankadaptor_plugin.core.lazy import lazy_exports
 if TYPE_CHECKING:
     from rankadaptor_plugin.verdict.comparison import RunComparison, compare_runs
     from rankadaptor_plugin.verdict.confirmation import check
-    from rankadaptor_plugin.verdict.reliability import Reliability
+    from rankadaptor_plugin.verdict.noise_floor import Reliability
     from rankadaptor_plugin.verdict.statistics import Difference, Interval, compare, mean_interval
 
 __all__ = [
@@ -34,7 +34,7 @@ __getattr__ = lazy_exports(
     {
         "Difference": "statistics",
         "Interval": "statistics",
-        "Reliability": "reliability",
+        "Reliability": "noise_floor",
         "RunComparison": "comparison",
         "check": "confirmation",
         "compare": "statistics",

@@ -2,7 +2,7 @@
 
 Uniform LoRA and some random allocations show how much of what differs between allocations is more
 than seed noise, for each score, and whether any gain that a search could plausibly find would rise
-above the noise of the final comparison (`rankadaptor_plugin.verdict.reliability`, `noise_floor`).
+above the noise of the final comparison (`rankadaptor_plugin.verdict.noise_floor`).
 The fine-tunes with the search's own seed become its first trials, so they are not made twice.
 """
 
@@ -23,13 +23,14 @@ from rankadaptor_plugin.verdict.confirmation import FRESH
 from rankadaptor_plugin.verdict.noise_floor import (
     Design,
     Floor,
+    Reliability,
     assess,
     document_sd,
     fine_tunes_to_detect,
+    reliability,
     seed_scale,
 )
 from rankadaptor_plugin.verdict.race import run_name, stored_run
-from rankadaptor_plugin.verdict.reliability import Reliability, reliability
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

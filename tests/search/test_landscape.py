@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from rankadaptor_plugin.core.errors import RankSpaceError
 from rankadaptor_plugin.core.ranks import RankSpace, Setting
 from rankadaptor_plugin.search.performance import landscape as landscape_module
-from rankadaptor_plugin.search.performance.ascent import Ascent
-from rankadaptor_plugin.search.performance.landscape import Codes, Landscape
+from rankadaptor_plugin.search.performance.landscape import Ascent, Codes, Landscape
 
 RATES = Setting(name="learning_rate", values=(1e-4, 3e-4, 1e-3), default=1e-4)
 

@@ -17,8 +17,7 @@ from rankadaptor_plugin.core.trials import Outcome
 from rankadaptor_plugin.report.console import noise_text
 from rankadaptor_plugin.testing.search import SPACE
 from rankadaptor_plugin.verdict.noise import Question, measure, noise_allocations, noise_seeds
-from rankadaptor_plugin.verdict.noise_floor import document_sd, seed_scale
-from rankadaptor_plugin.verdict.reliability import reliability
+from rankadaptor_plugin.verdict.noise_floor import document_sd, reliability, seed_scale
 
 METRICS = ("accuracy", "choice_logprob")
 

@@ -13,11 +13,12 @@ from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.verdict.noise_floor import (
     Design,
     Floor,
+    Reliability,
     assess,
     expected_best_gain,
     fine_tunes_to_detect,
+    reliability,
 )
-from rankadaptor_plugin.verdict.reliability import Reliability, reliability
 
 SDS = st.floats(1e-4, 10.0)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from rankadaptor_plugin.core.errors import ConfigError, OracleError
-from rankadaptor_plugin.verdict.reliability import Reliability, plausible_variances, reliability
+from rankadaptor_plugin.verdict.noise_floor import Reliability, plausible_variances, reliability
 
 # Six targets and four judges: Table 2 of Shrout and Fleiss (1979).
 SHROUT_FLEISS = np.array(

@@ -11,7 +11,7 @@ on n x n covariances (Rasmussen and Williams 2006, ch. 2), so that the number of
 matters.
 
 *Proposals* are Thompson samples: a function drawn from the posterior, and the highest row of that
-function (`rankadaptor_plugin.search.performance.ascent`).
+function (`rankadaptor_plugin.search.performance.landscape`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ import numpy as np
 import scipy.linalg
 import scipy.special
 
-from rankadaptor_plugin.search.performance.ascent import Ascent
-from rankadaptor_plugin.search.performance.landscape import Codes, Landscape, take
+from rankadaptor_plugin.search.performance.landscape import Ascent, Codes, Landscape, take
 from rankadaptor_plugin.search.performance.performance_model import Prediction, spread
 
 if TYPE_CHECKING:
