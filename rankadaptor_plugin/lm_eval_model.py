@@ -158,7 +158,7 @@ def check_adapter(folder: Path, model: PreTrainedModel) -> None:
         model: The model, on the meta device; it is left with an empty adapter on it.
 
     Raises:
-        ArtifactError: If the folder is missing, holds no intact adapter, or one that was trained on
+        ArtifactError: If the folder is missing, has no valid adapter, or one that was trained on
             another model; the message names the first contradiction.
     """
     found = _adapter_shapes(folder)
@@ -190,7 +190,7 @@ def _adapter_shapes(folder: Path) -> Shapes:
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
             raise ArtifactError(
-                f"{folder} holds no adapter: {name} is missing. Set adapter to a PEFT folder with "
+                f"{folder} has no adapter: {name} is missing. Set adapter to a PEFT folder with "
                 "safetensors weights."
             )
     try:
@@ -198,7 +198,7 @@ def _adapter_shapes(folder: Path) -> Shapes:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in list(opened.keys())}
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
-            f"{folder} holds no intact adapter: {_WEIGHTS} is torn ({error}). Copy it again."
+            f"{folder} has no valid adapter: {_WEIGHTS} is corrupt ({error}). Copy it again."
         ) from error
 
 

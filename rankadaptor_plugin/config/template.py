@@ -56,7 +56,7 @@ def write_template(path: Path, *, model: str | None = None, force: bool = False)
             raise ConfigError(f"{path} is a folder. Name a file, such as {path / 'RUN.toml'}.")
         if path.exists() and not force:
             raise ConfigError(
-                f"{path} exists already. Give another name, or --force to overwrite it."
+                f"{path} already exists. Give another name, or --force to overwrite it."
             )
         write_file(path, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
     except OSError as error:

@@ -76,7 +76,7 @@ def read_documents(path: Path) -> dict[str, TaskDocuments]:
         return _by_task(table)
     except FileNotFoundError:
         raise ArtifactError(
-            f"The file {path} is missing. Run again to evaluate that model anew."
+            f"The file {path} is missing. Run again to evaluate that model again."
         ) from None
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())

@@ -37,7 +37,7 @@ class CorpusError(RankAdaptorError):
 
 
 class ArtifactError(RankAdaptorError):
-    """A run folder is unwritable, in use, torn, or was made from other inputs."""
+    """A run folder is unwritable, in use, torn, or was made from different inputs."""
 
 
 class OracleError(RankAdaptorError):

@@ -109,7 +109,7 @@ class RunFolder:
             free: Beginnings of the names that may still change, as in ``"config.confirm."``.
 
         Raises:
-            ArtifactError: If the folder was made from other inputs; the message names them.
+            ArtifactError: If the folder was made from different inputs; the message names them.
         """
         before = self.read_json("inputs.json")
         if before is None:
@@ -133,7 +133,8 @@ class RunFolder:
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""  # noqa: PLR2004
             raise ArtifactError(
-                f"The run folder {self.path} was made from other inputs ({'; '.join(changed[:3])}"
+                f"The run folder {self.path} was made from different inputs "
+                f"({'; '.join(changed[:3])}"
                 f"{more}). Set another output, change the inputs back, or delete the folder."
             )
 
@@ -154,7 +155,7 @@ class RunFolder:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(content, dict):
-                raise ValueError("it holds no JSON object")
+                raise ValueError("it is not a JSON object")
             return content
         except FileNotFoundError:
             return None

@@ -94,6 +94,6 @@ def _ids(
     except (TemplateError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CorpusError(
-            f"{where} is refused by the chat template of the tokenizer: {reason}. Correct the row "
-            "or leave it out."
+            f"{where} is rejected by the chat template of the tokenizer: {reason}. Correct "
+            "or remove the row."
         ) from error

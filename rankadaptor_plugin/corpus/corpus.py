@@ -90,7 +90,7 @@ def load_corpus(
     corpus = _tokenized(rows, tokenizer, config, name)
     if corpus.dropped:
         logger.warning(
-            "%d of %d rows of %s have no response within %d tokens and are left out",
+            "%d of %d rows of %s have no response within %d tokens and are skipped",
             corpus.dropped,
             corpus.rows,
             name,

@@ -170,7 +170,7 @@ def _header(folder: Path, file: str) -> Shapes:
         with safe_open(folder / file, framework="pt") as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in list(opened.keys())}
     except (OSError, SafetensorError) as error:
-        raise _broken(folder, f"{file} is torn ({_reason(error)})") from error
+        raise _broken(folder, f"{file} is corrupt ({_reason(error)})") from error
 
 
 def _as_in_model(found: Shapes, model: PreTrainedModel, expected: Shapes) -> Shapes:
@@ -204,13 +204,13 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
         values = json.loads((folder / name).read_text("utf-8"))
     except FileNotFoundError:
         raise ArtifactError(
-            f"{folder} holds no model: {name} is missing. Give a folder with config.json and "
+            f"{folder} has no model: {name} is missing. Give a folder with config.json and "
             "safetensors weights."
         ) from None
     except (OSError, ValueError) as error:
         raise _broken(folder, f"{name} cannot be read ({_reason(error)})") from error
     if not isinstance(values, dict):
-        raise _broken(folder, f"{name} holds no table of settings")
+        raise _broken(folder, f"{name} is not a table of settings")
     return values
 
 
@@ -219,16 +219,16 @@ def _no_weights(folder: Path) -> ArtifactError:
     if not pickled:
         return _broken(folder, f"there is neither {_SINGLE} nor {_INDEX}")
     return ArtifactError(
-        f"{folder} holds pickled weights ({pickled[0]}), which are refused as they can run code. "
-        "Where you trust them, convert them with AutoModelForCausalLM.from_pretrained(folder)"
+        f"{folder} holds pickled weights ({pickled[0]}), which are rejected as they can run code. "
+        "If you trust them, convert them with AutoModelForCausalLM.from_pretrained(folder)"
         ".save_pretrained(new_folder)."
     )
 
 
 def _broken(folder: Path, reason: str) -> ArtifactError:
     return ArtifactError(
-        f"{folder} holds no intact model: {reason.rstrip('.')}. Copy it again, or delete it and "
-        "prune anew."
+        f"{folder} has no valid model: {reason.rstrip('.')}. Copy it again, or delete it and "
+        "prune again."
     )
 
 
@@ -279,10 +279,10 @@ def check_folder(folder: Path) -> str:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise ValueError("it holds no table of settings")
+            raise ValueError("it is not a table of settings")
         family, architectures = config.get("model_type", ""), config.get("architectures") or []
         if not isinstance(family, str) or not isinstance(architectures, list):
-            raise ValueError("model_type is no text, or architectures no list")
+            raise ValueError("model_type is not a string, or architectures not a list")
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"The model folder {folder} has no readable config.json ({error}). "
@@ -292,8 +292,8 @@ def check_folder(folder: Path) -> str:
     if not causal and (architectures or family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         named = ", ".join(map(str, architectures)) or family or "unknown"
         raise UnsupportedModelError(
-            f"The model in {folder} is no causal language model (architecture {named}). Set model "
-            "to a decoder such as Llama."
+            f"The model in {folder} is not a causal language model (architecture {named}). Set "
+            "model to a decoder such as Llama."
         )
     try:
         family_of(config)
@@ -301,7 +301,7 @@ def check_folder(folder: Path) -> str:
         raise UnsupportedModelError(f"The model in {folder} cannot be pruned. {error}") from None
     if family.startswith(PREFIX):
         raise UnsupportedModelError(
-            f"The model in {folder} is pruned already (model type {family!r}). Set model to the "
+            f"The model in {folder} is already pruned (model type {family!r}). Set model to the "
             "base model that it was made from."
         )
     check_checkpoint(folder, strict=False)

@@ -320,7 +320,7 @@ def load_pruned(
             the other weights then.
 
     Raises:
-        ArtifactError: If the folder holds no intact pruned model.
+        ArtifactError: If the folder has no valid pruned model.
         ConfigError: If it cannot be quantized here.
     """
     folder, device = Path(folder), torch.device(device)
@@ -394,7 +394,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         intact = isinstance(record["provenance"], dict)
     except OSError as error:
         raise ArtifactError(
-            f"{folder} holds no pruned model: {RECORD} is missing. Give a folder that the prune "
+            f"{folder} has no pruned model: {RECORD} is missing. Give a folder that the prune "
             "stage wrote."
         ) from error
     except (ValueError, TypeError, KeyError):
@@ -425,5 +425,5 @@ def recorded(folder: Path, record: dict[str, Any]) -> Recorded:
 
 def _torn(folder: Path, reason: str) -> ArtifactError:
     return ArtifactError(
-        f"{folder} holds no intact pruned model: {reason.rstrip('.')}. Delete it and prune again."
+        f"{folder} has no valid pruned model: {reason.rstrip('.')}. Delete it and prune again."
     )

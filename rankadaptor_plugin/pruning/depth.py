@@ -255,7 +255,7 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:
     blocks, wanted = block_list(model), set(kept)
     if not kept or list(kept) != [i for i in range(len(blocks)) if i in wanted]:
         raise ConfigError(
-            f"The blocks to keep, {list(kept)}, are no ascending choice from 0 to "
+            f"The blocks to keep, {list(kept)}, are not ascending indices from 0 to "
             f"{len(blocks) - 1}. Name at least one, and each once."
         )
     config = _shorter(model.config, kept)

@@ -89,7 +89,7 @@ def check_sequences(
             than the context, or one with a token beyond the vocabulary.
     """
     if not sequences:
-        raise CorpusError("The corpus holds no training sequence. Give at least one row.")
+        raise CorpusError("The corpus has no training sequences. Give at least one row.")
     for number, sequence in enumerate(sequences, start=1):
         if not trained_tokens([sequence]):
             raise CorpusError(

@@ -61,7 +61,7 @@ def check_corpus(corpus: Corpus, config: RecoveryConfig, window: int | None = No
     steps = config.steps_for(len(corpus.sequences))
     if config.warmup_steps >= steps:
         logger.warning(
-            "[recovery] warmup_steps %d is no less than the %d steps of a fine-tune, which never "
+            "[recovery] warmup_steps %d is not below the %d steps of a fine-tune, which never "
             "reaches learning_rate",
             config.warmup_steps,
             steps,

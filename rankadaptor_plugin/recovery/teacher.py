@@ -249,7 +249,7 @@ def _read(file: Path, total: int) -> TeacherTokens | None:
         if len(predictions.rest) != total or _checksum(predictions) != said:
             raise ValueError("its content does not match its checksum")
     except (OSError, SafetensorError, ValueError) as error:
-        logger.warning("The teacher's predictions in %s are torn (%s); made anew", file, error)
+        logger.warning("The teacher's predictions in %s are corrupt (%s); recomputing", file, error)
         return None
     return predictions
 

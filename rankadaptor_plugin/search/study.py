@@ -157,7 +157,7 @@ class TrialStore:
             difference = space_difference(space_from_json(stored), space)
             if difference is not None and self.trials():
                 raise ArtifactError(
-                    f"The study {self._study.study_name!r} was made with another rank space: "
+                    f"The study {self._study.study_name!r} was made with a different rank space: "
                     f"{difference}. Choose another run folder or storage, or take the former "
                     "[rank_space] and [prune] settings back."
                 )

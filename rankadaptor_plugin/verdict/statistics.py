@@ -419,7 +419,7 @@ def _aligned(task: str, groups: Sequence[Sequence[Documents]]) -> tuple[list[Val
     order = {id(place): [place[name] for name in common] for _, place in places}
     values = [np.stack([column[order[id(place)]] for column, place in group]) for group in scores]
     if not all(np.isfinite(rows).all() for rows in values):
-        raise OracleError(f"Task {task} has values that are not finite numbers. Evaluate it anew.")
+        raise OracleError(f"Task {task} has values that are not finite numbers. Evaluate it again.")
     return values, left_out
 
 

@@ -142,7 +142,7 @@ def test_a_tokenizer_without_a_template_is_said_once_and_clearly(make_tokenizer)
 
 def test_a_row_that_the_template_refuses_is_named(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('roles must\\nalternate') }}"
-    with pytest.raises(CorpusError, match=r"row 1 is refused by .*: roles must alternate\. Corr"):
+    with pytest.raises(CorpusError, match=r"row 1 is rejected by .*: roles must alternate\. Corr"):
         load_corpus([said("w10", "w11")], tokenizer)
 
 

@@ -81,7 +81,7 @@ def test_init_overwrites_only_when_forced_and_names_the_model(tmp_path, command)
     path.write_text("mine", "utf-8")
     refused = command("init", path)
     assert refused.exit_code == 2
-    assert "exists already. Give another name, or --force to overwrite it." in refused.stderr
+    assert "already exists. Give another name, or --force to overwrite it." in refused.stderr
     assert path.read_text("utf-8") == "mine"
     assert command("init", path, "--force", "--model", "models/llama").exit_code == 0
     model = Path(run_file.load(path).model)  # named as seen from the current folder

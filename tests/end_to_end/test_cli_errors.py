@@ -189,7 +189,7 @@ def test_a_finished_folder_is_not_continued_with_other_inputs(
     # Neither is one that another recovery stage finished, without a study of ours.
     study = tmp_path / "out" / "study.db"
     study.rename(tmp_path / "study.db")
-    assert_error(command("run", finished_copy), 1, "was made from other inputs")
+    assert_error(command("run", finished_copy), 1, "was made from different inputs")
     assert (tmp_path / "out" / "adapter").is_dir()
     (tmp_path / "study.db").rename(study)
 

@@ -129,5 +129,5 @@ def test_another_run_file_does_not_take_over_the_folder_of_a_foreign_run(
     folder = foreign_run[1]
     result = command("run", write_run_file(folder.parent / "OTHER.toml", seed=5))
     assert result.exit_code == 1
-    assert "was made from other inputs" in result.stderr
+    assert "was made from different inputs" in result.stderr
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()

@@ -69,7 +69,7 @@ def test_a_folder_without_a_readable_config_is_a_config_error(folder, content):
     [
         (
             {"architectures": ["BertForMaskedLM"], "model_type": "bert"},
-            "model .BertForMaskedLM|no ca",
+            "model .BertForMaskedLM|not a ca",
         ),
         (
             {"architectures": None, "model_type": "vit"},
@@ -77,7 +77,7 @@ def test_a_folder_without_a_readable_config_is_a_config_error(folder, content):
         ),
         (
             {"architectures": None, "model_type": ""},
-            r"no causal language model \(architecture unkn",
+            r"not a causal language model \(architecture unkn",
         ),
         (
             {"architectures": ["GPTJForCausalLM"], "model_type": "gptj"},
@@ -85,7 +85,7 @@ def test_a_folder_without_a_readable_config_is_a_config_error(folder, content):
         ),
         ({"architectures": None, "model_type": "gptj"}, '"gptj" is not supported'),
         ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts .*_experts 8"),
-        ({"model_type": "rankadaptor_llama"}, "pruned already .*base model that it was made from"),
+        ({"model_type": "rankadaptor_llama"}, "already pruned .*base model that it was made from"),
     ],
 )
 def test_a_model_of_another_kind_is_named(folder, config, message):

@@ -221,7 +221,7 @@ def test_errors_are_one_line(uneven, tmp_path, command):
     os.truncate(uneven / "model.safetensors", 2000)
     torn = command("inspect", uneven)
     assert (torn.exit_code, torn.stderr.count("\n")) == (1, 1)
-    assert "model.safetensors is torn" in torn.stderr
+    assert "model.safetensors is corrupt" in torn.stderr
     (uneven / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(UnsupportedModelError, match="mamba"):
         inspect_folder(uneven)

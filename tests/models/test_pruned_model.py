@@ -257,20 +257,20 @@ def _cut_file(name, size):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: (f / RECORD).unlink(), f"holds no pruned model: {RECORD} is missing"),
+        (lambda f: (f / RECORD).unlink(), f"has no pruned model: {RECORD} is missing"),
         (_cut_file(RECORD, 20), f"{RECORD} cannot be read"),
         (lambda f: (f / RECORD).write_text("[]"), f"{RECORD} cannot be read"),
-        (lambda f: (f / "model.safetensors").unlink(), "holds no intact (pruned )?model"),
-        (_cut_file("model.safetensors", 3000), "holds no intact (pruned )?model"),
-        (_cut_file("config.json", 30), "holds no intact (pruned )?model"),
-        (lambda f: (f / "tokenizer.json").unlink(), "holds no intact (pruned )?model"),
+        (lambda f: (f / "model.safetensors").unlink(), "has no valid (pruned )?model"),
+        (_cut_file("model.safetensors", 3000), "has no valid (pruned )?model"),
+        (_cut_file("config.json", 30), "has no valid (pruned )?model"),
+        (lambda f: (f / "tokenizer.json").unlink(), "has no valid (pruned )?model"),
         (
             _edit(RECORD, lambda r: r["footprint"].update(parameters=1)),
             f"{RECORD} describes another",
         ),
         (
             _edit("config.json", lambda c: c["per_layer_config"].pop("2")),
-            "holds no intact (pruned )?model",
+            "has no valid (pruned )?model",
         ),
     ],
 )
@@ -284,10 +284,10 @@ def test_torn_folders_give_one_clear_line(spoil, message, tmp_path):
 
 
 def test_a_missing_folder_and_a_stock_model_are_errors(tmp_path):
-    with pytest.raises(ArtifactError, match="holds no pruned model"):
+    with pytest.raises(ArtifactError, match="has no pruned model"):
         load_pruned(tmp_path / "nothing")
     stock().save_pretrained(tmp_path / "stock")
-    with pytest.raises(ArtifactError, match="holds no pruned model"):
+    with pytest.raises(ArtifactError, match="has no pruned model"):
         load_pruned(tmp_path / "stock")
 
 

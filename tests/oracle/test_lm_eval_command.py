@@ -276,7 +276,7 @@ def test_a_missing_folder_is_an_error(finished_run, tmp_path):
     [
         ("adapter_config.json", None, "adapter_config.json is missing"),
         ("adapter_model.safetensors", None, "adapter_model.safetensors is missing"),
-        ("adapter_model.safetensors", b"\xff" * 100, "is torn"),
+        ("adapter_model.safetensors", b"\xff" * 100, "is corrupt"),
         ("adapter_config.json", b"{", "does not fit the model"),
     ],
 )
@@ -313,7 +313,7 @@ def test_a_torn_pruned_model_is_an_error(finished_run, tmp_path):
     folder = shutil.copytree(finished_run.folder / "pruned", tmp_path / "pruned")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(ArtifactError, "holds no intact model", folder)
+    refused(ArtifactError, "has no valid model", folder)
 
 
 @pytest.mark.parametrize("part", ["pruned", "adapter"])

@@ -381,10 +381,10 @@ def _rmtree(folder):
         ("hf", lambda f: _rmtree(f / "pruned"), "not finished: pruned is missing"),
         ("hf", lambda f: _rmtree(f / "adapter"), "not finished: adapter.adapter_config.json is"),
         ("hf", lambda f: (f / "pruned" / RECORD).unlink(), f"{RECORD} is missing"),
-        ("hf", _edit("pruned/config.json", hidden_size=32), "no intact model: "),
-        ("hf", lambda f: os.truncate(f / "pruned" / "model.safetensors", 900), "is torn"),
+        ("hf", _edit("pruned/config.json", hidden_size=32), "no valid model: "),
+        ("hf", lambda f: os.truncate(f / "pruned" / "model.safetensors", 900), "is corrupt"),
         ("hf", lambda f: (f / "adapter" / "adapter_config.json").write_text("["), "cannot be read"),
-        ("merged", lambda f: (f / "pruned" / "tokenizer.json").unlink(), "no intact pruned model"),
+        ("merged", lambda f: (f / "pruned" / "tokenizer.json").unlink(), "no valid pruned model"),
         (
             "merged",
             lambda f: os.truncate(f / "adapter" / "adapter_model.safetensors", 900),

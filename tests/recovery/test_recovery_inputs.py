@@ -97,7 +97,7 @@ REFUSED = {
     ),
     "an empty corpus": (
         {"data": Corpus(sequences=[], dropped=0)},
-        *(CorpusError, "holds no training sequence", "Give at least one row"),
+        *(CorpusError, "has no training sequences", "Give at least one row"),
     ),
     "distillation without a teacher": (
         {"recipe": dataclasses.replace(CONFIG, distill_weight=0.5)},

@@ -146,7 +146,7 @@ def test_another_format_is_refused_by_its_version(tmp_path):
 def test_parts_that_do_not_fit_each_other_are_refused(tmp_path, change):
     path = saved(tmp_path / "meta.safetensors")
     edited(path, change)
-    with pytest.raises(ArtifactError, match="is torn, or not written by"):
+    with pytest.raises(ArtifactError, match="is corrupt, or not written by"):
         MetaKnowledge.load(path)
 
 
@@ -158,7 +158,7 @@ def test_what_is_no_such_file_is_refused_in_one_line(tmp_path):
     cases = [content[:20], content[:-5], content[: len(content) // 2], b"", b"text" * 99]
     for bad in [*cases, (tmp_path / "weights").read_bytes()]:
         other.write_bytes(bad)
-        with pytest.raises(ArtifactError, match="is torn, or not written by") as caught:
+        with pytest.raises(ArtifactError, match="is corrupt, or not written by") as caught:
             MetaKnowledge.load(other)
         assert "\n" not in str(caught.value)
     for missing in (tmp_path / "none", tmp_path):

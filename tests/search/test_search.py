@@ -274,7 +274,9 @@ def test_other_exceptions_propagate_and_leave_the_trial_interrupted():
 def test_a_store_of_another_space_is_refused():
     store = new_store()
     run(store=store)
-    with pytest.raises(ArtifactError, match="another rank space: it has 6 layers, now there are 2"):
+    with pytest.raises(
+        ArtifactError, match="different rank space: it has 6 layers, now there are 2"
+    ):
         run(TINY, store=store)
 
 

@@ -91,7 +91,7 @@ def test_a_study_is_read_by_folder_file_or_url(run, form, caplog):
     np.testing.assert_allclose(found.values[:, 0], [0.5, 0.51, 0.52])
     np.testing.assert_allclose(found.values[:, 2], [-0.5, -0.49, -0.48])
     assert caplog.messages == [
-        f"{found.name}: piqa/accuracy is the same in all trials and is left out."
+        f"{found.name}: piqa/accuracy is the same in all trials and is ignored."
     ]
 
 
@@ -140,11 +140,11 @@ def test_reading_changes_nothing(run):
     ("spec", "message"),
     [
         ("{}/none", "There is no study .*none. Give a run folder"),
-        ("{}/empty", "empty holds no study.db"),
+        ("{}/empty", "empty has no study.db"),
         ("sqlite:///{}/none.db", "There is no study .*none.db"),
         ("{}#mine", "There is no study 'mine' in .*. It has: search."),
         ("nonsense://", "cannot be read|is no storage URL"),
-        ("", "There is no study|holds no study.db"),
+        ("", "There is no study|has no study.db"),
     ],
 )
 def test_what_is_not_there_is_named_and_not_made(run, spec, message, monkeypatch):

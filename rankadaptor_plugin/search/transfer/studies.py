@@ -142,7 +142,7 @@ def _located(place: str) -> tuple[str, str, dict[str, Any]]:
     path = Path(place)
     file = path / "study.db" if path.is_dir() else path
     if not file.is_file():
-        what = f"{path} holds no study.db" if path.is_dir() else f"There is no study {path}"
+        what = f"{path} has no study.db" if path.is_dir() else f"There is no study {path}"
         raise ConfigError(f"{what}. Give a run folder, an SQLite file or a storage URL of Optuna.")
     uri = f"file:{quote(str(file.resolve()))}?mode=ro"
     return "sqlite://", label, {"creator": partial(sqlite3.connect, uri, uri=True)}
@@ -180,11 +180,11 @@ def _read(study: optuna.Study, label: str) -> SourceStudy:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(
             f"{name}: the record of a trial cannot be read ({type(error).__name__}: {error}). "
-            "Leave this study out."
+            "Remove this study."
         ) from error
     complete = [t for t in trials if t.state is TrialState.COMPLETE]
     if trials and all(trial.state is TrialState.FAILED for trial in trials):
-        raise ArtifactError(f"{name}: all {len(trials)} trials failed. Leave this study out.")
+        raise ArtifactError(f"{name}: all {len(trials)} trials failed. Remove this study.")
     if len(complete) < _LEAST:
         raise ArtifactError(
             f"{name} has {len(complete)} complete trials; it takes {_LEAST}. "
@@ -228,10 +228,10 @@ def _scores(trials: Sequence[Trial], name: str) -> tuple[tuple[str, ...], NDArra
     if not varied:
         raise ArtifactError(
             f"{name}: all {len(trials)} trials have the same scores, so there is nothing to "
-            "learn. Leave this study out."
+            "learn. Remove this study."
         )
     for key in constant:
-        log.warning("%s: %s is the same in all trials and is left out.", name, key)
+        log.warning("%s: %s is the same in all trials and is ignored.", name, key)
     return tuple(varied), np.array([[values[key] for key in varied] for values in scores])
 
 
@@ -398,6 +398,6 @@ def _source(entry: Mapping[str, Any], tensors: Mapping[str, Any], number: int) -
 
 def _no_meta(path: Path) -> ArtifactError:
     return ArtifactError(
-        f"{path} is torn, or not written by rankadaptor-plugin meta-learn. Make it again with that "
+        f"{path} is corrupt, or not written by rankadaptor-plugin meta-learn. Create it again with "
         "command."
     )
