@@ -1,1 +1,1 @@
-"""The hooks: what plugins may implement (`specs`), and the built-in plugin (`builtin`)."""
+"""Hooks that plugins can implement (`specs`), and the built-in plugin (`builtin`)."""

@@ -1,7 +1,7 @@
-"""The recovery corpus: from rows in a file, on the hub or in memory to training sequences.
+"""The recovery corpus: from rows in a file, on the Hub or in memory to training sequences.
 
-`load_corpus` reads and tokenizes whatever a user names; a `Corpus` holds the `TrainingSequence` of
-each row, with the rows that are held out. The rooms above know nothing of files and formats.
+`load_corpus` reads and tokenizes any of these sources; a `Corpus` holds the `TrainingSequence` of
+each row, and the held-out rows. Higher packages know nothing about files and formats.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,7 @@
-"""Decoders of transformers, evenly wide or not.
+"""Decoders of transformers, with even or uneven widths.
 
 `families` maps the matrices of each model family, `structures` reads units and widths off a model,
-`checkpoints` loads and checks folders, `pruned_model` saves and loads what was pruned, and
+`checkpoints` loads and checks folders, `pruned_model` saves and loads pruned models, and
 `modeling_rankadaptor` is the modeling code that exports carry.
 """
 

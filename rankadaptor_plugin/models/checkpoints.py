@@ -253,7 +253,7 @@ def check(config: RunConfig, *, in_memory: bool = False) -> None:
     check_folder(model_folder(config.model))
     if in_memory and config.quantize:
         raise ConfigError(
-            f'quantize is "{config.quantize}", but the model is in memory already. Load it that '
+            f'quantize is "{config.quantize}", but the model is already in memory. Load it that '
             'way, and leave quantize = "".'
         )
     device = resolve_device(config.device)

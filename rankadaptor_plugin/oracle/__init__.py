@@ -1,8 +1,8 @@
-"""P of the paper: what a model scores, on documents kept apart for search and for report.
+"""P of the paper: scores of a model, on separate documents for search and report.
 
-An `Oracle` measures a model; `lm-eval` (multiple-choice tasks) and `perplexity` (held-out text) are
-built in, plugins register more. Log-likelihoods of many requests are planned once and answered by
-as few forward passes as will do. ``commonsense7`` are the paper's seven benchmarks, from the hub or
+An `Oracle` scores a model; `lm-eval` (multiple-choice tasks) and `perplexity` (held-out text) are
+built in, plugins register more. Log-likelihoods of many requests are planned once and computed in
+as few forward passes as possible. ``commonsense7`` are the paper's seven benchmarks, from the Hub or
 from local copies. The only package that knows lm-eval.
 """
 

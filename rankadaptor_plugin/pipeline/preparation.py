@@ -249,7 +249,7 @@ def _claim(folder: RunFolder, inputs: dict[str, Any]) -> None:
     except ArtifactError:
         if _has_results(folder):
             raise
-        logger.warning("%s was begun with other settings; it begins anew", folder.path)
+        logger.warning("%s was started with different settings; starting over", folder.path)
         folder.clear()
         folder.claim(inputs)
 

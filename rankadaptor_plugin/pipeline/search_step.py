@@ -250,7 +250,7 @@ class SearchStep:
         ):
             logger.warning(
                 "[search] max_hours or max_gpu_hours leave no time to search: the noise floor and "
-                "the race, which are made in any case, take as long. Raise the limit, or lower "
+                "the race, which always run, take as long. Raise the limit, or lower "
                 "noise.seeds, confirm.seeds or confirm.finalists."
             )
 

@@ -1,10 +1,11 @@
-"""Fine-tuning a pruned model: from ranks to a recovered model, by whatever method.
+"""Fine-tuning of a pruned model: from ranks to a recovered model, by any method.
 
 `recover` makes one fine-tune; adapters are swapped under one resident base model, whose weights
-never change. Each method of ``methods/`` says how an adapter begins and what is trained of it, and
-ends as a plain LoRA or DoRA adapter, so that saving (`files`), merging and scoring know nothing
-else. `slots` says which matrices share a rank, `teacher` what the unpruned model predicts. PEFT is
-imported in this room alone, and its internals in `peft_internals`.
+never change. Each method in ``methods/`` defines how an adapter is initialized and which of its
+parameters are trained, and ends as a plain LoRA or DoRA adapter, so that saving (`files`), merging
+and scoring are the same for all. `slots` groups the matrices that share a rank, `teacher` has the
+predictions of the unpruned model. The only package that imports PEFT; `peft_internals` has all uses
+of its private parts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Report: what a run found, for people.
+"""Report of a run, for people.
 
-`schema` says what report.json holds. From it alone `tables` and `words` make the same tables and
+`schema` defines report.json, from which `tables` and `words` make the same tables and
 sentences for all readers: `report` renders them as Markdown and, with the pictures of `svg`, as one
-HTML page that stands alone; `console` prints the noise floor, comparisons and the layers of a model
+self-contained HTML page; `console` prints the noise floor, comparisons and the layers of a model
 on a terminal. `progress` shows a run while it works.
 """
 

@@ -1,6 +1,6 @@
-"""Search of rank allocations: loop, trial store, samplers, and knowledge of earlier studies.
+"""Search of rank allocations: loop, trial store, samplers, and priors from earlier studies.
 
-`search` is handed a function that fine-tunes and scores an allocation, and knows nothing else of
+`search` takes a function that fine-tunes and scores an allocation, and knows nothing else about
 models. Samplers are those of Optuna's interface: ours (`bayes`), the paper's (`paper`) and Optuna's
 own (`samplers`). ``performance/`` holds the models Q that predict scores, ``transfer/`` what is
 learned from finished studies of other tasks and models. `rank_sampler` serves studies of your own.

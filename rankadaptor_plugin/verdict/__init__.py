@@ -1,7 +1,7 @@
-"""Verdict: whether a gain is real.
+"""Verdict on a gain: real, or within the noise.
 
-Before the search, the noise floor says whether a search could find more than the seeds of the
-fine-tunes leave open. After it, the race fine-tunes the finalists and LoRA of equal size with fresh
+Before the search, the noise floor estimates if a search could find a gain above the noise of the
+seeds. After it, the race fine-tunes the finalists and LoRA of equal size with fresh
 seeds and scores them on documents that the search never saw. One statistical procedure
 (`rankadaptor_plugin.verdict.statistics`) compares them, and the models of any finished runs.
 """
