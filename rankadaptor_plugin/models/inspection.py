@@ -162,7 +162,7 @@ def _recorded(folder: Path, model: PreTrainedModel) -> Recorded:
     if ModelShape.from_json(record["shape"]) != shape_of(model):
         raise ArtifactError(
             f"{folder / RECORD} describes another model. Copy it again, or delete it and prune "
-            "anew."
+            "again."
         )
     return found
 

@@ -2,8 +2,8 @@
 
 An `Oracle` scores a model; `lm-eval` (multiple-choice tasks) and `perplexity` (held-out text) are
 built in, plugins register more. Log-likelihoods of many requests are planned once and computed in
-as few forward passes as possible. ``commonsense7`` are the paper's seven benchmarks, from the Hub or
-from local copies. The only package that knows lm-eval.
+as few forward passes as possible. ``commonsense7`` has the paper's seven benchmarks, from the Hub
+or from local copies. The only package that knows lm-eval.
 """
 
 from __future__ import annotations
