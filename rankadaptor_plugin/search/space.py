@@ -197,7 +197,7 @@ class LayerFeatures:
     """Features of the slots of a rank space, known before anything is fine-tuned.
 
     Attributes:
-        names: What the columns are, see `rankadaptor_plugin.pipeline.layer_features`.
+        names: What the columns are, see `rankadaptor_plugin.pipeline.search_step`.
         values: Shape (slots, features), float64; NaN where a feature is unknown.
     """
 

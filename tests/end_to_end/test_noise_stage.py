@@ -145,13 +145,6 @@ def test_the_command_leaves_the_pruned_model_and_the_fine_tunes_and_no_search(me
     assert files == [".json"] * FINE_TUNES + [".parquet"] * FINE_TUNES
 
 
-def test_the_first_allocation_is_uniform_and_the_first_seed_that_of_the_search(measured):
-    noise = json.loads((measured.folder / "noise.json").read_text("utf-8"))
-    assert noise["allocations"][0] == [8] * 8
-    assert noise["seeds"][0] == 0
-    assert all(len(row) == 2 for table in noise["values"].values() for row in table)
-
-
 def test_json_is_all_that_is_printed_and_repeats_no_fine_tune(
     measured, copy_of, tmp_path, write_run_file, command, counter
 ):
@@ -398,19 +391,3 @@ def test_not_after_it_was_seen(run_after, copy_of, tmp_path, write_run_file, com
     settings = {**run_after.settings, "confirm": {"seeds": 7}}
     result = command("run", write_run_file(tmp_path / "r.toml", **settings), plugin=counter)
     assert_error(result, 1, "config.confirm.seeds was 3, now 7")
-
-
-def test_less_at_once_goes_on(measured, copy_of, tmp_path, write_run_file, command, counter):
-    copy_of(measured)
-    settings = {
-        **QUICK,
-        "oracle": {**QUICK["oracle"], "batch_tokens": 64},
-        "recovery": {
-            **QUICK["recovery"],
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 2,
-        },
-    }
-    result = command("noise", write_run_file(tmp_path / "r.toml", **settings), plugin=counter)
-    assert result.exit_code == 0, result.stderr
-    assert counter.fine_tunes == 0

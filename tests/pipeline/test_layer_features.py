@@ -13,7 +13,7 @@ from rankadaptor_plugin.core.errors import RankSpaceError
 from rankadaptor_plugin.core.ranks import WHOLE_LAYER, RankSpace
 from rankadaptor_plugin.models.pruned_model import PrunedModel
 from rankadaptor_plugin.models.structures import group_matrices, layer_units, structure_of
-from rankadaptor_plugin.pipeline.layer_features import NAMES, layer_features
+from rankadaptor_plugin.pipeline.search_step import FEATURE_NAMES, layer_features
 from rankadaptor_plugin.pruning.cutting import remove
 from rankadaptor_plugin.pruning.depth import prune_depth
 from rankadaptor_plugin.pruning.width import prune_width
@@ -34,8 +34,8 @@ def space_of(pruned, groups=WHOLE_LAYER, costs=None):
 
 def by_name(pruned, **choices):
     features = layer_features(pruned, space_of(pruned, **choices))
-    assert features.names == NAMES
-    return dict(zip(NAMES, features.values.T, strict=True))
+    assert features.names == FEATURE_NAMES
+    return dict(zip(FEATURE_NAMES, features.values.T, strict=True))
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_the_norms_of_large_matrices_come_close(make_llama, make_tokenizer, monk
     model = make_llama(hidden_size=64, intermediate_size=96)
     pruned = PrunedModel.of(model, make_tokenizer())
     exact = layer_features(pruned, space_of(pruned)).values
-    monkeypatch.setattr("rankadaptor_plugin.pipeline.layer_features._EXACT", 8)
+    monkeypatch.setattr("rankadaptor_plugin.pipeline.search_step._EXACT", 8)
     before = torch.get_rng_state()
     close = layer_features(pruned, space_of(pruned)).values
     assert torch.equal(torch.get_rng_state(), before)
