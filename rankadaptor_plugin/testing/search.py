@@ -202,7 +202,7 @@ class PerformanceModelConformance:
             assert prediction.noise < 2 * scale * values.std()
 
     def test_constant_values(self) -> None:
-        """Equal values, or one only, give finite predictions near that value."""
+        """Equal values, or one only, give finite predictions near that value, and proposals."""
         ranks, _ = self._data()
         for count in (1, 2, len(ranks)):
             model = self.performance_model(SPACE, 0)
@@ -213,6 +213,8 @@ class PerformanceModelConformance:
             np.testing.assert_allclose(prediction.mean, 0.7, atol=0.1)
             assert np.isfinite(prediction.stddev).all()
             assert math.isfinite(prediction.noise)
+            if isinstance(model, ProposingModel):
+                SPACE.check(SPACE.allocation(model.propose(np.random.default_rng(0))))
 
     def test_learns_a_planted_function(self) -> None:
         """Unseen allocations are ranked better than by chance."""
@@ -282,15 +284,6 @@ class PerformanceModelConformance:
         other.propose(np.random.default_rng(5))
         first, second = (list(model.propose(np.random.default_rng(3))) for model in (one, other))
         assert first == second
-
-    def test_proposals_after_one_value_or_equal_values(self) -> None:
-        """Fits even very little data."""
-        rows, _ = self._data(6)
-        for count in (1, 2, 6):
-            model = self.performance_model(SPACE, 0)
-            model.fit(rows[:count], np.full(count, 0.7))
-            if isinstance(model, ProposingModel):
-                SPACE.check(SPACE.allocation(model.propose(np.random.default_rng(0))))
 
     def test_leaves_global_random_states_alone(self) -> None:
         """No global seeding, and no draws from global generators."""

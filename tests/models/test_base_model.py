@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError, UnsupportedModelError
 from rankadaptor_plugin.models.checkpoints import (
@@ -122,12 +121,6 @@ def test_torn_weights_are_named(folder):
 def test_weights_that_do_not_fit_the_config_are_refused(folder, config, reason):
     change_config(folder, **config)
     with pytest.raises(UnsupportedModelError, match=f"cannot be loaded: .*{reason}"):
-        load_model(folder, device=CPU, dtype=torch.float32)
-
-
-def test_weights_of_something_else_are_refused(folder):
-    save_file({"x": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UnsupportedModelError, match=r"its weights lack lm_head\.weight"):
         load_model(folder, device=CPU, dtype=torch.float32)
 
 

@@ -237,26 +237,3 @@ def test_the_hook_registers_all_families():
         structure.model_type: structure for structure in BUILT_IN
     }
     assert {tiny(variant).config.model_type for variant in VARIANTS} == set(registry.names())
-
-
-def test_a_pruned_model_of_another_family_loads_in_a_new_process(families, tmp_path):
-    table.register_family(OLMO2)
-    suite = TestOlmo2()
-    pruned = suite._pruned()
-    pruned.save(tmp_path / "pruned")
-    source = (
-        "from rankadaptor_plugin.models.modeling_rankadaptor import Structure\n"
-        "from rankadaptor_plugin.models.families import register_family\n"
-        f"register_family({OLMO2!r})\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "from rankadaptor_plugin.models.pruned_model import load_pruned\n"
-        "AutoModelForCausalLM.from_pretrained('pruned')\n"
-        "print(load_pruned('pruned').parameters)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", source],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.stdout == f"{pruned.parameters}\n", done.stderr

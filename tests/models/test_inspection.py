@@ -124,12 +124,6 @@ def test_parameters_outside_of_the_layers_add_up(kind, made):
         assert count == model.num_parameters() - sum(layer_parameters(model))
 
 
-def test_a_plain_model_keeps_all(made):
-    found = inspect_folder(made["plain"].folder)
-    assert {layer.kept for layer in found.layers} == {1.0}
-    assert found.before == found.after
-
-
 def test_a_run_folder_and_all_exports(finished_copy, command):
     run = finished_copy.parent / "out"
     expected = json.loads(command("inspect", run, "--json").stdout)

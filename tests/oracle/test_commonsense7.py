@@ -17,7 +17,6 @@ from lm_eval.tasks import TaskManager
 from rankadaptor_plugin.core.errors import ConfigError, OracleError
 from rankadaptor_plugin.oracle.commonsense7 import ACCURACY_METRICS, Commonsense7Task, task_config
 from rankadaptor_plugin.oracle.lm_eval_internals import task_file
-from rankadaptor_plugin.oracle.local_data import convert
 from rankadaptor_plugin.tasks import task_dir
 
 STOCK = {
@@ -221,17 +220,6 @@ def test_answers_alone_can_be_collected(copies):
 
 
 # ------------------------------------------------------------------------------------- documents
-
-
-def test_search_and_report_read_different_splits(loaded):
-    for benchmark in STOCK:
-        for documents in GROUPS:
-            task = task_of(loaded, benchmark, documents)
-            kept = [
-                {key: doc[key] for key in rows_of(benchmark, documents)[0]}
-                for doc in task.eval_docs
-            ]
-            assert kept == convert(rows_of(benchmark, documents), benchmark)
 
 
 def test_documents_are_processed_once(loaded):

@@ -294,24 +294,6 @@ def test_mutual_information_leaves_the_scores_as_they_are(tasks, oracle, make_ll
         assert both.per_document[metric] == pytest.approx(values, abs=1e-4)
 
 
-def test_few_shot_examples_are_rendered_as_lm_eval_does(tasks, oracle, make_llama, make_tokenizer):
-    rows, shots = documents(12), documents(6, seed=5)
-    examples = {"sampler": "first_n", "doc_to_text": "example {{question}}", "samples": shots}
-    folder = tasks(rows=rows, num_fewshot=2, fewshot_config=examples)
-    ours, model = oracle(folder, search_documents=4), make_llama()
-    theirs = stock.evaluate(
-        HFLM(pretrained=model, tokenizer=make_tokenizer()),
-        TaskManager(include_path=str(folder), include_defaults=False).load(["toy"]),
-        samples=ours.describe()["documents"]["search"],
-        bootstrap_iters=1,
-    )
-    (shown, *_) = theirs["samples"]["toy"]
-    assert shown["arguments"][0][0].startswith(f"example {shots[0]['question']}")
-    expected = [sample["acc"] for sample in theirs["samples"]["toy"]]
-    found = ours.score(model, "search").tasks["toy"]
-    assert found.per_document["accuracy"] == expected
-
-
 def test_random_few_shot_examples_are_those_of_stock_lm_eval(
     tasks, oracle, make_llama, make_tokenizer
 ):

@@ -262,16 +262,6 @@ def test_channels_are_rounded_to_a_multiple(step, channels, caplog):
     assert ("round_to 100 leaves all 24 MLP channels of layer 1" in caplog.text) == (step == 100)
 
 
-def test_a_global_ranking_rounds_within_max_pruning_ratio():
-    limits = {
-        "global_pruning": True,
-        "max_pruning_ratio": 0.5,
-        "importance": "random",
-    }
-    pruned = prune(tiny(), pruning_ratio=0.4, round_to=8, **limits)
-    assert {width.channels for width in pruned.widths[1:4]} == {16}
-
-
 def test_one_unit_is_kept_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         pruned = prune(tiny(), pruning_ratio=0.97)
