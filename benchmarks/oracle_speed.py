@@ -13,7 +13,7 @@ it on the same documents take turns, in another order each time:
 * lean: ``lm_eval.evaluate`` with the loaded tasks and without samples. ``simple_evaluate`` asks
   pip for all installed packages in every call; who scores many models can leave that out.
 
-In lm-eval's favour its task manager and its ``HFLM`` are built before the first trial as well, and
+In lm-eval's favor its task manager and its ``HFLM`` are built before the first trial as well, and
 the data are cut to one document more than is asked. Hooks before and after the forward pass take
 its time, on a GPU after a synchronization; what is left of the wall time is the time outside. The
 model's output layer is within the pass: the oracle saves some of it by asking for fewer logits,

@@ -212,7 +212,7 @@ def measure(allocations: int, seeds: int, seed: int) -> dict[str, Any]:
     }
 
 
-def analyse(values: Mapping[str, list[list[float]]], draws: int) -> dict[str, Any]:
+def analyze(values: Mapping[str, list[list[float]]], draws: int) -> dict[str, Any]:
     """Returns reliability, differences in ICC, and predictions, by score."""
     tables = {name: np.array(table) for name, table in values.items()}
     return {
@@ -274,7 +274,7 @@ def main() -> None:
         "machine": machine,
         "versions": {package: version(package) for package in PACKAGES},
         **measured,
-        **analyse(measured["values"], options.draws),
+        **analyze(measured["values"], options.draws),
     }
     print(
         f"{machine}; {len(measured['allocations'])} allocations x {options.seeds} seeds, "

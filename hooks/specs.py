@@ -1,9 +1,9 @@
-"""The hook specifications, and nothing else.
+"""Hook specifications, and nothing else.
 
 A plugin is a module or object with functions of these names, marked with
 ``rankadaptor_plugin.hookimpl``; a function may take fewer arguments than its specification. Every
 built-in feature comes in through these same hooks. A third party names its plugin under the
-entry-point group ``rankadaptor_plugin``. A misspelt hook name is an error when the program starts.
+entry-point group ``rankadaptor_plugin``. A misspelled hook name is an error at startup.
 
 ``register`` is called as ``register(name, target)``, where the target is an object or a string
 ``"module:object"`` that is imported on first use.
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 def rankadaptor_register_pruners(register: Registry[Pruner]) -> None:
     """Registers pruners for ``[prune] method``.
 
-    Called once at the start. A pruner is ``(model, tokenizer, samples, config) -> PrunedModel``
+    Called once at startup. A pruner is ``(model, tokenizer, samples, config) -> PrunedModel``
     and may change the model in place. If it has an attribute ``check(config, model_config)``, that
-    is called before any weight is loaded, to raise what is wrong with the table. Example:
+    is called before any weight is loaded, to raise errors about the table. Example:
     ``register("width", "my_package.cut:prune")``.
     """
 
 
 @hookspec
 def rankadaptor_register_families(register: Registry[Structure]) -> None:
-    """Registers model families that can be pruned: where the matrices of their layers are.
+    """Registers model families that can be pruned, as maps of the matrices in their layers.
 
-    Called once at the start, under the name of the ``model_type`` in ``config.json``. Example:
+    Called once at startup, under the name of the ``model_type`` in ``config.json``. Example:
     ``register("olmo2", Structure(model_type="olmo2", prunable_heads=False))``.
     """
 
@@ -54,7 +54,7 @@ def rankadaptor_register_families(register: Registry[Structure]) -> None:
 def rankadaptor_register_oracles(register: Registry[OracleFactory]) -> None:
     """Registers oracles for ``[oracle] name``.
 
-    Called once at the start. A factory is ``(OracleSettings) -> Oracle``; the oracle scores a
+    Called once at startup. A factory is ``(OracleSettings) -> Oracle``; the oracle scores a
     model on the search or on the report documents.
     """
 
@@ -63,7 +63,7 @@ def rankadaptor_register_oracles(register: Registry[OracleFactory]) -> None:
 def rankadaptor_register_performance_models(register: Registry[PerformanceModelFactory]) -> None:
     """Registers performance models Q for ``[performance_model] name``.
 
-    Called once at the start. A factory is ``(RankSpace, PerformanceModelConfig, seed) ->
+    Called once at startup. A factory is ``(RankSpace, PerformanceModelConfig, seed) ->
     PerformanceModel``.
     """
 
@@ -72,17 +72,17 @@ def rankadaptor_register_performance_models(register: Registry[PerformanceModelF
 def rankadaptor_register_samplers(register: Registry[SamplerFactory]) -> None:
     """Registers samplers for ``[search] method``.
 
-    Called once at the start. A factory is ``(SamplerSettings) -> optuna.samplers.BaseSampler``; it
-    is called before every trial with that trial's own seed, so a resumed search proposes what an
-    uninterrupted one would have.
+    Called once at startup. A factory is ``(SamplerSettings) -> optuna.samplers.BaseSampler``; it
+    is called before every trial with that trial's own seed, so a resumed search makes the same
+    proposals as an uninterrupted one.
     """
 
 
 @hookspec
 def rankadaptor_lm_eval_task_paths() -> Path | None:
-    """Returns a folder with lm-eval task YAML that run files may name tasks from.
+    """Returns a folder with lm-eval task YAML files for use in ``[oracle] tasks``.
 
-    Called when the oracle is built; all folders are joined into one ``TaskManager``.
+    Called when the oracle is built; all folders are combined in one ``TaskManager``.
     """
 
 
@@ -90,7 +90,7 @@ def rankadaptor_lm_eval_task_paths() -> Path | None:
 def rankadaptor_register_commands(cli: CommandGroup) -> None:
     """Adds commands to the ``rankadaptor-plugin`` command line.
 
-    Called once at the start; import what is heavy inside the command.
+    Called once at startup; import heavy modules inside the command.
     """
 
 
@@ -98,9 +98,9 @@ def rankadaptor_register_commands(cli: CommandGroup) -> None:
 def rankadaptor_post_prune(pruned: PrunedModel, context: RunContext) -> Recovered | None:
     """Recovers a pruned model: the stage after the pruner.
 
-    Called once a run, and after ``step()`` of a user's own torch-pruning pruner. The first result
-    that is not None wins; the built-in stage ``rankadaptor`` comes last, so any plugin can replace
-    it. An exception ends the run; what is on disk stays resumable.
+    Called once per run, or after ``step()`` of a user's own torch-pruning pruner. The first result
+    that is not None is used; the built-in stage ``rankadaptor`` comes last, so any plugin can
+    replace it. An exception ends the run, which can be resumed.
     """
 
 
@@ -114,9 +114,9 @@ def rankadaptor_on_progress(stage: str, done: int, total: int) -> None:
 
 @hookspec
 def rankadaptor_on_resume(trials: Sequence[Trial], context: RunContext) -> None:
-    """Observes the trials that earlier sessions finished, when a search goes on.
+    """Observes the trials that earlier sessions finished, when a search is resumed.
 
-    Called once before the search, not at all where it begins. Return values are ignored.
+    Called once before the search, and not for a new one. Return values are ignored.
     """
 
 

@@ -6,7 +6,7 @@
 Every method proposes 80 allocations through the package's own study, with a fresh sampler for every
 trial, as `rankadaptor-plugin run` does. Simple regret, in sigma_b, is taken of what a method would
 deliver after 10, 20, 40 and 80 evaluations: ``model`` is the performance model's recommendation
-(that of ``paper`` is its favourite among 100,000 random allocations), ``observed`` the best value
+(that of ``paper`` is its favorite among 100,000 random allocations), ``observed`` the best value
 measured. All methods meet the same problems with the same noise. See `simulators`.
 
 ``bayes`` takes a prior from the six source tasks, and the network of ``paper`` is trained on them

@@ -125,9 +125,9 @@ def _explained(features: Array, learned: Array, values: Array, folds: int = 10) 
     errors = np.empty(len(values))
     for fold in range(folds):
         held = folded == fold
-        x, centre = scaled[~held], learned[~held].mean()
-        weights = np.linalg.solve(x.T @ x + np.eye(x.shape[1]), x.T @ (learned[~held] - centre))
-        errors[held] = values[held] - centre - scaled[held] @ weights
+        x, center = scaled[~held], learned[~held].mean()
+        weights = np.linalg.solve(x.T @ x + np.eye(x.shape[1]), x.T @ (learned[~held] - center))
+        errors[held] = values[held] - center - scaled[held] @ weights
     return 1 - float(np.mean(errors**2) / max(np.var(values), np.finfo(float).tiny))
 
 

@@ -209,7 +209,7 @@ def climb(task: Task, starts: Rows) -> tuple[Rows, Floats]:
     return rows, values
 
 
-def optimise(task: Task, rng: np.random.Generator, restarts: int = 256) -> tuple[Rows, float]:
+def optimize(task: Task, rng: np.random.Generator, restarts: int = 256) -> tuple[Rows, float]:
     """Searches the true scores: climbs from random ranks, then changes two layers at a time.
 
     Returns:
@@ -242,7 +242,7 @@ def optimise(task: Task, rng: np.random.Generator, restarts: int = 256) -> tuple
 
 @lru_cache(maxsize=8)
 def _optimum(kind: str, seed: int, correlation: float) -> float:
-    return optimise(family(kind, seed, correlation)[0], np.random.default_rng(seed))[1]
+    return optimize(family(kind, seed, correlation)[0], np.random.default_rng(seed))[1]
 
 
 def _measured(task: Task, rows: Rows, noise: float, rng: np.random.Generator) -> Floats:
@@ -369,11 +369,11 @@ def _task(
         pure = Terms(layers, _pure(tables).reshape(len(tables), -1))
         scale = math.sqrt(interactions / len(parts)) / float(pure(index).std())
         terms.append(Terms(layers, pure.tables * scale))
-    penalised = parameters.kind != "non-monotone"
+    penalized = parameters.kind != "non-monotone"
     return Task(
         effects=effects,
         terms=tuple(terms),
-        penalty=float(parameters.uniform("penalty", 10.0, 30.0)) if penalised else 0.0,
+        penalty=float(parameters.uniform("penalty", 10.0, 30.0)) if penalized else 0.0,
         threshold=float(parameters.uniform("from", 0.5, 0.65)),
         ceiling=ceiling,
         offset=float(parameters.uniform("offset", 0.35, 0.8)),

@@ -176,7 +176,7 @@ class World:
         return [t.question(f"every {kind}", kind) for t in self.kind_topics for kind in KINDS]
 
     def _scripts(self, rng: random.Random) -> list[list[str]]:
-        """Draws scripts of distinct events, no two of which share a pair of neighbours."""
+        """Draws scripts of distinct events, no two of which share a pair of neighbors."""
         scripts: list[list[str]] = []
         taken: set[tuple[str, str]] = set()
         while len(scripts) < SCRIPTS:

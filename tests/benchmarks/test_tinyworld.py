@@ -99,7 +99,7 @@ def test_training_documents_never_touch_the_evaluation_part(world):
 
     asked = {t: [d["context"] for d in tinyworld.task_documents(world, t)] for t in TASKS}
     assert not set(seen) & {prompt for prompts in asked.values() for prompt in prompts}
-    # Facts: a name, a goal, two people, or two neighbouring events.
+    # Facts: a name, a goal, two people, or two neighboring events.
     evaluated = set().union(*(names(p) for p in asked["tiny_arc_easy"] + asked["tiny_boolq"]))
     assert evaluated
     assert not evaluated & set().union(*(names(prompt) for prompt in seen))

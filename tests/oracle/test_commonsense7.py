@@ -58,7 +58,7 @@ def rows_of(benchmark, documents):
 
     def row():
         gold = int(rng.integers(0, 2))
-        labelled = {"text": choices(), "label": ["A", "B", "C", "D"]}
+        labeled = {"text": choices(), "label": ["A", "B", "C", "D"]}
         return {
             "boolq": {"question": words(3), "passage": words(9), "label": gold},
             "piqa": {"goal": words(4), "sol1": words(2), "sol2": words(3), "label": gold},
@@ -77,10 +77,10 @@ def rows_of(benchmark, documents):
             },
             "openbookqa": {
                 "question_stem": words(4),
-                "choices": labelled,
+                "choices": labeled,
                 "answerKey": "ABCD"[gold],
             },
-        }.get(benchmark, {"question": words(4), "choices": labelled, "answerKey": "ABCD"[gold]})
+        }.get(benchmark, {"question": words(4), "choices": labeled, "answerKey": "ABCD"[gold]})
 
     return [row() for _ in range(4 + 3 * number)]
 

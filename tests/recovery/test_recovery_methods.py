@@ -68,7 +68,7 @@ FEW = RecoveryConfig(
 
 
 def sequences(count: int = 12) -> list[TrainingSequence]:
-    """Counting, which can be learnt."""
+    """Counting, which can be learned."""
     rows = [(torch.arange(6 + i % 5) + i) % 37 + 3 for i in range(count)]
     return [TrainingSequence(row, row) for row in rows]
 
@@ -455,8 +455,8 @@ def test_the_first_weights_of_eva_are_components_of_the_inputs(make):
     with torch.no_grad():
         base(input_ids=row.tokens[None])
     handle.remove()
-    centred = inputs["x"] - inputs["x"].mean(0)
-    right = torch.linalg.svd(centred, full_matrices=False)[2]
+    centered = inputs["x"] - inputs["x"].mean(0)
+    right = torch.linalg.svd(centered, full_matrices=False)[2]
     model = start(base, "eva", ranks=(2, 2, 2), config=config, data=[row]).model
     down = weight_of(adapted_modules(model)[name], "lora_A").detach()
     likeness = (down * right[: len(down)]).sum(1).abs()
