@@ -22,14 +22,15 @@ from rankadaptor_plugin.recovery.files import adapter_parameters
 from rankadaptor_plugin.recovery.methods.methods import Method, parse_method, pattern_allocation
 from rankadaptor_plugin.recovery.slots import rank_space
 from rankadaptor_plugin.search.study import TrialStore
-from rankadaptor_plugin.verdict.confirmation import Confirmation, fresh_seeds
 from rankadaptor_plugin.verdict.noise import Noise, Question, measure
 from rankadaptor_plugin.verdict.race import (
     BEST_RANDOM,
     FINALIST,
     RECOVERED,
+    Confirmation,
     Entrant,
     Rules,
+    fresh_seeds,
 )
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from rankadaptor_plugin.core.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from rankadaptor_plugin.verdict.comparison import RunComparison, compare_runs
-    from rankadaptor_plugin.verdict.confirmation import check
     from rankadaptor_plugin.verdict.noise_floor import Reliability
+    from rankadaptor_plugin.verdict.race import check
     from rankadaptor_plugin.verdict.statistics import Difference, Interval, compare, mean_interval
 
 __all__ = [
@@ -36,7 +36,7 @@ __getattr__ = lazy_exports(
         "Interval": "statistics",
         "Reliability": "noise_floor",
         "RunComparison": "comparison",
-        "check": "confirmation",
+        "check": "race",
         "compare": "statistics",
         "compare_runs": "comparison",
         "mean_interval": "statistics",

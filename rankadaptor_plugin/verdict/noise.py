@@ -19,7 +19,6 @@ from rankadaptor_plugin.core.errors import OracleError, RecoveryError
 from rankadaptor_plugin.core.scores import unit_of_difference
 from rankadaptor_plugin.core.trials import Phase
 from rankadaptor_plugin.search.space import untried
-from rankadaptor_plugin.verdict.confirmation import FRESH
 from rankadaptor_plugin.verdict.noise_floor import (
     Design,
     Floor,
@@ -30,7 +29,7 @@ from rankadaptor_plugin.verdict.noise_floor import (
     reliability,
     seed_scale,
 )
-from rankadaptor_plugin.verdict.race import run_name, stored_run
+from rankadaptor_plugin.verdict.race import FRESH, run_name, stored_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

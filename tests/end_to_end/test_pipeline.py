@@ -23,7 +23,7 @@ from rankadaptor_plugin.core.scores import METRICS
 from rankadaptor_plugin.core.trials import RECORD
 from rankadaptor_plugin.oracle.lm_eval_oracle import LmEvalOracle
 from rankadaptor_plugin.report.progress import Progress
-from rankadaptor_plugin.verdict.confirmation import run_name
+from rankadaptor_plugin.verdict.race import run_name
 
 TASKS = ["tiny_boolq", "tiny_piqa"]
 

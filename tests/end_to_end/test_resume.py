@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from rankadaptor_plugin.core.ranks import RankAllocation
-from rankadaptor_plugin.verdict.confirmation import run_name
+from rankadaptor_plugin.verdict.race import run_name
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "rankadaptor-plugin"
 LIMIT = 120.0  # seconds until a test gives up; a session takes about ten

@@ -19,7 +19,7 @@ from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.core.scores import Score, TaskScore, document_key
 from rankadaptor_plugin.models.families import LLAMA
 from rankadaptor_plugin.recovery.files import adapter_parameters
-from rankadaptor_plugin.verdict.confirmation import run_name
+from rankadaptor_plugin.verdict.race import run_name
 
 LAYERS = 8  # of the embedded model
 DOCUMENTS = {

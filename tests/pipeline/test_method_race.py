@@ -40,8 +40,14 @@ from rankadaptor_plugin.report.report import markdown, page
 from rankadaptor_plugin.report.words import METHODS, alone_sentence, verdict_sentence
 from rankadaptor_plugin.search.study import TrialStore
 from rankadaptor_plugin.verdict.comparison import compare_runs
-from rankadaptor_plugin.verdict.confirmation import Confirmation, check, fresh_seeds
-from rankadaptor_plugin.verdict.race import Entrant, Rules, run_name
+from rankadaptor_plugin.verdict.race import (
+    Confirmation,
+    Entrant,
+    Rules,
+    check,
+    fresh_seeds,
+    run_name,
+)
 from rankadaptor_plugin.verdict.statistics import Difference, Seeds
 
 UNIFORM = RankAllocation((8, 8))

@@ -16,14 +16,15 @@ from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.core.scores import Score, TaskScore
 from rankadaptor_plugin.core.trials import Outcome, Phase, TrialState
 from rankadaptor_plugin.search.study import TrialStore
-from rankadaptor_plugin.verdict.confirmation import Confirmation, fresh_seeds
 from rankadaptor_plugin.verdict.race import (
     BEST_RANDOM,
     FINALIST,
+    Confirmation,
     Entrant,
     Reason,
     Rules,
     baseline_label,
+    fresh_seeds,
     run_name,
 )
 
