@@ -1,4 +1,4 @@
-"""How often the verdict of a run and `compare` find a difference, where there is none and one.
+"""Error rates and power of the verdict of a run and of `compare`, in simulations.
 
     OMP_NUM_THREADS=1 python benchmarks/comparison_errors.py
 
@@ -34,7 +34,7 @@ KEYS = [str(i) for i in range(DOCUMENTS)]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is simulated.
+    """Settings of a simulation.
 
     Attributes:
         seeds: Seeds of each model; of one that no seed changes None.

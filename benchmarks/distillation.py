@@ -1,4 +1,4 @@
-r"""What the unpruned model as a teacher gives, at equal steps.
+r"""Gain from the unpruned model as a teacher, at equal steps.
 
     OMP_NUM_THREADS=1 python benchmarks/distillation.py embedded
     OMP_NUM_THREADS=1 python benchmarks/distillation.py examples/stories260k.toml \

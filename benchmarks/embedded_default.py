@@ -1,4 +1,4 @@
-"""Where the time of the embedded default goes: repeats the whole run and sums up its reports.
+"""Time of the embedded default by stage: repeats the whole run and sums up its reports.
 
     python benchmarks/embedded_default.py --repeat 3
 

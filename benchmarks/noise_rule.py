@@ -1,4 +1,4 @@
-"""How often the noise floor gives a search up, rightly and wrongly, in simulated pilots.
+"""Rates at which the noise floor skips a search, correctly and wrongly, in simulations.
 
     python benchmarks/noise_rule.py
 

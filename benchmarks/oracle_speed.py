@@ -73,7 +73,7 @@ OURS = "ours"
 
 @dataclass
 class Cost:
-    """What one evaluation took, in seconds, and the forward passes in it."""
+    """Seconds of one evaluation, and its forward passes."""
 
     total: float = 0.0
     forward: float = 0.0

@@ -1,4 +1,4 @@
-"""What the scores of a width pruning take besides the model: whole gradients against streamed ones.
+"""Memory of importance scores above the model: whole gradients against streamed ones.
 
     python benchmarks/pruning_memory.py
     python benchmarks/pruning_memory.py --device cuda --shape llama-7b --dtype bfloat16

@@ -1,4 +1,4 @@
-"""What each score is worth: perplexity on held-out text after pruning, without any recovery.
+"""Quality of each importance score: perplexity on held-out text after pruning, without recovery.
 
     python benchmarks/pruning_scores.py MODEL CALIBRATION HELD_OUT
 

@@ -87,7 +87,7 @@ def above(scores: list[Score], others: list[Score], metric: str) -> dict[str, An
 
 @dataclasses.dataclass
 class Measured:
-    """What the fine-tunes of a method gave, by seed.
+    """Results of the fine-tunes of a method, by seed.
 
     Attributes:
         scores: On the report documents.

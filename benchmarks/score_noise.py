@@ -1,4 +1,4 @@
-"""Which score is least noisy: fine-tunes of random allocations, each with several seeds.
+"""Noise of each score: fine-tunes of random allocations, each with several seeds.
 
     OMP_NUM_THREADS=1 python benchmarks/score_noise.py --allocations 33 --seeds 4
 

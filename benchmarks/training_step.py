@@ -1,4 +1,4 @@
-"""What an optimizer step of the own loop costs, beside the plain loop of transformers and PEFT.
+"""Cost of an optimizer step of our loop, compared with the plain loop of transformers and PEFT.
 
     OMP_NUM_THREADS=1 python benchmarks/training_step.py
 

@@ -1,4 +1,4 @@
-"""What a trial costs: where its time goes, and beside a process per fine-tune and per evaluation.
+"""Cost of a trial by part, compared with a process per fine-tune and per evaluation.
 
     OMP_NUM_THREADS=1 python benchmarks/trial_cost.py
     OMP_NUM_THREADS=1 python benchmarks/trial_cost.py examples/stories260k.toml --peer-trials 6

@@ -1,4 +1,4 @@
-"""How fast a pruned LLaMA-7B is fine-tuned on one GPU, and what that takes of its memory.
+"""Speed and memory of fine-tuning a pruned LLaMA-7B on one GPU.
 
     python benchmarks/gpu/recover.py
     python benchmarks/gpu/recover.py --only micro,checkpointing --folder results

@@ -1,4 +1,4 @@
-"""How fast the performance models score and propose rank allocations.
+"""Speed of the performance models at scoring and proposing rank allocations.
 
     OMP_NUM_THREADS=1 python benchmarks/search/candidate_speed.py
     OMP_NUM_THREADS=1 python benchmarks/search/candidate_speed.py --billion

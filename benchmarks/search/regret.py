@@ -1,4 +1,4 @@
-"""How far searches stay below the optimum of simulated tasks, by number of evaluations.
+"""Regret of searches on simulated tasks, by number of evaluations.
 
     python benchmarks/search/regret.py
     python benchmarks/search/regret.py --methods gp --kinds saturating --noise 1.0 --repeats 30

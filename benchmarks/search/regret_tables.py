@@ -36,7 +36,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Result:
-    """What a search came to: CPU seconds, and regret by evaluations and rule."""
+    """Result of a search: CPU seconds, and regret by evaluations and rule."""
 
     cell: Cell
     seconds: float

@@ -1,4 +1,4 @@
-"""What a table of real fine-tunes says of scores, and searches that are replayed on it.
+"""Statistics of scores in a table of real fine-tunes, and searches replayed on it.
 
     OMP_NUM_THREADS=1 python benchmarks/search/replay.py embedded --meta stories260K
 

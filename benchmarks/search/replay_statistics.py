@@ -1,4 +1,4 @@
-"""What a table of fine-tunes says of scores."""
+"""Statistics of scores in a table of fine-tunes."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ SHARES = {
     "tiny_arc_challenge": 0.08,
     "tiny_openbookqa": 0.08,
 }
-"""How often pre-training asks in each task; yes or no teaches least and is needed most often."""
+"""Frequency of each task in pretraining; yes or no teaches least and is needed most often."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,7 +115,7 @@ FIELDS = {
     "arc_challenge": Fields(("question",), "answerKey", "choices"),
     "openbookqa": Fields(("question_stem",), "answerKey", "choices"),
 }
-"""What lm-eval reads of each benchmark."""
+"""Fields of each benchmark that lm-eval reads."""
 
 INSTRUCTIONS = {
     "piqa": ("solution to the question", "Solution"),
@@ -124,7 +124,7 @@ INSTRUCTIONS = {
         ("arc_easy", "arc_challenge", "openbookqa"), ("answer to the question", "Answer")
     ),
 }
-"""What LLM-Adapters ask to choose, and the word in front of the numbers of the choices."""
+"""Question of LLM-Adapters, and the word before the numbers of the choices."""
 
 
 def standard(row: Row, benchmark: str, answer: str = "") -> Row:
