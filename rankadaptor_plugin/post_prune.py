@@ -40,7 +40,7 @@ def recover_after_pruning(
 
     The stage is found through the hook ``rankadaptor_post_prune``, so plugins can replace it. The
     model is afterwards the pruned one, converted to a class that saves and loads; the adapter lies
-    in the run folder. Run the script again to continue where it was broken off.
+    in the run folder. Run the script again to resume an interrupted run.
 
     Args:
         pruner: A ``torch_pruning.pruner.BasePruner``; heads must be pruned whole

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import uuid
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -15,17 +16,20 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def write_file(path: Path, fill: Callable[[Path], object]) -> None:
+def write_file(path: Path, fill: Callable[[Path], object], *, shared: bool = False) -> None:
     """Fills a temporary file and moves it into place; one that is there is replaced.
 
     Args:
         path: The file to write; its folder is made.
         fill: Writes the file that it is given.
+        shared: True if other processes may write the same file at the same time.
 
     Raises:
         OSError: If it cannot be written; a file that was there is then as it was.
     """
-    partial = path.with_name(f".{path.name}.partial")  # beside it, where os.replace is atomic
+    writer = f".{uuid.uuid4().hex}" if shared else ""
+    # Beside its target: only there is os.replace atomic.
+    partial = path.with_name(f".{path.name}{writer}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fill(partial)

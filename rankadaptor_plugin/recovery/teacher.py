@@ -258,7 +258,11 @@ def _write(file: Path, predictions: TeacherTokens) -> bool:
     """Writes the predictions, whole or not at all; returns True if they were written."""
     checksum = {"checksum": _checksum(predictions)}
     try:
-        write_file(file, lambda partial: save_file(_tensors(predictions), partial, checksum))
+        write_file(
+            file,
+            lambda partial: save_file(_tensors(predictions), partial, checksum),
+            shared=True,
+        )
     except (OSError, SafetensorError) as error:
         logger.warning(
             "The teacher's predictions cannot be kept in %s (%s); the next run computes them again",

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from rankadaptor_plugin.core.errors import ArtifactError
-from rankadaptor_plugin.core.files import write_folder
+from rankadaptor_plugin.core.files import write_file, write_folder
 from rankadaptor_plugin.core.run_folder import RunFolder, digest
 
 HOLDER = """
@@ -260,3 +260,16 @@ def test_a_folder_survives_a_write_that_fails_and_a_process_that_was_killed(tmp_
     write_folder(folder, fill("new"))
     assert (folder / "file").read_text() == "new"
     assert os.listdir(tmp_path) == ["kept"]
+
+
+def test_two_writers_of_a_shared_file_do_not_meet(tmp_path):
+    path = tmp_path / "file"
+
+    def fill(partial):
+        partial.write_text("first")
+        write_file(path, lambda other: other.write_text("second"), shared=True)
+        assert path.read_text() == "second"
+
+    write_file(path, fill, shared=True)
+    assert path.read_text() == "first"
+    assert names(tmp_path) == ["file"]
