@@ -194,7 +194,7 @@ def test_a_torn_file_is_made_anew(loads, tmp_path, caplog, harm):
     harm(file)
     with caplog.at_level(logging.WARNING):
         second = taught(loads, tmp_path)
-    assert "are torn" in caplog.text
+    assert "are corrupt" in caplog.text
     assert all(map(torch.equal, expected, tensors(second)))
     assert same(second, taught(loads, tmp_path))
     assert loads.count == 2
