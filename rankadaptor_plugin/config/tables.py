@@ -649,11 +649,6 @@ class RunConfig:
         return self.races_ranks and not self.search.is_fixed
 
     @property
-    def further_methods(self) -> tuple[str, ...]:
-        """The recovery methods that race beside rank allocations and uniform LoRA."""
-        return tuple(m for m in self.recovery.methods if m not in (SEARCHED_RANKS, UNIFORM_LORA))
-
-    @property
     def common_baseline(self) -> bool:
         """True if all finalists have as many parameters as the same uniform LoRA."""
         space = self.rank_space

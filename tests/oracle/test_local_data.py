@@ -296,7 +296,7 @@ def test_the_first_of_several_copies_counts(tmp_path):
 # ----------------------------------------------------------------------------------- label files
 
 
-def unlabelled(benchmark, field):
+def unlabeled(benchmark, field):
     return {key: value for key, value in HUB[benchmark].items() if key != field}
 
 
@@ -305,13 +305,13 @@ def unlabelled(benchmark, field):
     [("piqa", "label", "valid", "1"), ("winogrande", "answer", "dev", "2")],
 )
 def test_labels_in_a_file_of_their_own_are_filled_in(tmp_path, benchmark, field, stem, label):
-    write_lines(tmp_path / benchmark / f"{stem}.jsonl", [unlabelled(benchmark, field)] * 2)
+    write_lines(tmp_path / benchmark / f"{stem}.jsonl", [unlabeled(benchmark, field)] * 2)
     (tmp_path / benchmark / f"{stem}-labels.lst").write_text(f"{label}\n{label}\n")
     assert load_split(tmp_path, benchmark, "validation") == [HUB[benchmark]] * 2
 
 
 def test_more_labels_than_rows_are_refused(tmp_path):
-    write_lines(tmp_path / "piqa" / "train.jsonl", [unlabelled("piqa", "label")])
+    write_lines(tmp_path / "piqa" / "train.jsonl", [unlabeled("piqa", "label")])
     (tmp_path / "piqa" / "train-labels.lst").write_text("0\n1\n")
     with pytest.raises(OracleError, match=r"train-labels\.lst has 2 labels for the 1 rows"):
         load_split(tmp_path, "piqa", "train")

@@ -317,7 +317,7 @@ def test_half_precision_shares_and_sums_in_float32(make_llama, dtype):
     assert (sums != torch.tensor(sums).to(dtype).double().numpy()).any()
 
 
-def test_logits_are_normalised_piece_by_piece(model, monkeypatch):
+def test_logits_are_normalized_piece_by_piece(model, monkeypatch):
     requests = make_requests(model)
     expected = loglikelihoods(model, planned(requests))
     monkeypatch.setattr(loglikelihood, "_CHUNK", 3 * 40)

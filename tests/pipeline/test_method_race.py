@@ -478,7 +478,7 @@ def test_uniform_lora_alone_is_delivered_and_nothing_is_claimed(run):
     assert "No race was run. LoRA ran alone, with 3 seeds." in found.markdown
 
 
-def test_columns_of_lora_are_labelled_by_their_ranks_whatever_was_searched(run):
+def test_columns_of_lora_are_labeled_by_their_ranks_whatever_was_searched(run):
     """With a free budget the even allocation of equal size is not LoRA of the default rank."""
     free = {"budget": "free", "candidates": [2, 4], "default_rank": 8}
     report = run("rankadaptor", "lora", rank_space=free, search={"n_trials": 3}).report
