@@ -145,6 +145,18 @@ def test_rows_that_are_all_longer_than_allowed_are_refused(refused, make_tokeniz
     )
 
 
+def test_a_tokenizer_without_padding_is_enough(make_llama, make_tokenizer):
+    plain = recipe("quick", template="plain", max_steps=2)
+    bare = make_tokenizer()
+    bare.pad_token = None
+    assert bare.pad_token_id is None
+    one, other = (
+        recover(make_llama(), tokenizer, ALLOCATION, ROWS, plain)
+        for tokenizer in (bare, make_tokenizer())
+    )
+    assert one.losses == other.losses
+
+
 # -------------------------------------------------------------------------- settings and methods
 
 
