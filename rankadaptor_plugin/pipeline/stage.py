@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.config.tables import SEARCHED_RANKS, UNIFORM_LORA
@@ -51,8 +52,8 @@ def measure_noise(pruned: PrunedModel, context: RunContext) -> dict[str, Any] | 
         What `Noise.to_json` returns; None if too few allocations can be fine-tuned.
     """
     stage = _Stage(pruned, context)
-    with stage.tuner.cleared():
-        noise = stage.noise()
+    with stage.tuner.cleared(), stage.progressing("noise") as on_run:
+        noise = stage.noise(on_run)
     return noise.to_json() if noise else None
 
 
@@ -68,7 +69,10 @@ def recover_pruned(pruned: PrunedModel, context: RunContext) -> Recovered:
     stage = _Stage(pruned, context)
     config, folder = context.config, stage.folder
     with stage.tuner.cleared():
-        noise = stage.noise() if config.searches and config.noise.seeds else None
+        noise = None
+        if config.searches and config.noise.seeds:
+            with stage.progressing("noise") as on_run:
+                noise = stage.noise(on_run)
         searched = stage.step.run(noise)
         drawn = None
         if searched.is_searched and config.confirm.best_random:
@@ -113,8 +117,9 @@ class _Stage:
 
             yield progress
 
-    def noise(self) -> Noise | None:
-        """Measures the noise floor."""
+    @property
+    def noise(self) -> Callable[[Callable[[int, int], None]], Noise | None]:
+        """`measure` with all arguments but the last."""
         oracle = self.context.oracle
         reported = oracle.describe()["documents"]["report"]
         question = Question(
@@ -123,9 +128,9 @@ class _Stage:
             weights=oracle.weights("search"),
             report_documents={task: len(ids) for task, ids in reported.items()},
         )
-        run, folder = self.tuner.search_run, self.folder
-        with self.progressing("noise") as on_run:
-            return measure(self.space, run, folder, self.config, question, on_run)
+        return partial(
+            measure, self.space, self.tuner.search_run, self.folder, self.config, question
+        )
 
     def _objective(self) -> Objective:
         config, oracle = self.config.oracle, self.context.oracle

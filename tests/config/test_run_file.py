@@ -258,7 +258,7 @@ def test_the_template_names_a_model_as_seen_from_itself(tmp_path, monkeypatch):
 def test_the_template_overwrites_only_when_told(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("mine")
-    with pytest.raises(ConfigError, match=r"exists already\. Give another name, or --force"):
+    with pytest.raises(ConfigError, match=r"already exists\. Give another name, or --force"):
         write_template(path)
     assert path.read_text() == "mine"
     write_template(path, force=True)

@@ -168,7 +168,7 @@ def test_what_a_config_says_about_single_blocks_is_cut_with_them():
 
 @pytest.mark.parametrize("kept", [[], [0, 5], [-1, 0], [1, 0], [0, 0, 1]])
 def test_only_an_ascending_choice_of_blocks_can_be_kept(kept):
-    with pytest.raises(ConfigError, match="ascending choice from 0 to 4"):
+    with pytest.raises(ConfigError, match="ascending indices from 0 to 4"):
         keep_layers(tiny(), kept)
 
 
