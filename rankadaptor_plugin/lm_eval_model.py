@@ -133,8 +133,8 @@ def locate(pretrained: object, adapter: object | None) -> tuple[Path, Path | Non
     own = None if adapter is None else Path(str(adapter)).expanduser()
     if not folder.is_dir():
         raise ArtifactError(
-            f"There is no folder {folder}. Set pretrained to a model folder, an export or a run "
-            "folder; a model of the Hub loads with --model hf."
+            f"The folder {folder} does not exist. Set pretrained to a model folder, an export or a "
+            "run folder; a model of the Hub loads with --model hf."
         )
     if not (folder / "config.json").exists() and (folder / "inputs.json").exists():
         run, folder = folder, folder / "pruned"

@@ -99,7 +99,7 @@ def run_folder(run: Path) -> RunFolder:
         return RunFolder(run)
     if not run.exists():
         raise ConfigError(
-            f"There is no run {run}. Give a run folder, or a run file whose run is finished."
+            f"The run {run} does not exist. Give a run folder, or the run file of a finished run."
         )
     return RunFolder(Path(load(run).output))
 

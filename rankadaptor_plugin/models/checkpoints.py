@@ -143,7 +143,7 @@ def header_shapes(folder: Path) -> Shapes:
         ArtifactError: If there is no such file, or one is torn, missing, or not as in the index.
     """
     if not folder.is_dir():
-        raise ArtifactError(f"There is no folder {folder}. Give a folder with a model.")
+        raise ArtifactError(f"The folder {folder} does not exist. Give a folder with a model.")
     if (folder / _SINGLE).exists():
         return _header(folder, _SINGLE)
     if not (folder / _INDEX).exists():

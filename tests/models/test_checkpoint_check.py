@@ -206,7 +206,7 @@ def test_pickled_weights_are_refused(pruned, name):
 def test_no_weights_at_all(pruned, tmp_path):
     (pruned / SINGLE).unlink()
     fails(pruned, f"neither {SINGLE} nor {INDEX}")
-    with pytest.raises(ArtifactError, match="There is no folder"):
+    with pytest.raises(ArtifactError, match=r"does not exist\. Give a folder"):
         header_shapes(tmp_path / "nothing")
 
 

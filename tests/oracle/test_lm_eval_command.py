@@ -262,8 +262,8 @@ def refused(error, text: str, *arguments, **options):
 
 def test_a_missing_folder_is_an_error(finished_run, tmp_path):
     text = (
-        "There is no folder nowhere. Set pretrained to a model folder, an export or a run folder; "
-        "a model of the Hub loads with --model hf."
+        "The folder nowhere does not exist. Set pretrained to a model folder, an export or a run "
+        "folder; a model of the Hub loads with --model hf."
     )
     refused(ArtifactError, text, "nowhere")
     missing = tmp_path / "none"

@@ -406,7 +406,7 @@ def test_what_is_missing_or_torn_gives_one_line(form, spoil, message, runs, tmp_
 def test_the_command_line_shows_one_line(tmp_path, command, runs):
     wrong = command("export", tmp_path / "nothing", "--format", "hf")
     assert (wrong.exit_code, wrong.stderr.count("\n")) == (2, 1)
-    assert "There is no run" in wrong.stderr
+    assert "does not exist. Give a run folder" in wrong.stderr
     empty = command("export", tmp_path, "--format", "hf")
     assert (empty.exit_code, empty.stderr.count("\n")) == (1, 1)
     (tmp_path / "thesis.tex").touch()

@@ -146,7 +146,7 @@ def config(**tables):
         ),
         ({"search": {"allocation": "4-6-8-65"}}, 4, "more than the model's hidden size 64"),
         ({"search": {"allocation": "none"}}, None, "Unknown allocation 'none'"),
-        ({"search": {"meta": "nowhere"}}, None, "There is no file nowhere"),
+        ({"search": {"meta": "nowhere"}}, None, "The file nowhere does not exist"),
         ({"rank_space": {"max_rank_sum": 7}}, 4, "max_rank_sum 7 is below 8"),
         (
             {"rank_space": {"max_rank_sum": 15, "per": "group", "budget": "free"}},

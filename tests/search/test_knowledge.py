@@ -90,7 +90,7 @@ def test_earlier_studies_are_a_belief(meta):
 
 
 def test_a_missing_file_is_one_line():
-    with pytest.raises(ArtifactError, match=r"There is no file .*nowhere"):
+    with pytest.raises(ArtifactError, match=r"The file .*nowhere does not exist"):
         known(meta="nowhere")
 
 

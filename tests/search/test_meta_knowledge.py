@@ -162,5 +162,5 @@ def test_what_is_no_such_file_is_refused_in_one_line(tmp_path):
             MetaKnowledge.load(other)
         assert "\n" not in str(caught.value)
     for missing in (tmp_path / "none", tmp_path):
-        with pytest.raises(ArtifactError, match="There is no file"):
+        with pytest.raises(ArtifactError, match=r"does not exist\. Give one written"):
             MetaKnowledge.load(missing)

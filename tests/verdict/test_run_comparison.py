@@ -422,9 +422,9 @@ def fails(kind: type[RankAdaptorError], message: str, *runs: object, **options) 
 @pytest.mark.parametrize(
     ("kind", "message", "runs", "options"),
     [
-        (ConfigError, "There is no run", ["{}-none"], {}),
-        (ConfigError, "There is no run", ["{}-none:uniform"], {}),
-        (ConfigError, "There is no run", [r"C:\runs\none"], {}),
+        (ConfigError, "does not exist. Give a run folder", ["{}-none"], {}),
+        (ConfigError, "does not exist. Give a run folder", ["{}-none:uniform"], {}),
+        (ConfigError, "does not exist. Give a run folder", [r"C:\runs\none"], {}),
         (ArtifactError, "is not a run folder", ["{}/evaluations"], {}),
         (ConfigError, "no model 'serched'.* Did you mean 'searched'", ["{}:serched"], {}),
         (ConfigError, "are the same model", ["{}:base", "{}:base"], {}),

@@ -301,7 +301,8 @@ class MetaKnowledge:
         """
         if not path.is_file():
             raise ArtifactError(
-                f"There is no file {path}. Give one that rankadaptor-plugin meta-learn has written."
+                f"The file {path} does not exist. Give one written by rankadaptor-plugin "
+                "meta-learn."
             )
         try:
             with safe_open(path, framework="numpy") as stored:
