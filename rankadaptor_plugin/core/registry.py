@@ -48,6 +48,18 @@ class Registry(Generic[T]):
         """Returns all registered names, sorted."""
         return sorted(self._targets)
 
+    def check(self, name: str) -> None:
+        """Refuses a name that is not registered; nothing is imported.
+
+        Raises:
+            UnknownNameError: With the names that there are.
+        """
+        if name not in self._targets:
+            raise UnknownNameError(
+                f"Unknown {self.kind} {name!r}.{suggestion(name, self.names())} "
+                f"Registered: {', '.join(self.names()) or 'none'}."
+            )
+
     def get(self, name: str) -> T:
         """Returns the object registered under a name, importing it if need be.
 
@@ -55,11 +67,7 @@ class Registry(Generic[T]):
             UnknownNameError: If no such name is registered.
             PluginError: If the target cannot be imported.
         """
-        if name not in self._targets:
-            raise UnknownNameError(
-                f"Unknown {self.kind} {name!r}.{suggestion(name, self.names())} "
-                f"Registered: {', '.join(self.names()) or 'none'}."
-            )
+        self.check(name)
         target = self._targets[name]
         if isinstance(target, str):
             module, _, attribute = target.partition(":")

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from lm_eval.tasks import TaskManager
 
 from rankadaptor_plugin.core.errors import ConfigError, OracleError, RankAdaptorError
-from rankadaptor_plugin.core.registry import suggestion
 from rankadaptor_plugin.core.scores import document_key
+from rankadaptor_plugin.oracle.lm_eval_internals import task_manager
 from rankadaptor_plugin.oracle.oracle import quiet
+from rankadaptor_plugin.oracle.task_names import unknown
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -99,15 +99,8 @@ class Tasks:
         self._paths = [path.resolve() for path in paths]
         # Merged into the metadata of every task, which may hand it on: only where it is asked for.
         self._metadata = {"data_dir": data_dir} if data_dir else None
-        self._manager = self._indexed(include_defaults=False)
+        self._manager = task_manager(self._paths, self._metadata, include_defaults=False)
         self._whole = False
-
-    def _indexed(self, *, include_defaults: bool) -> Any:
-        return TaskManager(
-            include_path=[str(path) for path in self._paths],
-            include_defaults=include_defaults,
-            metadata=self._metadata,
-        )
 
     def load(self, names: Sequence[str], key: str) -> dict[str, Any]:
         """Builds tasks; groups are taken apart.
@@ -124,13 +117,10 @@ class Tasks:
             OracleError: If a task's data cannot be loaded, or it has no accuracy.
         """
         if not self._whole and any(name not in self._manager.all_tasks for name in names):
-            self._manager, self._whole = self._indexed(include_defaults=True), True
+            self._manager, self._whole = task_manager(self._paths, self._metadata), True
         for name in names:
             if name not in self._manager.all_tasks:
-                raise ConfigError(
-                    f"Unknown lm-eval task {name!r}.{suggestion(name, self._manager.all_tasks)} "
-                    f"Correct [oracle] {key}, or name the folder of its YAML file in include_path."
-                )
+                raise unknown(name, key, self._manager.all_tasks)
         found: dict[str, Any] = {}
         for name in names:
             found |= self._load(name)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rankadaptor_plugin.core.errors import ConfigError, RankAdaptorError
+from rankadaptor_plugin.pipeline.context import check_early
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,6 +79,7 @@ def run(
     """
     began = time.perf_counter()
     config = load_config(run_file, output)
+    check_early(manager, config)
     with _interruptible(), _display(manager, config, quiet=quiet, began=began):
         # Imported here, as it takes seconds, during which progress is already shown.
         from rankadaptor_plugin.pipeline import run as pipeline
@@ -131,6 +133,7 @@ def noise(
     config = run_files.from_dict(plain)
     if not config.noise.seeds:
         raise ConfigError("noise.seeds is 0, which measures nothing. Use at least 2.")
+    check_early(manager, config)
     with _interruptible(), _display(manager, config, quiet=as_json, began=began):
         from rankadaptor_plugin.pipeline import run as pipeline
         from rankadaptor_plugin.report.console import noise_text

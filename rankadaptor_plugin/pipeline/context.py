@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.core.errors import PluginError
 from rankadaptor_plugin.core.registry import Registry
+from rankadaptor_plugin.oracle import task_names
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -144,6 +145,30 @@ def registries(manager: pluggy.PluginManager) -> Registries:
     return found
 
 
+def check_early(manager: pluggy.PluginManager, config: RunConfig) -> None:
+    """Checks within a second what needs no heavy import: names of plugins, and of tasks.
+
+    Raises:
+        UnknownNameError: If no plugin registers a name.
+        ConfigError: If a task is unknown.
+    """
+    found = registries(manager)
+    for registry, name in _named(found, config):
+        registry.check(name)
+    task_names.check(config.oracle, manager.hook.rankadaptor_lm_eval_task_paths())
+
+
+def _named(found: Registries, config: RunConfig) -> list[tuple[Registry[Any], str]]:
+    """Returns the names in a run file that plugins register, with where they are looked up."""
+    oracles = filter(None, (config.oracle.name, config.oracle.search_name))
+    return [
+        (found.pruners, config.prune.method),
+        *((found.oracles, name) for name in oracles),
+        *([] if config.search.is_fixed else [(found.samplers, config.search.method)]),
+        (found.performance_models, config.performance_model.name),
+    ]
+
+
 def check_names(found: Registries, config: RunConfig) -> None:
     """Checks, by loading it, everything that a run file names, and makes all families known.
 
@@ -152,12 +177,8 @@ def check_names(found: Registries, config: RunConfig) -> None:
         PluginError: If what is registered cannot be loaded, or is no map of its model type.
     """
     register_families(found)
-    found.pruners.get(config.prune.method)
-    for oracle in filter(None, (config.oracle.name, config.oracle.search_name)):
-        found.oracles.get(oracle)
-    if not config.search.is_fixed:
-        found.samplers.get(config.search.method)
-    found.performance_models.get(config.performance_model.name)
+    for registry, name in _named(found, config):
+        registry.get(name)
 
 
 def register_families(found: Registries) -> None:
