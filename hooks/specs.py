@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from rankadaptor_plugin import hookspec
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from rankadaptor_plugin.core.registry import Registry
@@ -109,6 +109,17 @@ def rankadaptor_on_progress(stage: str, done: int, total: int) -> None:
     """Observes progress: ``done`` of ``total`` units of work of a stage are finished.
 
     Called with ``done = 0`` when a stage begins and after each unit. Return values are ignored.
+    """
+
+
+@hookspec
+def rankadaptor_on_step(what: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+    """Observes progress inside a unit of work: ``done`` of ``total`` parts are finished.
+
+    Called with ``done = 0`` at its beginning and after each part. ``what`` names the parts:
+    ``steps`` of a fine-tune, with ``loss`` (nats per trained token) and ``tokens_per_second`` of
+    the last step among the figures; ``requests`` of an evaluation; ``sequences`` that the unpruned
+    model predicts. Be quick: a step may take milliseconds. Return values are ignored.
     """
 
 

@@ -18,15 +18,16 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
+from rankadaptor_plugin.core.progress import advance
 from rankadaptor_plugin.models.logits import logits_at
-from rankadaptor_plugin.oracle.loglikelihood_plan import Plan, plan
+from rankadaptor_plugin.oracle.loglikelihood_plan import Plan, Shared, plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from rankadaptor_plugin.oracle.loglikelihood_plan import Forward, Shared
+    from rankadaptor_plugin.oracle.loglikelihood_plan import Forward
 
 __all__ = ["Plan", "loglikelihoods", "plan"]
 
@@ -60,12 +61,18 @@ def loglikelihoods(model: Any, plan: Plan) -> tuple[NDArray[np.float64], NDArray
         decoding gives exactly the continuation; each of shape (n,), in the order of the requests.
         What is not a number stays so.
     """
-    passes = _Passes(model)
+    passes, readings = _Passes(model), []
+    done, counts = 0, np.bincount(plan.inverse, minlength=plan.distinct)
+    advance("requests", done, len(plan.inverse))
+    parts: Sequence[Forward | Shared] = plan.plain
     if passes.share_exactly(plan):
-        readings = [passes.plain(forward) for forward in plan.single]
-        readings += [reading for shared in plan.shared for reading in passes.shared(shared)]
-    else:
-        readings = [passes.plain(forward) for forward in plan.plain]
+        parts = (*plan.single, *plan.shared)
+    for part in parts:
+        read = passes.shared(part) if isinstance(part, Shared) else [passes.plain(part)]
+        readings += read
+        # All of a request is read off one part.
+        done += counts[np.unique(np.concatenate([reading.owners for reading in read]))].sum()
+        advance("requests", int(done), len(plan.inverse))
     sums, greedy = _totals(readings, plan.distinct)
     return sums[plan.inverse], greedy[plan.inverse]
 

@@ -380,14 +380,7 @@ def _display(
     if quiet:
         yield
         return
-    n_trials = config.search.n_trials if config.searches else 0
-    plan = {
-        "noise": config.noise.seeds * config.noise.allocations if config.searches else 0,
-        "search": n_trials,
-        "random": n_trials if config.confirm.best_random else 0,
-        "confirm": config.race_fine_tunes,
-    }
-    with Progress(console, plan, began) as progress:
+    with Progress(config, console, began) as progress:
         manager.register(progress, name="progress")
         try:
             manager.hook.rankadaptor_on_progress(stage="load", done=0, total=1)

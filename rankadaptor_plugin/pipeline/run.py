@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rankadaptor_plugin.core.errors import PluginError
+from rankadaptor_plugin.core.progress import watched
 from rankadaptor_plugin.core.run_folder import PREDICTIONS, RunFolder, digest
 from rankadaptor_plugin.core.scores import Score
 from rankadaptor_plugin.models.checkpoints import load_model
@@ -76,7 +77,7 @@ def run(
         RankAdaptorError: Whatever is wrong with the inputs or goes wrong on the way.
     """
     folder = RunFolder(Path(config.output))
-    with folder.opened(), threads(config.threads):
+    with folder.opened(), threads(config.threads), watched(manager.hook.rankadaptor_on_step):
         prepared = prepare(config, manager, folder, pruned, began or time.perf_counter())
         session = _Session(prepared, folder, pruned)
         session.prune()
@@ -124,7 +125,7 @@ def noise(
         RankAdaptorError: Whatever is wrong with the inputs or goes wrong on the way.
     """
     folder = RunFolder(Path(config.output))
-    with folder.opened(), threads(config.threads):
+    with folder.opened(), threads(config.threads), watched(manager.hook.rankadaptor_on_step):
         prepared = prepare(config, manager, folder, None, began or time.perf_counter())
         session = _Session(prepared, folder, None)
         session.prune()

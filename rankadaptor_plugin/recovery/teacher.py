@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.core.files import write_file
+from rankadaptor_plugin.core.progress import advance
 from rankadaptor_plugin.corpus.sequences import TeacherTokens
 from rankadaptor_plugin.recovery.batches import LEAST, forward_logits, padded, trained_tokens
 
@@ -183,6 +184,7 @@ def _predict(
         torch.empty(total, kept, dtype=torch.float16),
         torch.empty(total, dtype=torch.float32),
     )
+    done = 0
     with torch.inference_mode():
         for group in _groups(sequences, batch_tokens):
             given = padded([sequences[i] for i in group])
@@ -196,6 +198,8 @@ def _predict(
                 predictions.indices[where] = indices.int().cpu()
                 predictions.log_probabilities[where] = best.clamp(min=LEAST).half().cpu()
                 predictions.rest[where] = rest.clamp(min=LEAST).cpu()
+            done += len(group)
+            advance("sequences", done, len(sequences))
     return predictions
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from rankadaptor_plugin.core.errors import RecoveryError
+from rankadaptor_plugin.core.progress import advance
 from rankadaptor_plugin.models.device import is_out_of_memory
 from rankadaptor_plugin.recovery.adapters import evaluated
 from rankadaptor_plugin.recovery.batches import (
@@ -156,10 +158,12 @@ def train(
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
     watch = Watch(model.config.get_text_config().vocab_size, steps, config)
     losses: list[float] = []
+    advance("steps", 0, steps)
     tuned.model.train()
     with checkpointed(model, config.gradient_checkpointing), fused(model):
         for step in range(steps):
-            loss = _accumulated(tuned, next(batches), config, micro, scaler, teacher)
+            began, batch = time.perf_counter(), next(batches)
+            loss = _accumulated(tuned, batch, config, micro, scaler, teacher)
             scaler.unscale_(optimizer)
             limit = config.max_grad_norm or math.inf
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
@@ -177,6 +181,8 @@ def train(
             tuned.after_step(step)
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss)
+            pace = sum(len(s.tokens) for s in batch) / (time.perf_counter() - began)
+            advance("steps", step + 1, steps, loss=loss, tokens_per_second=pace)
             on_step(step + 1)
     return losses
 

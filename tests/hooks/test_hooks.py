@@ -24,6 +24,7 @@ from rankadaptor_plugin.config.tables import (
     RecoveryConfig,
     RunConfig,
 )
+from rankadaptor_plugin.core.progress import advance, watched
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
 from rankadaptor_plugin.corpus.corpus import load_corpus
@@ -124,7 +125,8 @@ def trial():
 @pytest.mark.parametrize("hook", HOOKS)
 def test_every_hook_has_a_built_in_a_documented_signature_and_a_test(hook):
     manager = plugin_manager(third_party=False)
-    manager.register(Progress(Console(), {}), name="progress")
+    config = RunConfig(oracle=OracleConfig(tasks=("tiny_boolq",)))
+    manager.register(Progress(config, Console()), name="progress")
     assert getattr(manager.hook, hook).get_hookimpls(), "no built-in uses it"
     assert f"### {signature(hook)}" in PAGE.splitlines()
     assert callable(globals().get(f"test_hook_{hook}"))
@@ -244,6 +246,16 @@ def test_hook_rankadaptor_post_prune(example, model, tokenizer, context):
 def test_hook_rankadaptor_on_progress(example, caplog):
     example.hook.rankadaptor_on_progress(stage="search", done=1, total=3)
     assert caplog.messages == ["search: 1 of 3"]
+
+
+def test_hook_rankadaptor_on_step(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with watched(example.hook.rankadaptor_on_step):
+        advance("steps", 0, 2)
+        advance("requests", 4, 5)
+        advance("steps", 1, 2, loss=2.5, tokens_per_second=40.0)
+    line = {"step": 1, "loss": 2.5, "tokens_per_second": 40.0}
+    assert json.loads((tmp_path / "losses.jsonl").read_text("utf-8")) == line
 
 
 def test_hook_rankadaptor_on_resume(example, context, trial, caplog):
