@@ -7,8 +7,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from rankadaptor_plugin.config.run_file import toml_value
 from rankadaptor_plugin.config.tables import OracleConfig, RunConfig
-from rankadaptor_plugin.config.template import _toml
 
 PAGE = Path(__file__).parent / "run-file.md"
 
@@ -16,12 +16,28 @@ HEAD = """\
 # The run file
 
 A run file is TOML. `rankadaptor-plugin init RUN.toml` writes one with every setting. What is left
-out has its default; only `[oracle] tasks` must be given. Unknown keys, wrong types and values out
-of range are errors. Relative paths count from the folder of the run file. The embedded default has
-values of its own: [rankadaptor_plugin/embedded/run.toml](../rankadaptor_plugin/embedded/run.toml).
+out has its default; `[oracle] tasks` must be given, and for a model of your own also `output` and
+`[corpus] path`. Unknown keys, wrong types and values out of range are errors. Relative paths count
+from the folder of the run file. The embedded default has values of its own:
+[rankadaptor_plugin/embedded/run.toml](../rankadaptor_plugin/embedded/run.toml).
 
-`python docs/run_file_page.py` writes this page from
+`python docs/run_file_page.py` writes this page; its tables come from
 [rankadaptor_plugin/config/tables.py](../rankadaptor_plugin/config/tables.py).
+
+## Keys on the command line
+
+`run` and `noise` take `--set KEY=VALUE`, as often as you like, also without a run file:
+
+```sh
+rankadaptor-plugin run RUN.toml --set search.n_trials=10 --set dtype=bfloat16 \\
+  --set 'oracle.tasks=["arc_easy", "piqa"]' --set oracle.weights.piqa=2
+```
+
+A value is written as in the run file; what is no TOML, such as a bare word, is text. `--set` goes
+before the run file, and that before its recipe; of two that set the same key, the last one wins.
+Where one setting overrules another, as `num_train_epochs` does `max_steps`, the one of higher rank
+counts: `--set recovery.max_steps=5` also cancels the `num_train_epochs` of the file. Relative paths
+in `--set`, as in `--output`, count from the current folder. `--output` goes before `--set output`.
 """
 
 TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
@@ -51,7 +67,7 @@ def _section(title: str, config: Any) -> str:
         cells = (
             f"`{field.name}`",
             _type(hints[field.name]),
-            f"`{_toml(default)}`",
+            f"`{toml_value(default)}`",
             _allowed(field.metadata),
             field.metadata["help"],
         )

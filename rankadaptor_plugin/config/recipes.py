@@ -12,8 +12,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from rankadaptor_plugin.config.tables import CorpusConfig, RecoveryConfig
-from rankadaptor_plugin.config.values import build, key_suggestion
+from rankadaptor_plugin.config.tables import CorpusConfig, RecoveryConfig, RunConfig
+from rankadaptor_plugin.config.values import build, key_suggestion, merged
 from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.core.registry import suggestion
 
@@ -112,21 +112,11 @@ def recipe(name: str, **changes: Any) -> Recipe:
 def with_preset(data: dict[str, Any]) -> dict[str, Any]:
     """Returns the values of a run file, filled up with those of the recipe that it names.
 
-    Own keys win. Own ``max_steps`` also win over the ``num_train_epochs`` of the recipe, which
-    would overrule them. An unknown recipe, or a table that is not one, is left for the checks that
-    follow.
+    Own keys win. An unknown recipe is left for the checks that follow.
     """
     name = data.get("recipe")
-    if not isinstance(name, str) or name not in RECIPES:
-        return data
-    merged = dict(data)
-    for table, preset in RECIPES[name].items():
-        own = data.get(table, {})
-        if isinstance(own, dict):
-            overruled = {"num_train_epochs"} if "max_steps" in own else set()
-            kept = {key: value for key, value in preset.items() if key not in overruled}
-            merged[table] = {**kept, **own}
-    return merged
+    preset = RECIPES.get(name, {}) if isinstance(name, str) else {}
+    return merged(preset, data, RunConfig)
 
 
 def _fields(cls: type) -> list[str]:

@@ -23,6 +23,9 @@ BAYES, FIXED = "bayes", "fixed"
 SEARCHED_RANKS, UNIFORM_LORA = "rankadaptor", "lora"
 """Recovery methods: the rank allocation that was searched or given, and the baseline."""
 
+FILE, SOURCE = "file", "source"
+"""Settings that are paths: a file or folder, or one that can also be EMBEDDED or on the Hub."""
+
 PATTERN = "pattern:"
 """Prefix of recovery methods that list the rank of each layer."""
 
@@ -31,8 +34,12 @@ def _f(default: Any, help_: str, **rule: Any) -> Any:
     """A field with its help text.
 
     `rule` is ``low``, ``high`` (inclusive), ``above``, ``below`` (exclusive) or ``choices``, and
-    ``aliases``, other names of the setting: former ones and those of other tools. They are
-    rejected with an error that suggests the name of the setting.
+
+    - ``aliases``, other names of the setting: former ones and those of other tools. They are
+      rejected with an error that suggests the name of the setting.
+    - ``path``: FILE, or SOURCE where it can also be a name. Relative ones become absolute.
+    - ``needed``: what to do if the text is empty, which it must not be.
+    - ``overrules``, another key of the table that has no effect beside this one.
     """
     return field(default=default, metadata={"help": help_, **rule})
 
@@ -87,14 +94,21 @@ class PruneConfig:
         below=1.0,
         aliases=("ceiling",),
     )
-    blocks: int = _f(0, "depth: number of blocks to remove; 0 uses pruning_ratio", low=0)
+    blocks: int = _f(
+        0,
+        "depth: number of blocks to remove; 0 uses pruning_ratio",
+        low=0,
+        overrules="pruning_ratio",
+    )
     round_to: int = _f(
         1, "round the remaining MLP channels or hidden size to a multiple of this", low=1
     )
     keep_first: int = _f(4, "first layers, which are not pruned (paper: 4 of 32)", low=0)
     keep_last: int = _f(2, "last layers, which are not pruned (paper: 2 of 32)", low=0)
     calibration: str = _f(
-        "", "calibration data: a text, JSON or JSONL file; empty uses the recovery corpus"
+        "",
+        "calibration data: a text, JSON or JSONL file; empty uses the recovery corpus",
+        path=FILE,
     )
     calibration_samples: int = _f(10, "calibration sequences (paper: 10 or 50)", low=1)
     calibration_tokens: int = _f(64, "tokens per calibration sequence", low=2)
@@ -184,6 +198,9 @@ class CorpusConfig:
         EMBEDDED,
         'JSON, JSONL or text file to fine-tune on, or a dataset on the Hub such as "owner/name"; '
         '"embedded" is the corpus in the package',
+        path=SOURCE,
+        needed="A model of your own needs one: a JSON, JSONL or text file, or a dataset on the "
+        'Hub such as "owner/name".',
     )
     template: str = _f(
         "alpaca",
@@ -226,6 +243,7 @@ class RecoveryConfig:
         "passes over the corpus; overrides max_steps; 0 uses max_steps",
         low=0.0,
         aliases=("epochs", "num_epochs"),
+        overrules="max_steps",
     )
     per_device_train_batch_size: int = _f(
         16, "sequences per forward pass (paper: 16)", low=1, aliases=("micro_batch_size",)
@@ -255,6 +273,7 @@ class RecoveryConfig:
         "LoRA alpha, the same for all ranks; overrides alpha_over_rank; 0 uses alpha_over_rank",
         low=0.0,
         aliases=("alpha",),
+        overrules="alpha_over_rank",
     )
     lora_dropout: float = _f(0.0, "LoRA dropout", low=0.0, high=0.9, aliases=("dropout",))
     target_modules: tuple[str, ...] = _f(
@@ -329,12 +348,17 @@ class OracleConfig:
         "",
         "folder with additional task YAML files, which can also set num_fewshot; empty: none",
         aliases=("task_path", "tasks_path", "num_fewshot"),
+        path=FILE,
     )
     data_dir: str = _f(
-        "", "folder with local copies of the rankadaptor_commonsense7 data; empty: the Hub"
+        "",
+        "folder with local copies of the rankadaptor_commonsense7 data; empty: the Hub",
+        path=FILE,
     )
     text: str = _f(
-        "", "text, JSON or JSONL file for the perplexity oracle, separate from the corpus"
+        "",
+        "text, JSON or JSONL file for the perplexity oracle, separate from the corpus",
+        path=FILE,
     )
     search_documents: int = _f(100, "documents per task for the search", low=1)
     report_documents: int = _f(
@@ -478,7 +502,9 @@ class SearchConfig:
         False,
         'search the Pareto front of score against trainable parameters; needs budget = "free"',
     )
-    meta: str = _f("", "prior from earlier studies: a file from `rankadaptor-plugin meta-learn`")
+    meta: str = _f(
+        "", "prior from earlier studies: a file from `rankadaptor-plugin meta-learn`", path=FILE
+    )
     candidates: int = _f(
         10_000, "paper: random allocations scored by the performance model per step", low=1
     )
@@ -545,14 +571,24 @@ _USED_BY = {"pareto": {BAYES}, "meta": {BAYES, "paper"}}
 class RunConfig:
     """One run, as its run file describes it. Paths are relative to the run file."""
 
-    model: str = _f(EMBEDDED, 'folder of a Hugging Face causal LM; "embedded" is the tiny Llama')
+    model: str = _f(
+        EMBEDDED,
+        'folder of a Hugging Face causal LM; "embedded" is the tiny Llama',
+        path=SOURCE,
+        needed='Name the folder of a Hugging Face causal LM, or "embedded".',
+    )
     recipe: str = _f(
         "",
         "preset of [corpus] and [recovery]: llm-pruner, shortened or quick; keys in the run file "
         "override it",
         choices=("", "llm-pruner", "shortened", "quick"),
     )
-    output: str = _f("runs/embedded", "run folder; the same command resumes an interrupted run")
+    output: str = _f(
+        "runs/embedded",
+        "run folder; the same command resumes an interrupted run",
+        path=FILE,
+        needed="Name a folder of its own for the run.",
+    )
     seed: int = _f(0, "seed for everything random", low=0, high=2**31 - 1)
     device: str = _f("auto", "auto, cpu, or cuda[:index]")
     device_map: str = _f(
@@ -587,9 +623,6 @@ class RunConfig:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def __post_init__(self) -> None:
-        for key in ("model", "output"):
-            if not getattr(self, key):
-                raise ConfigError(f"{key} is empty. Name a folder.")
         if self.device_map and self.device != "auto":
             raise ConfigError(
                 f'device_map is "{self.device_map}", which chooses the devices, but device is '

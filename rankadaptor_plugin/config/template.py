@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import typing
 from typing import TYPE_CHECKING, Any
@@ -84,15 +83,5 @@ def _table(config: Any, name: str) -> list[str]:
         if dataclasses.is_dataclass(hints[field.name]):
             tables += _table(value, field.name)
         else:
-            lines.append(f"{field.name} = {_toml(value)}  # {field.metadata['help']}")
+            lines.append(f"{field.name} = {run_file.toml_value(value)}  # {field.metadata['help']}")
     return lines + tables
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    return str(value).lower() if isinstance(value, bool) else repr(value)

@@ -16,11 +16,27 @@ from rankadaptor_plugin.core.registry import suggestion
 T = TypeVar("T")
 
 
-def build(cls: type[T], data: dict[str, Any], table: str, root: type | None = None) -> T:
+def build(cls: type[T], data: dict[str, Any], table: str = "") -> T:
     """Builds a dataclass of the config, and those inside it.
 
     Args:
         cls: The dataclass.
+        data: Values by key, lists for tuples.
+        table: Name of the table, for messages; empty for the whole run file.
+
+    Raises:
+        ConfigError: On an unknown key (with a suggestion), a wrong type, or a wrong value.
+    """
+    return _construct(cls, checked(cls, data, table))
+
+
+def checked(
+    cls: type, data: dict[str, Any], table: str = "", root: type | None = None
+) -> dict[str, Any]:
+    """Returns the values in their types; each key by itself is then right.
+
+    Args:
+        cls: Dataclass of the config that the values are for.
         data: Values by key, lists for tuples.
         table: Name of the table, for messages; empty for the whole run file.
         root: Dataclass of the whole run file, whose tables a misplaced key is looked for in; `cls`
@@ -31,7 +47,7 @@ def build(cls: type[T], data: dict[str, Any], table: str, root: type | None = No
     """
     root = root or cls
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     for key, value in data.items():
         name = f"{table}.{key}" if table else key
@@ -43,11 +59,31 @@ def build(cls: type[T], data: dict[str, Any], table: str, root: type | None = No
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 raise ConfigError(f"{name} is {value!r}; it must be a table, written as [{name}].")
-            values[key] = build(typing.cast("type[Any]", hints[key]), value, name, root)
+            values[key] = checked(typing.cast("type", hints[key]), value, name, root)
         else:
             values[key] = _value(name, value, hints[key])
             _check_range(name, values[key], fields[key].metadata)
-    return cls(**values)
+    return values
+
+
+def merged(lower: dict[str, Any], upper: dict[str, Any], cls: type) -> dict[str, Any]:
+    """Returns the values of both for a dataclass of the config; those of `upper` win.
+
+    They also win over another key of `lower` that would overrule them: ``max_steps`` over the
+    ``num_train_epochs`` of a recipe, say. What is no table where one must be is left for the checks
+    that follow.
+    """
+    hints = typing.get_type_hints(cls)
+    values = {**upper, **lower, **upper}  # own keys first, so that their errors come first
+    for field in dataclasses.fields(cls):
+        key = field.name
+        below, above = lower.get(key), upper.get(key)
+        if field.metadata.get("overrules") in upper and key not in upper:
+            values.pop(key, None)
+        elif isinstance(below, dict) and isinstance(above, dict):
+            table = dataclasses.is_dataclass(hints[key])
+            values[key] = merged(below, above, hints[key]) if table else {**below, **above}
+    return values
 
 
 def key_suggestion(key: str, cls: type, root: type | None = None) -> str:
@@ -70,6 +106,12 @@ def key_suggestion(key: str, cls: type, root: type | None = None) -> str:
                 place = f"[{table}] {field.name}" if table else f"{field.name}, above all tables"
                 return f" Did you mean {place}?"
     return ""
+
+
+def _construct(cls: type[T], values: dict[str, Any]) -> T:
+    hints = typing.get_type_hints(cls)
+    inner = {key for key in values if dataclasses.is_dataclass(hints[key])}
+    return cls(**{k: _construct(hints[k], v) if k in inner else v for k, v in values.items()})
 
 
 def _tables(root: type) -> dict[str, tuple[dataclasses.Field[Any], ...]]:
@@ -104,10 +146,12 @@ def _value(name: str, value: Any, hint: Any) -> Any:
         tuple: 'a list, as in ["a"]' if str in typing.get_args(hint) else "a list, as in [1, 2]",
         dict: "a table, as in {name = 1.0}",
     }[origin or hint]
-    raise ConfigError(f"{name} is {value!r}; it must be {word}. Change it in the run file.")
+    raise ConfigError(f"{name} is {value!r}; it must be {word}. Change it.")
 
 
 def _check_range(name: str, value: Any, rule: Any) -> None:
+    if value == "" and "needed" in rule:
+        raise ConfigError(f"{name} is empty or missing. {rule['needed']}")
     items = value.values() if isinstance(value, dict) else value
     for item in items if isinstance(value, (tuple, dict)) else [value]:
         low, high, choices = rule.get("low"), rule.get("high"), rule.get("choices")

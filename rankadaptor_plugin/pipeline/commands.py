@@ -7,7 +7,6 @@ imported inside the command to keep ``--help`` fast.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import shutil
@@ -36,6 +35,13 @@ _run_file = click.argument(
 )
 _output = click.option(
     "--output", type=click.Path(path_type=Path), help="Run folder; overrides the run file's."
+)
+_set = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the run file, as in search.n_trials=10; repeatable.",
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -67,10 +73,15 @@ class CommandGroup(click.Group):
 @click.command()
 @_run_file
 @_output
+@_set
 @click.option("--quiet", "-q", is_flag=True, help="Print only the verdict.")
 @click.pass_obj
 def run(
-    manager: pluggy.PluginManager, run_file: Path | None, output: Path | None, quiet: bool
+    manager: pluggy.PluginManager,
+    run_file: Path | None,
+    output: Path | None,
+    settings: tuple[str, ...],
+    quiet: bool,
 ) -> None:
     """Prune, search ranks, recover, evaluate and report.
 
@@ -78,7 +89,7 @@ def run(
     command again to resume an interrupted run.
     """
     began = time.perf_counter()
-    config = load_config(run_file, output)
+    config = load_config(run_file, output, settings)
     check_early(manager, config)
     with _interruptible(), _display(manager, config, quiet=quiet, began=began):
         # Imported here, as it takes seconds, during which progress is already shown.
@@ -96,6 +107,7 @@ def run(
 @click.command()
 @_run_file
 @_output
+@_set
 @click.option("--seeds", type=int, help="Fine-tunes per allocation; overrides noise.seeds.")
 @click.option("--allocations", type=int, help="Allocations; overrides noise.allocations.")
 @click.option(
@@ -112,6 +124,7 @@ def noise(
     /,
     run_file: Path | None,
     output: Path | None,
+    settings: tuple[str, ...],
     as_json: bool,
     **changes: Any,
 ) -> None:
@@ -125,7 +138,7 @@ def noise(
     from rankadaptor_plugin.config import run_file as run_files
     from rankadaptor_plugin.config.tables import NoiseConfig
 
-    plain = run_files.to_dict(load_config(run_file, output))
+    plain = run_files.to_dict(load_config(run_file, output, settings))
     if not plain["noise"]["seeds"]:  # a run skips the step, but this command asks for it
         plain["noise"]["seeds"] = NoiseConfig.seeds
     changes["gains"] = list(changes["gains"]) or None
@@ -338,22 +351,21 @@ COMMANDS = (
 )
 
 
-def load_config(path: Path | None, output: Path | None) -> RunConfig:
+def load_config(
+    path: Path | None, output: Path | None, settings: tuple[str, ...] = ()
+) -> RunConfig:
     """Returns the config of a run file, or of the embedded default.
 
     Args:
         path: The run file; None for the embedded default, which writes below the current folder.
         output: Run folder that overrides the run file's.
+        settings: Keys that override those of the run file, such as ``search.n_trials=10``.
     """
     from rankadaptor_plugin.config import run_file
-    from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE
 
-    config = run_file.load(path or EMBEDDED_RUN_FILE)
-    if path is None:
-        config = dataclasses.replace(config, output=str(Path.cwd() / "runs" / "embedded"))
     if output is not None:
-        config = dataclasses.replace(config, output=str(Path.cwd() / output))
-    return config
+        settings += (f"output={json.dumps(str(output))}",)
+    return run_file.load(path, settings)
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ REFUSED = [
     ("[recovery]\nr = 4", "Did you mean [rank_space] default_rank?"),
     ("[recovery]\nload_in_4bit = true", "Did you mean quantize, above all tables?"),
     ("recovery = 3", "recovery is 3; it must be a table, written as [recovery]."),
-    ("seed = true", "seed is True; it must be a whole number. Change it in the run file."),
+    ("seed = true", "seed is True; it must be a whole number. Change it."),
     ("seed = 1.0", "seed is 1.0; it must be a whole number."),
     ("seed = -1", "seed is -1; it must be at least 0. Raise it."),
     ("seed = 4294967296", "seed is 4294967296; it must be at most 2147483647. Lower it."),
@@ -86,6 +86,12 @@ REFUSED = [
         TASKS + "[recovery]\nlora_alpha = 16\n[rank_space]\nalpha_over_rank = [1.0, 2.0]",
         "[rank_space] alpha_over_rank is searched, but [recovery] lora_alpha 16 overrides it.",
     ),
+    ('model = ""', "model is empty or missing. Name the folder of a Hugging Face causal LM, or"),
+    ('model = "m"\n[corpus]\npath = "c.txt"', "output is empty or missing. Name a folder of its"),
+    ('output = ""', "output is empty or missing. Name a folder of its own for the run."),
+    ('model = "m"\noutput = "o"', "corpus.path is empty or missing. A model of your own needs one"),
+    ('model = "m"\noutput = "o"\n[corpus]\npath = ""', "corpus.path is empty or missing."),
+    ('model = "m"\noutptu = "o"', "Unknown key outptu in the run file. Did you mean 'output'?"),
     ("seed = ", "is not valid TOML: Invalid value (at end of document). Correct it."),
     ("seed = 1\nseed = 2", "is not valid TOML: Cannot overwrite a value"),
 ]
@@ -177,6 +183,8 @@ def configs(cls):
         fields["device"] = st.just("auto")  # the only one beside a device map
     if "output" in fields:
         fields["output"] = fields["model"] = st.text(min_size=1)
+    if "path" in fields:
+        fields["path"] = st.text(min_size=1)
     if "method" in fields and "allocation" in fields:
         fields["method"], fields["allocation"] = st.sampled_from(["bayes", "paper"]), st.just("")
         fields["pareto"] = st.just(False)  # needs another budget
@@ -209,6 +217,18 @@ def test_relative_paths_are_seen_from_the_run_file(tmp_path, monkeypatch):
     assert config.corpus.path == "/c.txt"
     assert config.search.meta == str(tmp_path / "a" / "m.safetensors")
     assert config.oracle.include_path == str(tmp_path / "a" / "t")
+
+
+def test_a_name_on_the_hub_is_no_path_unless_it_is_there(tmp_path):
+    text = 'model = "owner/model"\noutput = "o"\n[corpus]\npath = "owner/rows"\n' + TASKS
+    (tmp_path / "run.toml").write_text(text)
+    config = run_file.load(tmp_path / "run.toml")
+    assert (config.model, config.corpus.path) == ("owner/model", "owner/rows")
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    config = run_file.load(tmp_path / "run.toml")
+    assert (config.model, config.corpus.path) == (str(tmp_path / "owner" / "model"), "owner/rows")
+    (tmp_path / "run.toml").write_text(text.replace("owner/model", "models/m.gguf"))
+    assert run_file.load(tmp_path / "run.toml").model == str(tmp_path / "models" / "m.gguf")
 
 
 def test_what_is_embedded_is_no_path(tmp_path):
@@ -277,3 +297,132 @@ def test_a_place_that_cannot_be_written_is_a_config_error(tmp_path, place):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot be written: .*Choose a folder where you may"):
         write_template(tmp_path / place)
+
+
+# ------------------------------------------------------------------ settings that override keys
+
+FILE = """
+recipe = "llm-pruner"
+[prune]
+blocks = 2
+[recovery]
+num_train_epochs = 3.0
+lora_alpha = 16
+[oracle]
+tasks = ["a"]
+weights = {a = 1.0, b = 2.0}
+"""
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    (tmp_path / "run.toml").write_text(FILE)
+    return lambda *settings: run_file.load(tmp_path / "run.toml", settings)
+
+
+@pytest.mark.parametrize(
+    ("setting", "table", "key", "value"),
+    [
+        ("seed=3", None, "seed", 3),
+        (" seed = 3 ", None, "seed", 3),
+        ("search.n_trials=10", "search", "n_trials", 10),
+        ("search.max_hours=1", "search", "max_hours", 1.0),
+        ("prune.global_pruning=true", "prune", "global_pruning", True),
+        ('oracle.tasks=["b", "c"]', "oracle", "tasks", ("b", "c")),
+        ("rank_space.candidates=[2,16]", "rank_space", "candidates", (2, 16)),
+        ("dtype=bfloat16", None, "dtype", "bfloat16"),
+        ("dtype='float16'", None, "dtype", "float16"),
+        ("oracle.target=a=b # c", "oracle", "target", "a=b # c"),
+        ("oracle.target=", "oracle", "target", ""),
+        ("oracle.target=\U0001f600 \x7f", "oracle", "target", "\U0001f600 \x7f"),
+        ("oracle.weights.b=3", "oracle", "weights", {"a": 1.0, "b": 3.0}),
+        ("model=owner/name", None, "model", "owner/name"),
+        # over the recipe, and over what the file says that would overrule it
+        ("corpus.max_length=99", "corpus", "max_length", 99),
+        ("recovery.max_steps=5", "recovery", "num_train_epochs", 0.0),
+        ("recovery.alpha_over_rank=1", "recovery", "lora_alpha", 0.0),
+        ("prune.pruning_ratio=0.2", "prune", "blocks", 0),
+        ("recipe=quick", "recovery", "learning_rate", 3e-4),
+    ],
+)
+def test_a_setting_overrides_the_file_and_its_recipe(loaded, setting, table, key, value):
+    config = loaded("output=o", "corpus.path=c.txt", setting)
+    assert getattr(getattr(config, table) if table else config, key) == value
+    assert config.recovery.num_train_epochs == (0.0 if "max_steps" in setting else 3.0)
+
+
+def test_the_last_setting_wins(loaded):
+    assert loaded("seed=1", "seed=2").seed == 2
+    assert loaded("recovery.num_train_epochs=1", "recovery.max_steps=5").recovery.steps_for(99) == 5
+    weighted = loaded("oracle.weights.b=3", "oracle.weights.c=4")
+    assert weighted.oracle.weights == {"a": 1.0, "b": 3.0, "c": 4.0}
+
+
+def test_settings_may_need_each_other_and_mend_the_file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('model = "m"\noutput = "o"\n[corpus]\npath = ""\n' + TASKS)
+    config = run_file.load(path, ["corpus.path=/c.txt", "device_map=auto", "device=auto"])
+    assert (config.corpus.path, config.device_map) == ("/c.txt", "auto")
+
+
+def test_paths_in_settings_are_seen_from_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "run.toml").write_text('output = "out"\n' + TASKS + 'text = "t.txt"\n')
+    monkeypatch.chdir(tmp_path)
+    settings_ = ["output=here", "corpus.path=c.txt", "search.meta="]
+    config = run_file.load(Path("a/run.toml"), settings_)
+    assert config.output == str(tmp_path / "here")
+    assert config.corpus.path == str(tmp_path / "c.txt")
+    assert (config.oracle.text, config.search.meta) == (str(tmp_path / "a" / "t.txt"), "")
+
+
+def test_a_model_of_its_own_does_not_take_what_is_embedded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_file.load(None).output == str(tmp_path / "runs" / "embedded")
+    with pytest.raises(ConfigError, match="output is empty or missing"):
+        run_file.load(None, ["model=m", "corpus.path=c.txt"])
+    with pytest.raises(ConfigError, match=r"corpus\.path is empty or missing"):
+        run_file.load(None, ["model=m", "output=o"])
+    assert run_file.load(None, ["model=m", "output=o", "corpus.path=embedded"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("sed=1", "--set sed=1: Unknown key sed in the run file. Did you mean 'seed'? Allowed"),
+        (
+            "search.n_trails=3",
+            "--set search.n_trails=3: Unknown key search.n_trails in the run file. Did you mean "
+            "'n_trials'?",
+        ),
+        ("serch.n_trials=3", "Unknown key serch in the run file. Did you mean 'search'?"),
+        ("lr=1", "--set lr=1: Unknown key lr in the run file. Did you mean [recovery] learning_"),
+        ("seed=x", "--set seed=x: seed is 'x'; it must be a whole number. Change it."),
+        ("seed.x=1", "--set seed.x=1: seed is {'x': 1}; it must be a whole number."),
+        ("search=1", "--set search=1: search is 1; it must be a table, written as [search]."),
+        ("oracle.tasks=a", "oracle.tasks is 'a'; it must be a list, as in [\"a\"]. Change it."),
+        ("oracle.tasks=[a]", "oracle.tasks is '[a]'; it must be a list, as in"),
+        ("seed=-1", "--set seed=-1: seed is -1; it must be at least 0. Raise it."),
+        ("dtype=int8", "--set dtype=int8: dtype is 'int8'. Allowed: auto, float32"),
+        ("output=", "--set output=: output is empty or missing. Name a folder"),
+        ("search.n_startup_trials=99", "[search] n_startup_trials 99 is more than n_trials 30."),
+        *(
+            (wrong, f"--set {wrong} is not KEY=VALUE. Name the table and the key, as in --set se")
+            for wrong in ("seed", "", "=3", "a b=3", "# seed=3", "search.=3", "[search]")
+        ),
+    ],
+)
+def test_a_wrong_setting_is_named_in_the_words_of_the_run_file(loaded, setting, message):
+    with pytest.raises(ConfigError) as error:
+        loaded(setting)
+    assert message in str(error.value)
+
+
+@given(text=st.text(), key=st.sampled_from(["oracle.target", "prune.method", "device"]))
+def test_text_that_is_no_toml_is_taken_as_it_is(text, key):
+    try:
+        tomllib.loads(f"x = {text}")
+    except tomllib.TOMLDecodeError:
+        config = run_file.load(None, [f"{key}={text}"])
+        first, _, last = key.rpartition(".")
+        assert getattr(getattr(config, first) if first else config, last) == text.strip()

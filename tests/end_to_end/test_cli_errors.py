@@ -15,6 +15,7 @@ import pytest
 from rankadaptor_plugin.config.run_file import EMBEDDED_FOLDER
 from rankadaptor_plugin.tasks import task_dir
 
+TOY_CORPUS = {"corpus": {"path": "embedded"}}  # which a model of its own must name
 TASK = {"tasks": ["tiny_boolq"]}  # one task is loaded faster than two
 
 
@@ -92,10 +93,14 @@ BAD = {
         lambda folder: {"oracle": task_without_data(folder)},
         *(1, "data of the task 'lost' cannot be loaded", "Check the task's data files"),
     ),
-    "no model": ({"model": "nowhere"}, 2, "nowhere does not exist", "Set model"),
+    "no model": ({"model": "nowhere", **TOY_CORPUS}, 2, "nowhere does not exist", "Set model"),
     "config.json is a list": (
-        lambda folder: {"model": file_of(folder, "config.json", "[1]").removesuffix("config.json")},
+        lambda folder: {"model": file_of(folder, "config.json", "[1]")[:-11], **TOY_CORPUS},
         *(2, "no readable config.json", "Set model"),
+    ),
+    "no corpus for an own model": (
+        {"model": "nowhere"},
+        *(2, "corpus.path is empty or missing", "a JSON, JSONL or text file"),
     ),
     "no corpus": ({"corpus": {"path": "nowhere.jsonl"}}, 2, "cannot be read", "Correct"),
     "corpus with other keys": (

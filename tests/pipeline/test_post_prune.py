@@ -111,7 +111,11 @@ def test_the_script_run_again_goes_on_without_a_new_fine_tune(folder, monkeypatc
         ({"search": {"method": "papper"}}, ConfigError, "Did you mean 'paper'"),
         ({"oracle": {"name": "lm_eval"}}, ConfigError, "Did you mean 'lm-eval'"),
         ({"recovery": {"step": 2}}, ConfigError, "Unknown key recovery.step"),
-        ({"model": "no/such/folder"}, ConfigError, "does not exist"),
+        (
+            {"model": "no/such/folder", "corpus": {"path": "embedded"}},
+            ConfigError,
+            "does not exist",
+        ),
         (None, ConfigError, "rankadaptor-plugin init"),
     ],
 )
