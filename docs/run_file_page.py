@@ -1,4 +1,4 @@
-"""Writes run-file.md from the fields of the run file: ``python docs/run_file_page.py``."""
+"""Writes the tables of run-file.md from the fields: ``python docs/run_file_page.py``."""
 
 from __future__ import annotations
 
@@ -11,53 +11,27 @@ from rankadaptor_plugin.config.run_file import toml_value
 from rankadaptor_plugin.config.tables import OracleConfig, RunConfig
 
 PAGE = Path(__file__).parent / "run-file.md"
-
-HEAD = """\
-# The run file
-
-A run file is TOML. `rankadaptor-plugin init RUN.toml` writes one with every setting. What is left
-out has its default; `[oracle] tasks` must be given, and for a model of your own also `output` and
-`[corpus] path`. Unknown keys, wrong types and values out of range are errors. Relative paths count
-from the folder of the run file. The embedded default has values of its own:
-[rankadaptor_plugin/embedded/run.toml](../rankadaptor_plugin/embedded/run.toml).
-
-`python docs/run_file_page.py` writes this page; its tables come from
-[rankadaptor_plugin/config/tables.py](../rankadaptor_plugin/config/tables.py).
-
-## Keys on the command line
-
-`run` and `noise` take `--set KEY=VALUE`, as often as you like, also without a run file:
-
-```sh
-rankadaptor-plugin run RUN.toml --set search.n_trials=10 --set dtype=bfloat16 \\
-  --set 'oracle.tasks=["arc_easy", "piqa"]' --set oracle.weights.piqa=2
-```
-
-A value is written as in the run file; what is no TOML, such as a bare word, is text. `--set` goes
-before the run file, and that before its recipe; of two that set the same key, the last one wins.
-Where one setting overrules another, as `num_train_epochs` does `max_steps`, the one of higher rank
-counts: `--set recovery.max_steps=5` also cancels the `num_train_epochs` of the file. Relative paths
-in `--set`, as in `--output`, count from the current folder. `--output` goes before `--set output`.
-"""
+FIRST = "## Top level"
 
 TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 
 
 def page() -> str:
-    """Returns the page: one table per table of the run file."""
+    """Returns the page: its text as it is, then one table per table of the run file."""
+    text, _, _ = PAGE.read_text(encoding="utf-8").partition(FIRST)
     config = RunConfig(oracle=OracleConfig(tasks=("any",)))
     tables = [
-        (f"`[{field.name}]`", getattr(config, field.name))
+        (f"## `[{field.name}]`", getattr(config, field.name))
         for field in dataclasses.fields(config)
         if dataclasses.is_dataclass(getattr(config, field.name))
     ]
-    return "\n".join([HEAD, *(_section(*each) for each in [("Top level", config), *tables])])
+    return text + "\n".join(_section(*each) for each in [(FIRST, config), *tables])
 
 
 def _section(title: str, config: Any) -> str:
     hints = typing.get_type_hints(type(config))
     summary = (type(config).__doc__ or "").splitlines()[0]
-    lines = [f"## {title}", "", summary, "", "| key | type | default | allowed | meaning |"]
+    lines = [title, "", summary, "", "| key | type | default | allowed | meaning |"]
     lines.append("|---|---|---|---|---|")
     for field in dataclasses.fields(config):
         if dataclasses.is_dataclass(hints[field.name]):

@@ -199,8 +199,8 @@ class CorpusConfig:
         'JSON, JSONL or text file to fine-tune on, or a dataset on the Hub such as "owner/name"; '
         '"embedded" is the corpus in the package',
         path=SOURCE,
-        needed="A model of your own needs one: a JSON, JSONL or text file, or a dataset on the "
-        'Hub such as "owner/name".',
+        needed="Set it to a JSON, JSONL or text file, or to a dataset on the Hub such as "
+        '"owner/name": a model of your own needs it.',
     )
     template: str = _f(
         "alpaca",

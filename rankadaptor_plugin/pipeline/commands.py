@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rankadaptor_plugin.config.recipes import RECIPES
 from rankadaptor_plugin.core.errors import ConfigError, RankAdaptorError
 from rankadaptor_plugin.pipeline.context import check_early
 
@@ -162,14 +163,32 @@ def noise(
 
 @click.command()
 @click.argument("run_file", type=click.Path(path_type=Path), metavar="RUN.toml")
-@click.option("--model", help="Model folder to use; default: the embedded model.")
+@click.option(
+    "--model", help="Model folder, name on the Hub or .gguf file; default: the embedded model."
+)
+@click.option("--corpus", help="File to fine-tune on, or name of a dataset on the Hub.")
+@click.option("--recipe", type=click.Choice(list(RECIPES)), help="Preset to use.")
+@click.option("--full", is_flag=True, help="Write every setting.")
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
-def init(run_file: Path, model: str | None, force: bool) -> None:
-    """Write a commented run file with every setting."""
+def init(run_file: Path, **options: Any) -> None:
+    """Write a commented run file for a model.
+
+    It sets what depends on the model and what one may want to change. Everything else has its
+    default, or the recipe's value; --full writes that too.
+    """
     from rankadaptor_plugin.config.template import write_template
 
-    write_template(run_file, model=model, force=force)
-    click.echo(f"Wrote {run_file}. Start it with: rankadaptor-plugin run {run_file}")
+    remarks = write_template(run_file, **options)
+    start = f"Start it with: rankadaptor-plugin run {run_file}"
+    click.echo(" ".join([f"Wrote {run_file}.", *remarks, start]))
+
+
+@click.command()
+def schema() -> None:
+    """Print a JSON schema of the run file, for editors."""
+    from rankadaptor_plugin.config.schema import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
 
 
 @click.command()
@@ -341,6 +360,7 @@ COMMANDS = (
     run,
     noise,
     init,
+    schema,
     compare,
     export,
     inspect,

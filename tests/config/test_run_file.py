@@ -1,4 +1,4 @@
-"""The run file: what is refused and how, and that the template says what it means."""
+"""The run file: what is refused and how, and what overrides it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankadaptor_plugin.config import run_file
-from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE
 from rankadaptor_plugin.config.tables import RunConfig
-from rankadaptor_plugin.config.template import write_template
 from rankadaptor_plugin.core.errors import ConfigError
 
 TASKS = '[oracle]\ntasks = ["a"]\n'
@@ -89,7 +87,7 @@ REFUSED = [
     ('model = ""', "model is empty or missing. Name the folder of a Hugging Face causal LM, or"),
     ('model = "m"\n[corpus]\npath = "c.txt"', "output is empty or missing. Name a folder of its"),
     ('output = ""', "output is empty or missing. Name a folder of its own for the run."),
-    ('model = "m"\noutput = "o"', "corpus.path is empty or missing. A model of your own needs one"),
+    ('model = "m"\noutput = "o"', "corpus.path is empty or missing. Set it to a JSON, JSONL or"),
     ('model = "m"\noutput = "o"\n[corpus]\npath = ""', "corpus.path is empty or missing."),
     ('model = "m"\noutptu = "o"', "Unknown key outptu in the run file. Did you mean 'output'?"),
     ("seed = ", "is not valid TOML: Invalid value (at end of document). Correct it."),
@@ -239,64 +237,6 @@ def test_what_is_embedded_is_no_path(tmp_path):
         "embedded",
         "",
     )
-
-
-def test_the_template_is_the_embedded_default_with_an_output_of_its_own(tmp_path):
-    write_template(tmp_path / "new" / "mine.toml")
-    config = run_file.load(tmp_path / "new" / "mine.toml")
-    assert config.output == str(tmp_path / "new" / "runs" / "mine")
-    default = run_file.load(EMBEDDED_RUN_FILE)
-    assert dataclasses.replace(config, output=default.output) == default
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["mine.toml"]
-
-
-def test_every_setting_of_the_template_has_a_comment(tmp_path):
-    write_template(tmp_path / "run.toml")
-    lines = (tmp_path / "run.toml").read_text().splitlines()
-    settings_ = [line for line in lines if " = " in line and not line.startswith("#")]
-    flat = tomllib.loads("\n".join(lines))
-    assert {key: set(flat[key]) for key in TABLES} == {
-        key: {f.name for f in dataclasses.fields(cls)} for key, cls in TABLES.items()
-    }
-    assert set(flat) == {f.name for f in dataclasses.fields(RunConfig)}
-    assert len(settings_) == sum(len(flat[key]) if key in TABLES else 1 for key in flat)
-    for line in settings_:
-        assert line.partition("  # ")[2].strip(), line
-
-
-def test_the_template_names_a_model_as_seen_from_itself(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "runs" / "run.toml"
-    write_template(path, model='mödels/"x"\\y')
-    assert tomllib.loads(path.read_text(encoding="utf-8"))["model"] == '../mödels/"x"\\y'
-    config = run_file.load(path)
-    assert Path(config.model).resolve() == tmp_path / 'mödels/"x"\\y'
-    assert (config.prune.keep_first, config.prune.keep_last) == (4, 2)
-    assert config.recovery.max_steps == 600
-
-
-def test_the_template_overwrites_only_when_told(tmp_path):
-    path = tmp_path / "run.toml"
-    path.write_text("mine")
-    with pytest.raises(ConfigError, match=r"already exists\. Give another name, or --force"):
-        write_template(path)
-    assert path.read_text() == "mine"
-    write_template(path, force=True)
-    assert run_file.load(path).oracle.tasks
-
-
-def test_the_template_is_not_written_over_a_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for place in (tmp_path, Path()):
-        with pytest.raises(ConfigError, match=r"is a folder\. Name a file, such as .*RUN\.toml"):
-            write_template(place, force=True)
-
-
-@pytest.mark.parametrize("place", ["file/run.toml", "n" * 300])
-def test_a_place_that_cannot_be_written_is_a_config_error(tmp_path, place):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot be written: .*Choose a folder where you may"):
-        write_template(tmp_path / place)
 
 
 # ------------------------------------------------------------------ settings that override keys

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -14,6 +13,7 @@ import pytest
 from rankadaptor_plugin import hookimpl
 from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE
+from rankadaptor_plugin.config.schema import json_schema
 from rankadaptor_plugin.models.families import BUILT_IN
 
 HELP = """
@@ -32,25 +32,28 @@ print(sorted(heavy & sys.modules.keys()))
 """
 
 SMALLER = {
-    "max_steps": "2",
-    "search_documents": "12",
-    "report_documents": "20",
-    "n_startup_trials": "2",
-    "n_trials": "2",
-    "finalists": "1",
-    "seeds": "3",
-    "calibration_samples": "8",
-    "max_new_tokens": "4",
-    "tasks": '["tiny_boolq"]',
+    "recovery.max_steps": 2,
+    "oracle.tasks": '["tiny_boolq"]',
+    "oracle.search_documents": 12,
+    "oracle.report_documents": 20,
+    "search.n_startup_trials": 2,
+    "search.n_trials": 2,
+    "confirm.finalists": 1,
+    "confirm.seeds": 3,
+    "noise.seeds": 3,
+    "prune.calibration_samples": 8,
+    "generation.max_new_tokens": 4,
 }
-
 
 SAMPLERS = ["bayes", "gp", "paper", "random", "tpe"]
 
 
 def test_help_of_every_command_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True)
-    assert done.stdout == ";run;noise;init;compare;export;inspect;meta-learn;plugins;task-path;[]\n"
+    assert (
+        done.stdout
+        == ";run;noise;init;schema;compare;export;inspect;meta-learn;plugins;task-path;[]\n"
+    )
 
 
 def test_the_file_that_init_writes_runs(tmp_path, command):
@@ -61,12 +64,8 @@ def test_the_file_that_init_writes_runs(tmp_path, command):
     config, default = run_file.load(path), run_file.load(EMBEDDED_RUN_FILE)
     assert (config.oracle, config.recovery) == (default.oracle, default.recovery)
 
-    text = path.read_text("utf-8")
-    for key, value in SMALLER.items():
-        text, count = re.subn(rf"^{key} = .*$", f"{key} = {value}", text, flags=re.MULTILINE)
-        assert count == (2 if key == "seeds" else 1), key  # [noise] and [confirm]
-    path.write_text(text, "utf-8")
-    done = command("run", path)
+    smaller = [word for key, value in SMALLER.items() for word in ("--set", f"{key}={value}")]
+    done = command("run", path, *smaller)
     assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["Verdict", "Report", "Adapter"]
@@ -76,20 +75,42 @@ def test_the_file_that_init_writes_runs(tmp_path, command):
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_init_overwrites_only_when_forced_and_names_the_model(tmp_path, command):
+def test_init_overwrites_only_when_forced_and_says_what_is_left_to_do(
+    tmp_path, command, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "mine.toml"
     path.write_text("mine", "utf-8")
     refused = command("init", path)
     assert refused.exit_code == 2
     assert "already exists. Give another name, or --force to overwrite it." in refused.stderr
     assert path.read_text("utf-8") == "mine"
-    assert command("init", path, "--force", "--model", "models/llama").exit_code == 0
-    model = Path(run_file.load(path).model)  # named as seen from the current folder
-    assert model.resolve() == Path("models/llama").resolve()
+    words = ("--model", "models/llama", "--recipe", "quick", "--full", "--force")
+    written = command("init", path, *words)
+    assert written.stdout == (
+        f"Wrote {path}. models/llama is not here, so it is taken as a name on the Hub. Set "
+        f"[corpus] path in it first. Start it with: rankadaptor-plugin run {path}\n"
+    )
+    refused = command("run", path)
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("Error: corpus.path is empty or missing. Set it to a JSON,")
+    assert command("init", path, *words, "--corpus", "rows.jsonl").exit_code == 0
+    assert run_file.load(path).corpus.path == str(tmp_path / "rows.jsonl")
     (tmp_path / "file").touch()
     refused = command("init", tmp_path / "file" / "x.toml")
     assert refused.exit_code == 2
     assert "cannot be written" in refused.stderr
+
+
+def test_a_key_can_be_set_on_the_command_line(command):
+    for name in ("run", "noise"):
+        refused = command(name, "--set", "sed=1")
+        assert refused.exit_code == 2
+        assert refused.stderr.startswith("Error: --set sed=1: Unknown key sed in the run file. Did")
+
+
+def test_the_schema_is_printed(command):
+    assert json.loads(command("schema").stdout) == json_schema()
 
 
 def test_plugins_lists_what_is_active_for_people_and_for_programs(command):
