@@ -7,6 +7,8 @@ is wrong, the value, what is allowed and what to do.
 
 from __future__ import annotations
 
+import signal
+
 
 class RankAdaptorError(Exception):
     """Base class of all errors meant for the user."""
@@ -50,3 +52,9 @@ class RecoveryError(RankAdaptorError):
 
 class PluginError(RankAdaptorError):
     """A plugin cannot be loaded or misbehaves; the message names it."""
+
+
+def signal_of(error: KeyboardInterrupt) -> signal.Signals:
+    """Returns the signal that an interrupt came from: that of Ctrl-C, unless it names another."""
+    named = (given for given in error.args if isinstance(given, signal.Signals))
+    return next(named, signal.SIGINT)

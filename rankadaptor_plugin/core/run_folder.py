@@ -12,6 +12,8 @@
     report.{md,json,html}
     .teacher/         predictions of the unpruned model, under a hash of what they depend on
     timings.json      wall seconds per stage, over all sessions
+    session.json      the last session: its process, and how far it is or how it ended
+    run.log           what all sessions said and warned of
 
 A stage whose artifact exists is skipped, so running again *is* resuming.
 """
@@ -53,7 +55,7 @@ _FILES = (
     "generations.json",
     "study.db",
     "timings.json",
-    "inputs.json",
+    "session.json",
 )
 
 
@@ -139,7 +141,7 @@ class RunFolder:
             )
 
     def clear(self) -> None:
-        """Deletes what a run left here, and nothing else; the lock stays."""
+        """Deletes the results that a run left here, and nothing else; inputs and log stay."""
         for name in ("pruned", "noise", "evaluations", "adapters", "adapter"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in _FILES:

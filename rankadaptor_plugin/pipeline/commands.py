@@ -10,6 +10,8 @@ import contextlib
 import json
 import logging
 import shutil
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rankadaptor_plugin.config.recipes import RECIPES
-from rankadaptor_plugin.core.errors import ConfigError, RankAdaptorError
+from rankadaptor_plugin.core.errors import ConfigError, RankAdaptorError, signal_of
 from rankadaptor_plugin.pipeline.context import check_early
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.config.tables import RunConfig
     from rankadaptor_plugin.pipeline.export import Format
 
-_INTERRUPTED = 130  # what shells give a command that ended by Ctrl-C
+_SIGNALED = 128  # what shells add to the number of the signal that a command ended by
 
 _run_file = click.argument(
     "run_file", type=click.Path(path_type=Path), required=False, metavar="[RUN.toml]"
@@ -390,12 +392,27 @@ def load_config(
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ends the program on Ctrl-C and says how to resume."""
+    """Ends the program on Ctrl-C, SIGTERM and SIGHUP, and says how to resume."""
+
+    def interrupt(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # what is being put in order may be finished
+        raise KeyboardInterrupt(signal.Signals(number))
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other one may handle signals
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one of them
+                before[number] = signal.signal(number, interrupt)
     try:
         yield
-    except KeyboardInterrupt:
-        click.echo("Interrupted. Run the same command again to resume.", err=True)
-        raise click.exceptions.Exit(_INTERRUPTED) from None
+    except KeyboardInterrupt as error:
+        with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal any more
+            click.echo("Interrupted. Run the same command again to resume.", err=True)
+        raise click.exceptions.Exit(_SIGNALED + signal_of(error)) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

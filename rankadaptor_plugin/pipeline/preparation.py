@@ -251,7 +251,7 @@ def _claim(folder: RunFolder, inputs: dict[str, Any]) -> None:
             raise
         logger.warning("%s was started with different settings; starting over", folder.path)
         folder.clear()
-        folder.claim(inputs)
+        folder.write_json("inputs.json", inputs)
 
 
 def _has_results(folder: RunFolder) -> bool:

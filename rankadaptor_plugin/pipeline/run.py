@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rankadaptor_plugin.core.errors import PluginError
-from rankadaptor_plugin.core.progress import watched
 from rankadaptor_plugin.core.run_folder import PREDICTIONS, RunFolder, digest
 from rankadaptor_plugin.core.scores import Score
 from rankadaptor_plugin.models.checkpoints import load_model
@@ -20,6 +19,7 @@ from rankadaptor_plugin.models.device import device_name, peak_memory_bytes, thr
 from rankadaptor_plugin.models.pruned_model import load_pruned
 from rankadaptor_plugin.pipeline.context import Recovered, Summary
 from rankadaptor_plugin.pipeline.preparation import Prepared, prepare
+from rankadaptor_plugin.pipeline.record import recorded
 from rankadaptor_plugin.pipeline.stage import measure_noise
 from rankadaptor_plugin.pipeline.summary import Measured, foreign_summary, report_data
 from rankadaptor_plugin.pipeline.texts import sample_texts
@@ -77,8 +77,9 @@ def run(
         RankAdaptorError: Whatever is wrong with the inputs or goes wrong on the way.
     """
     folder = RunFolder(Path(config.output))
-    with folder.opened(), threads(config.threads), watched(manager.hook.rankadaptor_on_step):
+    with folder.opened(), threads(config.threads), recorded(folder, config, manager) as record:
         prepared = prepare(config, manager, folder, pruned, began or time.perf_counter())
+        record.prepared(prepared)
         session = _Session(prepared, folder, pruned)
         session.prune()
         base = session.evaluated("base", session.base_model)
@@ -125,8 +126,9 @@ def noise(
         RankAdaptorError: Whatever is wrong with the inputs or goes wrong on the way.
     """
     folder = RunFolder(Path(config.output))
-    with folder.opened(), threads(config.threads), watched(manager.hook.rankadaptor_on_step):
+    with folder.opened(), threads(config.threads), recorded(folder, config, manager) as record:
         prepared = prepare(config, manager, folder, None, began or time.perf_counter())
+        record.prepared(prepared)
         session = _Session(prepared, folder, None)
         session.prune()
         session.distill()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin import hookimpl
+from rankadaptor_plugin.core.run_log import said
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -177,7 +178,27 @@ class Progress:
             f"{f', best {best.objective:.4f}' if best else ''}{self._left()}"
         )
 
+    @property
+    def now(self) -> dict[str, Any]:
+        """State of the run as plain values.
+
+        ``stage``, ``done`` and ``total`` of its units of work; ``work``: what goes on inside, None
+        or the same of its parts, with ``what`` they are and ``figures``; ``seconds_left`` of all
+        fine-tunes, None if not known yet.
+        """
+        work = self._work and {
+            name: getattr(self._work, name) for name in ("what", "done", "total", "figures")
+        }
+        return {
+            "stage": self._stage,
+            "done": self._done,
+            "total": self._total,
+            "work": work,
+            "seconds_left": self._seconds_left(),
+        }
+
     def _say(self, text: str) -> None:
+        said.info(text)
         if self._console is not None and self._live is None:
             # A log file is as wide as its lines.
             self._console.print(f"[{self._elapsed()}] {text}", markup=False, soft_wrap=True)
@@ -193,9 +214,12 @@ class Progress:
         return clock(time.perf_counter() - self._began)
 
     def _left(self) -> str:
-        if self._seconds_per_unit is None or not any(self._plan.values()):
-            return ""
-        return f", about {clock(self._seconds_per_unit * sum(self._plan.values()))} left"
+        seconds = self._seconds_left()
+        return f", about {clock(seconds)} left" if seconds else ""
+
+    def _seconds_left(self) -> float | None:
+        seconds = self._seconds_per_unit
+        return None if seconds is None else seconds * sum(self._plan.values())
 
     # ----------------------------------------------------------------------------- live display
 

@@ -140,7 +140,10 @@ def test_the_command_tells_what_the_fine_tunes_say(measured):
 
 def test_the_command_leaves_the_pruned_model_and_the_fine_tunes_and_no_search(measured):
     names = {path.name for path in measured.folder.iterdir()}
-    assert names == {*("inputs.json", "pruned", "noise", "noise.json", "timings.json", ".lock")}
+    assert names == {
+        *("inputs.json", "pruned", "noise", "noise.json", "timings.json", ".lock"),
+        *("session.json", "run.log"),
+    }
     files = sorted(path.suffix for path in (measured.folder / "noise").iterdir())
     assert files == [".json"] * FINE_TUNES + [".parquet"] * FINE_TUNES
 

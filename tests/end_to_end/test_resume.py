@@ -105,6 +105,16 @@ def lasting(report):
     return kept
 
 
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text("utf-8"))
+
+
+def read_log(folder):
+    """Returns the lines of run.log without their times."""
+    lines = (folder / "run.log").read_text("utf-8").splitlines()
+    return [line.split(" ", 2)[2] for line in lines]
+
+
 def scores(folder):
     """Returns everything that was measured, by file."""
     found = {}
@@ -119,6 +129,44 @@ def weights(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")
     }
+
+
+def test_a_run_ended_by_signals_says_how_to_go_on_and_does(
+    finished, tmp_path, write_run_file, command
+):
+    run_file, out = write_run_file(tmp_path / "small.toml"), tmp_path / "out"
+    for number, line in (
+        (signal.SIGTERM, "] evaluate base"),
+        (signal.SIGHUP, "] trial 2/5"),
+        (signal.SIGINT, "] confirm 2/6"),
+    ):
+        with session(run_file) as running:
+            running.wait_for_line(line)
+            running.process.send_signal(number)
+            assert running.process.wait(LIMIT) == 128 + number
+        last = running.log.read_text("utf-8").splitlines()[-1]
+        assert last == "Interrupted. Run the same command again to resume."
+        assert not [path for path in out.rglob("*") if path.name.endswith(".partial")]
+        assert read_log(out)[-1] == f"interrupted by {number.name}"
+        assert json.loads((out / "session.json").read_text("utf-8"))["state"] == "interrupted"
+    result = command("run", run_file)
+    assert result.exit_code == 0, result.stderr
+    assert lasting(report_of(out)) == lasting(finished.report)
+    lines = read_log(out)
+    assert sum(line.startswith("started: rankadaptor-plugin ") for line in lines) == 4
+    assert "resuming after 5 finished trials" in lines
+    assert lines[-1] == "finished"
+
+
+def test_under_nohup_a_run_outlives_its_terminal(tmp_path, write_run_file):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with session(write_run_file(tmp_path / "small.toml", search={"n_trials": 3})) as running:
+            running.wait_for_line("] evaluate base")
+            running.process.send_signal(signal.SIGHUP)
+            assert running.process.wait(LIMIT) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_killed_at_four_stages_ends_as_if_it_had_not_been(
@@ -167,7 +215,7 @@ def test_a_run_killed_at_four_stages_ends_as_if_it_had_not_been(
     assert result.exit_code == 0, result.stderr
     assert observer.trials == []
     assert trial_states(out / "study.db") == searched
-    report = json.loads((out / "report.json").read_text("utf-8"))
+    report = report_of(out)
     assert report["search"]["interrupted"] == 1
     assert report["cost"]["other"] > 0  # the stages' seconds hold those of the killed sessions
     assert lasting(report) == lasting(finished.report)
