@@ -61,8 +61,9 @@ def write_template(
     draft = _embedded(recipe) if model in (None, EMBEDDED) else _own(path, str(model))
     data, notes = draft.data, draft.notes
     data |= {"recipe": recipe or "", "output": f"runs/{path.stem}"}
-    if corpus is not None:
+    if corpus:
         data["corpus"]["path"] = _seen_from(path, corpus)
+        draft.remarks.extend(_whereabouts(corpus))
     elif "path" in data["corpus"]:
         notes["corpus.path"] = "required: {help}"
         draft.remarks.append("Set [corpus] path in it first.")
@@ -130,7 +131,7 @@ def _own(path: Path, model: str) -> _Draft:
         draft.notes["dtype"] = "the model's own; {help}"
     if run_file.is_named(model, Path()):
         draft.notes["model"] = "on the Hugging Face Hub"
-        draft.remarks.append(f"{model} is not here, so it is taken as a name on the Hub.")
+    draft.remarks.extend(_whereabouts(model))
     return draft
 
 
@@ -153,7 +154,16 @@ def _seen_from(path: Path, source: str) -> str:
     """Returns a name, or a path given from the current folder, as the run file must say it."""
     if os.path.isabs(source) or run_file.is_named(source, Path()):
         return source
-    return os.path.relpath(source, path.resolve().parent)
+    return os.path.relpath(Path(source), path.resolve().parent)
+
+
+def _whereabouts(source: str) -> list[str]:
+    """Returns a sentence on a model or corpus that is not here."""
+    if source == EMBEDDED or Path(source).exists():
+        return []
+    if run_file.is_named(source, Path()):
+        return [f"{source} is not here, so it is taken as a name on the Hub."]
+    return [f"{source} does not exist yet."]
 
 
 def _every_setting(data: dict[str, Any]) -> dict[str, Any]:

@@ -111,6 +111,7 @@ def test_some_layers_are_always_left_to_prune(layers):
 
 def test_what_is_known_of_the_model_is_said(folder):
     path = folder / "run.toml"
+    (folder / "c.jsonl").touch()
     assert write_template(path, model="llama-30", corpus="c.jsonl") == []
     text = path.read_text()
     assert "first layers, which are not pruned (paper: 4 of 32); the model has 30\n" in text
@@ -124,6 +125,12 @@ def test_what_is_known_of_the_model_is_said(folder):
     assert 'model = "owner/name"  # on the Hugging Face Hub\n' in text
     assert "(paper: 4 of 32); as for 32, since the depth is not known here\n" in text
     assert 'path = ""  # required: JSON, JSONL or text file' in text
+    remarks = write_template(path, corpus="data/rows", force=True)
+    assert remarks == ["data/rows is not here, so it is taken as a name on the Hub."]
+    assert write_template(path, corpus="d.jsonl", force=True) == ["d.jsonl does not exist yet."]
+    assert write_template(path, model="tiny", corpus="", force=True) == [
+        "Set [corpus] path in it first."
+    ]
     (folder / "m.GGUF").touch()
     assert write_template(path, model="m.GGUF", corpus="c.jsonl", force=True) == []
     assert run_file.load(path).model == str(folder / "m.GGUF")
@@ -159,7 +166,7 @@ def test_paths_are_given_from_here_and_written_as_seen_from_the_file(folder):
     assert tomllib.loads(path.read_text())["corpus"]["path"] == "../owner/rows"
 
 
-@pytest.mark.parametrize("model", ["./nowhere", "gpt3", "models/m.gguf", "list", "text", "."])
+@pytest.mark.parametrize("model", ["", "./nowhere", "gpt3", "models/m.gguf", "list", "text", "."])
 def test_a_model_that_is_not_there_is_refused(folder, model):
     for name, content in {"list": "[1]", "text": "{"}.items():
         (folder / name).mkdir()
