@@ -490,8 +490,8 @@ class SearchConfig:
     )
     max_hours: float = _f(
         0.0,
-        "hard limit on the wall time of all fine-tunes and evaluations of the run, with time "
-        "reserved for the confirmation; 0: no limit",
+        "hard limit on the wall time of the whole run, over all sessions; trials, then seeds, are "
+        "cut to fit; 0: no limit",
         low=0.0,
         aliases=("timeout",),
     )

@@ -15,6 +15,8 @@ from rankadaptor_plugin.core.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from rankadaptor_plugin.config.tables import RunConfig
+
 
 def resolve_device(device: str) -> torch.device:
     """Returns the device of a run file.
@@ -92,9 +94,9 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
 
 
-def device_count(model: torch.nn.Module) -> int:
-    """Returns the number of devices that a model lies on, at least one."""
-    return len({parameter.device for parameter in model.parameters()}) or 1
+def devices(config: RunConfig) -> int:
+    """Returns the number of devices that a run occupies, at least one."""
+    return max(1, torch.cuda.device_count()) if config.device_map else 1
 
 
 def quantization_config(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.corpus.sequences import Corpus
     from rankadaptor_plugin.models.modeling_rankadaptor import Structure
     from rankadaptor_plugin.oracle.oracle import Oracle, OracleFactory
+    from rankadaptor_plugin.pipeline.budget import Budget
     from rankadaptor_plugin.pruning.cutting import Pruner
     from rankadaptor_plugin.recovery.teacher import LiveTeacher
     from rankadaptor_plugin.report.schema import (
@@ -81,6 +82,7 @@ class Summary:
     fine_tuning_seconds: float = 0.0
     evaluation_seconds: float = 0.0
     seconds_per_trial: float | None = None
+    cuts: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,7 @@ class RunContext:
         oracle: P of the paper.
         corpus: The recovery corpus, with what the unpruned model predicts where it is distilled.
         teacher: The unpruned model, where it predicts on the way; None otherwise.
+        budget: The time that the run may take; None where nothing is known of it.
     """
 
     config: RunConfig
@@ -132,6 +135,7 @@ class RunContext:
     oracle: Oracle
     corpus: Corpus
     teacher: LiveTeacher | None = None
+    budget: Budget | None = None
 
 
 def registries(manager: pluggy.PluginManager) -> Registries:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.core.run_folder import RunFolder
     from rankadaptor_plugin.models.pruned_model import PrunedModel
     from rankadaptor_plugin.oracle.oracle import Objective
+    from rankadaptor_plugin.pipeline.budget import Budget
     from rankadaptor_plugin.pipeline.context import RunContext
     from rankadaptor_plugin.recovery.fine_tune import RecoveredAdapter
 
@@ -37,6 +38,7 @@ class FineTuner:
         folder: Its folder.
         objective: What the search maximizes.
         delivered_seed: Seed of the fine-tunes whose adapters are kept.
+        budget: Told how long each takes.
     """
 
     def __init__(
@@ -46,8 +48,9 @@ class FineTuner:
         folder: RunFolder,
         objective: Objective,
         delivered_seed: int,
+        budget: Budget,
     ) -> None:
-        self._context, self._folder = context, folder
+        self._context, self._folder, self._budget = context, folder, budget
         self._settings = context.config.recovery
         self._tokenizer = pruned.tokenizer
         self._objective, self._delivered_seed = objective, delivered_seed
@@ -90,11 +93,13 @@ class FineTuner:
         )
         began = time.perf_counter()
         score = self._context.oracle.score(recovered.model, "search")
+        seconds = {"recovery": recovered.seconds, "oracle": time.perf_counter() - began}
+        self._budget.observe(seconds)
         return Outcome(
             search=score,
             objective=self._objective(score),
             train_loss=recovered.train_loss,
-            seconds={"recovery": recovered.seconds, "oracle": time.perf_counter() - began},
+            seconds=seconds,
             validation_loss=recovered.validation_loss,
         )
 

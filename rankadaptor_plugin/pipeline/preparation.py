@@ -23,7 +23,7 @@ from rankadaptor_plugin.core.run_folder import RunFolder, digest
 from rankadaptor_plugin.core.trials import TrialState
 from rankadaptor_plugin.corpus.corpus import load_corpus
 from rankadaptor_plugin.models.checkpoints import load_tokenizer
-from rankadaptor_plugin.models.device import resolve_device, resolve_dtype
+from rankadaptor_plugin.models.device import devices, resolve_device, resolve_dtype
 from rankadaptor_plugin.oracle.oracle import (
     Oracle,
     OracleSettings,
@@ -33,6 +33,7 @@ from rankadaptor_plugin.oracle.oracle import (
 )
 from rankadaptor_plugin.pipeline import context as plugin_list
 from rankadaptor_plugin.pipeline import texts
+from rankadaptor_plugin.pipeline.budget import Budget
 from rankadaptor_plugin.pipeline.context import RunContext
 from rankadaptor_plugin.pruning.calibration import calibration_documents, calibration_samples
 from rankadaptor_plugin.search.study import TrialStore
@@ -111,6 +112,7 @@ def prepare(
         RankAdaptorError: If anything is wrong with the inputs.
     """
     manager.hook.rankadaptor_on_progress(stage="load", done=0, total=1)
+    spent = sum(folder.timings().values())
     registries = plugin_list.registries(manager)
     plugin_list.check_names(registries, config)
     device = pruned.model.device if pruned else resolve_device(config.device)
@@ -151,6 +153,7 @@ def prepare(
             hook=manager.hook,
             oracle=scorer,
             corpus=corpus,
+            budget=Budget(config, devices=devices(config), spent=spent, began=began),
         ),
         pruner=registries.pruners.get(config.prune.method),
         source=source,

@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from rankadaptor_plugin.core.errors import RankSpaceError
-from rankadaptor_plugin.models.device import device_count
+from rankadaptor_plugin.core.trials import TrialState
 from rankadaptor_plugin.models.structures import (
     decoder_layers,
     group_matrices,
@@ -33,7 +34,7 @@ from rankadaptor_plugin.models.structures import (
 )
 from rankadaptor_plugin.search.allocations import given_allocation
 from rankadaptor_plugin.search.samplers import SamplerSettings
-from rankadaptor_plugin.search.search import SearchResult, StopReason, search
+from rankadaptor_plugin.search.search import LEAST_TRIALS, SearchResult, StopReason, search
 from rankadaptor_plugin.search.space import LayerFeatures
 from rankadaptor_plugin.search.study import TrialStore
 from rankadaptor_plugin.search.transfer.transfer import Knowledge, read_knowledge
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.models.pruned_model import PrunedModel
     from rankadaptor_plugin.models.structures import ModelShape
     from rankadaptor_plugin.oracle.oracle import Objective
+    from rankadaptor_plugin.pipeline.budget import Budget
     from rankadaptor_plugin.pipeline.context import RunContext
     from rankadaptor_plugin.pipeline.fine_tuning import FineTuner
     from rankadaptor_plugin.search.performance.performance_model import PriorEffects
@@ -59,49 +61,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SECONDS = 3600.0
 _RANDOM = "random"  # the method, and the study of its trials
-_LEAST = 2  # trials that a search must complete
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimeLimits:
-    """Hard limits on time: no trial begins that may not end within them.
-
-    Attributes:
-        hours: Wall time, 0 for no limit.
-        gpu_hours: Hours times devices, 0 for no limit.
-        devices: Devices that a fine-tune occupies.
-        spent: Seconds of fine-tunes and evaluations before the search.
-        reserve: Fine-tunes that are to follow for sure.
-        scoring: What scoring one of these takes, as a multiple of scoring a trial.
-        twice: Whether as many trials again follow the search.
-    """
-
-    hours: float
-    gpu_hours: float
-    devices: int
-    spent: float
-    reserve: int
-    scoring: float
-    twice: bool
-
-    def reached(self, trials: Sequence[Trial]) -> StopReason | None:
-        """Returns the limit that one more trial, as long as the longest so far, may exceed."""
-        wall = [sum(trial.seconds.values()) for trial in trials]
-        device = [sum(v for k, v in t.seconds.items() if k != "search") for t in trials]
-        scoring = max((t.seconds.get("oracle", 0.0) for t in trials), default=0.0)
-        more = (self.scoring - 1) * scoring
-        for limit, seconds, stop in (
-            (self.hours, wall, StopReason.MAX_HOURS),
-            (self.gpu_hours / self.devices, device, StopReason.MAX_GPU_HOURS),
-        ):
-            longest = max(seconds, default=0.0)
-            made = (sum(seconds) + longest) * (2 if self.twice else 1)
-            follow = self.reserve * (longest + more)
-            if limit and self.spent + made + follow > limit * _SECONDS:
-                return stop
-        return None
 
 
 class SearchStep:
@@ -114,6 +74,7 @@ class SearchStep:
         space: The rank space.
         objective: What the search maximizes.
         tuner: Fine-tunes and scores.
+        budget: The time of the run.
 
     Attributes:
         knowledge: What was believed before the search; nothing until `run` has read it.
@@ -127,10 +88,11 @@ class SearchStep:
         space: RankSpace,
         objective: Objective,
         tuner: FineTuner,
+        budget: Budget,
     ) -> None:
         self._pruned, self._context, self._folder = pruned, context, folder
         self._space, self._objective, self._tuner = space, objective, tuner
-        self._config, self._hook = context.config, context.hook
+        self._config, self._hook, self._budget = context.config, context.hook, budget
         self.knowledge = Knowledge(space=space, priors=())
 
     def run(self, noise: Noise | None) -> SearchResult:
@@ -161,14 +123,14 @@ class SearchStep:
             self.knowledge = read_knowledge(
                 self._space, features, self._config.search, self._objective.metric
             )
-            return self._search(store, noise, add_seconds)
+            return self._search(store, add_seconds)
 
     def random_trials(self, count: int) -> SearchResult:
         """Makes as many trials of random allocations: what a search without any model finds.
 
         The seed of the fine-tunes is that of the search; that of the allocations is another one.
         """
-        total = max(_LEAST, count)
+        total = max(LEAST_TRIALS, count)
         table = replace(
             self._config.search,
             method=_RANDOM,
@@ -196,7 +158,15 @@ class SearchStep:
                 table,
                 self._config.seed,
                 on_trial,
+                partial(self._spent, _RANDOM),
             )
+
+    def _spent(self, stage: str, trials: Sequence[Trial]) -> StopReason | None:
+        """Returns the limit that one more trial would exceed, and all that must follow it."""
+        complete = sum(trial.state is TrialState.COMPLETE for trial in trials)
+        needed = complete < LEAST_TRIALS
+        is_allowed = self._budget.allows(stage, trials=len(trials) + 1, needed=needed)
+        return None if is_allowed else self._budget.stop
 
     def _sampler_for(
         self, table: SearchConfig, priors: tuple[PriorEffects, ...]
@@ -255,30 +225,8 @@ class SearchStep:
                 self._hook.rankadaptor_after_trial(trial=trial, context=self._context)
             self._progress("search", len(store.trials()), total)
 
-    def _search(
-        self, store: TrialStore, noise: Noise | None, add_seconds: Callable[[], None]
-    ) -> SearchResult:
+    def _search(self, store: TrialStore, add_seconds: Callable[[], None]) -> SearchResult:
         config = self._config
-        before = own_seconds(noise, store.trials())
-        limits = TimeLimits(
-            hours=config.search.max_hours,
-            gpu_hours=config.search.max_gpu_hours,
-            devices=device_count(self._pruned.model),
-            spent=sum(sum(seconds.values()) for seconds in before),
-            reserve=config.race_fine_tunes,
-            scoring=1 + self._report_share(),
-            twice=config.confirm.best_random,
-        )
-
-        begun = store.trials()
-        if limits.reached(begun) and all(
-            t.allocation in (noise.runs if noise else ()) for t in begun
-        ):
-            logger.warning(
-                "[search] max_hours or max_gpu_hours leave no time to search: the noise floor and "
-                "the race, which always run, take as long. Raise the limit, or lower "
-                "noise.seeds, confirm.seeds or confirm.finalists."
-            )
 
         def on_trial(trial: Trial) -> None:
             add_seconds()
@@ -293,14 +241,8 @@ class SearchStep:
             config.search,
             config.seed,
             on_trial,
-            limits.reached,
+            partial(self._spent, "search"),
         )
-
-    def _report_share(self) -> float:
-        """Returns report documents per search document."""
-        documents = self._context.oracle.describe()["documents"]
-        search, report = (sum(map(len, documents[p].values())) for p in ("search", "report"))
-        return float(report / max(1, search))
 
     def _progress(self, stage: str, done: int, total: int) -> None:
         self._hook.rankadaptor_on_progress(stage=stage, done=done, total=total)

@@ -15,6 +15,7 @@ from rankadaptor_plugin.config.tables import SEARCHED_RANKS, UNIFORM_LORA
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.oracle.oracle import Objective, objective_metric, reported_target
+from rankadaptor_plugin.pipeline.budget import Budget
 from rankadaptor_plugin.pipeline.context import Recovered, RunContext
 from rankadaptor_plugin.pipeline.fine_tuning import FineTuner
 from rankadaptor_plugin.pipeline.search_step import SearchStep, own_seconds
@@ -35,7 +36,7 @@ from rankadaptor_plugin.verdict.race import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from rankadaptor_plugin.config.tables import RecoveryConfig
@@ -83,9 +84,7 @@ def recover_pruned(pruned: PrunedModel, context: RunContext) -> Recovered:
         ):
             confirmed = stage.confirm(searched, drawn, store, on_run)
         with folder.timed("deliver"):
-            extra = own_seconds(noise, searched.trials)
-            extra += [trial.seconds for trial in drawn.trials] if drawn else []
-            return stage.deliver(searched, confirmed, noise, extra)
+            return stage.deliver(searched, drawn, confirmed, noise)
 
 
 class _Stage:
@@ -103,8 +102,13 @@ class _Stage:
         self.seeds = fresh_seeds(self.config.seed, self.config.confirm.seeds)
         self.verdict_metric = context.oracle.metrics("report")[0]
         self.objective = self._objective()
-        self.tuner = FineTuner(pruned, context, self.folder, self.objective, self.seeds[0])
-        self.step = SearchStep(pruned, context, self.folder, self.space, self.objective, self.tuner)
+        self.budget = context.budget or Budget(self.config)
+        self.tuner = FineTuner(
+            pruned, context, self.folder, self.objective, self.seeds[0], self.budget
+        )
+        self.step = SearchStep(
+            pruned, context, self.folder, self.space, self.objective, self.tuner, self.budget
+        )
 
     @contextlib.contextmanager
     def progressing(self, name: str) -> Iterator[Callable[[int, int], None]]:
@@ -129,7 +133,13 @@ class _Stage:
             report_documents={task: len(ids) for task, ids in reported.items()},
         )
         return partial(
-            measure, self.space, self.tuner.search_run, self.folder, self.config, question
+            measure,
+            self.space,
+            self.tuner.search_run,
+            self.folder,
+            self.config,
+            question,
+            allows=partial(self.budget.allows, "noise"),
         )
 
     def _objective(self) -> Objective:
@@ -167,6 +177,7 @@ class _Stage:
             ),
             on_run=on_run,
             is_whole=self.tuner.is_whole,
+            allows=partial(self.budget.allows, "confirm"),
         )
         finalists = found.finalists(confirm.finalists if found.is_searched else 1)
         ranks = [(FINALIST, allocation) for allocation in finalists if config.races_ranks]
@@ -188,10 +199,11 @@ class _Stage:
     def deliver(
         self,
         found: SearchResult,
+        others: SearchResult | None,
         confirmed: Confirmed,
         noise: Noise | None,
-        extra: Sequence[Mapping[str, float]],
     ) -> Recovered:
+        others_trials = others.trials if others else ()
         delivered = confirmed.delivered
         source = self.folder.path / self.tuner.adapter_name(delivered)
         adapter = self.folder.write_folder(
@@ -202,8 +214,10 @@ class _Stage:
             confirmed=confirmed,
             noise=noise,
             knowledge=self.step.knowledge.worth(found.trials),
-            seconds=extra,
+            seconds=[*own_seconds(noise, found.trials), *(t.seconds for t in others_trials)],
             trained=self._trained,
+            random=len(others_trials),
+            cut=self.budget.refused,
             adapters={
                 name: self.tuner.adapter_name(allocation)
                 for name, allocation in confirmed.models.items()

@@ -35,7 +35,7 @@ from rankadaptor_plugin.verdict.race import (
 from rankadaptor_plugin.verdict.statistics import score_cells
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from rankadaptor_plugin.config.tables import RunConfig
     from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
@@ -81,6 +81,8 @@ class StageResults:
         seconds: Those of fine-tunes and evaluations outside of search and race, by part.
         trained: Tells the trainable parameters of what was fine-tuned.
         adapters: Folders of the adapters by name of the model, relative to the run folder.
+        cut: Stages that were cut to the time of the run.
+        random: Trials of random allocations beside the search.
     """
 
     search: SearchResult
@@ -90,6 +92,8 @@ class StageResults:
     seconds: Sequence[Mapping[str, float]]
     trained: Callable[[RankAllocation], int]
     adapters: Mapping[str, str]
+    cut: Collection[str] = ()
+    random: int = 0
 
 
 def stage_summary(
@@ -157,7 +161,29 @@ def stage_summary(
             "confirm": list(confirmed.rules.seeds),
         },
         adapters=dict(results.adapters),
+        cuts=_cuts(results, config),
     )
+
+
+def _cuts(results: StageResults, config: RunConfig) -> list[str]:
+    """Says what was left out for want of time."""
+    noise = results.noise
+    made = {
+        "noise": ("noise floor", len(noise.seeds) if noise else 0, config.noise.seeds, "seeds"),
+        "search": ("search", len(results.search.trials), config.search.n_trials, "trials"),
+        "random": ("random search", results.random, len(results.search.trials), "trials"),
+        "confirm": (
+            "comparison",
+            len(results.confirmed.rules.seeds),
+            config.confirm.seeds,
+            "seeds",
+        ),
+    }
+    return [
+        f"{name}: {done} of {whole} {what}"
+        for stage, (name, done, whole, what) in made.items()
+        if stage in results.cut
+    ]
 
 
 def _verdict(results: StageResults, context: RunContext) -> Verdict:
@@ -355,6 +381,7 @@ def report_data(
         "settings": summary.settings,
         "methods": summary.methods,
         "labels": summary.labels,
+        "cuts": summary.cuts,
     }
 
 

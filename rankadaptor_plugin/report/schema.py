@@ -209,6 +209,8 @@ class ReportData(TypedDict):
         methods: Recovery methods that were scored, in the order of the run file.
         labels: Names with their ranks of the models that are LoRA: ``uniform``, the baseline of the
             verdict, and ``lora``, that of the default rank, where it is another allocation.
+        cuts: What was left out to keep within the time of the run, such as
+            ``search: 12 of 30 trials``; nothing if absent.
     """
 
     verdict: Verdict
@@ -243,3 +245,4 @@ class ReportData(TypedDict):
     settings: NotRequired[dict[str, dict[str, float]]]
     methods: NotRequired[list[str]]
     labels: NotRequired[dict[str, str]]
+    cuts: NotRequired[list[str]]

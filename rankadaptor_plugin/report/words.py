@@ -242,6 +242,17 @@ def search_line(data: ReportData) -> str:
     ).rstrip()
 
 
+def cuts_line(data: ReportData) -> str:
+    """Says what was left out to keep within the time of the run; empty if nothing was."""
+    cuts = data.get("cuts")
+    if not cuts:
+        return ""
+    search = data["config"]["search"]
+    keys = ("max_hours", "max_gpu_hours")
+    limits = " and ".join(f"{key} {search[key]:g}" for key in keys if search.get(key))
+    return f"Cut to fit {limits}: {'; '.join(cuts)}."
+
+
 def race_line(data: ReportData) -> str:
     """Says how the race was run."""
     race = data["confirm"]

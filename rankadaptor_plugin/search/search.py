@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 PAPER = "paper"
 """The method that ends when prediction and measurement agree."""
 
-_LEAST_COMPLETE = 2  # Below this there is nothing to compare.
+LEAST_TRIALS = 2
+"""Fewest complete trials of a search: below this there is nothing to compare."""
 
 
 class StopReason(enum.StrEnum):
@@ -252,7 +253,7 @@ def _ranked(trials: Sequence[Trial]) -> list[Trial]:
 
 def _check_enough(trials: Sequence[Trial], stop: StopReason) -> None:
     complete = sum(trial.state is TrialState.COMPLETE for trial in trials)
-    if complete >= _LEAST_COMPLETE:
+    if complete >= LEAST_TRIALS:
         return
     reasons = [trial.reason for trial in trials if trial.reason]
     limits = (StopReason.MAX_HOURS, StopReason.MAX_GPU_HOURS)
@@ -261,7 +262,7 @@ def _check_enough(trials: Sequence[Trial], stop: StopReason) -> None:
     if stop is StopReason.EXHAUSTED:
         remedy = "add [rank_space] candidates"
     raise RecoveryError(
-        f"Only {complete} of {len(trials)} trials are complete; {_LEAST_COMPLETE} are needed. "
+        f"Only {complete} of {len(trials)} trials are complete; {LEAST_TRIALS} are needed. "
         f"{f'The last failure: {reasons[-1]} ' if reasons else ''}"
         f"Remove the cause and {remedy}."
     )

@@ -29,10 +29,10 @@ from rankadaptor_plugin.verdict.noise_floor import (
     reliability,
     seed_scale,
 )
-from rankadaptor_plugin.verdict.race import FRESH, run_name, stored_run
+from rankadaptor_plugin.verdict.race import FRESH, is_stored, run_name, stored_run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from rankadaptor_plugin.config.tables import RunConfig
     from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
@@ -148,6 +148,7 @@ def measure(
     config: RunConfig,
     question: Question,
     on_run: Callable[[int, int], None],
+    allows: Callable[[int], bool] = lambda runs: True,
 ) -> Noise | None:
     """Fine-tunes and scores every allocation with every seed; finished runs are read back.
 
@@ -160,35 +161,52 @@ def measure(
         config: The run file.
         question: What the run is asked.
         on_run: Told the number of finished runs and of all runs, before each and at the end.
+        allows: Says whether there is time for more runs; if not, there are fewer seeds.
 
     Returns:
         What ``noise.json`` of the run folder says; None if fewer than two allocations can be
-        fine-tuned.
+        fine-tuned, or there is no time for two seeds.
     """
     seeds = noise_seeds(config.seed, config.noise.seeds)
     allocations = noise_allocations(space, config.noise.allocations, config.seed)
-    done, total = 0, len(seeds) * len(allocations)
-    runs: dict[RankAllocation, Runs] = {}
-    for allocation in allocations:
-        several = []
-        try:
-            for seed in seeds:
-                on_run(done, total)
-                name = f"noise/{run_name(allocation, seed)}"
-                several.append(stored_run(folder, name, partial(run, allocation, seed), "search"))
-                done += 1
-        except (RecoveryError, OracleError) as error:
-            logger.warning("%s is left out of the noise floor: %s", allocation, error)
-            continue
-        runs[allocation] = tuple(several)
+    runs: dict[RankAllocation, Runs] = dict.fromkeys(allocations, ())
+    done, total, whole = 0, len(seeds) * len(runs), len(seeds)
+    for index, seed in enumerate(seeds):
+        for allocation in list(runs):
+            # Of one seed alone nothing can be said.
+            together = seeds[:_LEAST] if index < _LEAST else (seed,)
+            missing = _missing(runs, together, folder)
+            if missing and not allows(missing):
+                whole = min(whole, index)
+                break
+            on_run(done, total)
+            name = f"noise/{run_name(allocation, seed)}"
+            try:
+                made = stored_run(folder, name, partial(run, allocation, seed), "search")
+            except (RecoveryError, OracleError) as error:
+                logger.warning("%s is left out of the noise floor: %s", allocation, error)
+                del runs[allocation]
+                continue
+            runs[allocation] += (made,)
+            done += 1
     on_run(total, total)
+    if whole < min(_LEAST, len(seeds)):
+        logger.warning("The noise floor is not measured: it does not fit into the time of the run")
+        return None
     if len(runs) < _LEAST:
         logger.warning("Fewer than two allocations could be fine-tuned; no noise floor is known")
         return None
-    made = sum(space.contains(allocation) for allocation in runs)
-    noise = assessed(runs, seeds, config, question, made)
+    runs = {allocation: several[:whole] for allocation, several in runs.items()}
+    made_trials = sum(space.contains(allocation) for allocation in runs)
+    noise = assessed(runs, seeds[:whole], config, question, made_trials)
     folder.write_json("noise.json", noise.to_json())
     return noise
+
+
+def _missing(allocations: Iterable[RankAllocation], seeds: Sequence[int], folder: RunFolder) -> int:
+    """Returns the number of runs that are still to be made."""
+    names = (f"noise/{run_name(a, seed)}" for seed in seeds for a in allocations)
+    return sum(not is_stored(folder, name) for name in names)
 
 
 def assessed(

@@ -77,6 +77,11 @@ def stored_run(
     return replace(run, search=score) if part == "search" else replace(run, report=score)
 
 
+def is_stored(folder: RunFolder, name: str) -> bool:
+    """True if `stored_run` has stored a run of this name."""
+    return all((folder.path / f"{name}{ending}").is_file() for ending in (".json", ".parquet"))
+
+
 def baseline_label(ranks: Sequence[int]) -> str:
     """Names LoRA by its ranks: ``LoRA r=8``, or ``LoRA r=5 to 6`` where they are mixed."""
     least, most = min(ranks), max(ranks)
@@ -364,6 +369,9 @@ def _best(competitors: Sequence[Competitor]) -> Competitor | None:
 
 logger = logging.getLogger(__name__)
 
+LEAST_SEEDS = 3
+"""Fewest seeds of a race that can have a verdict."""
+
 FRESH = 1_000_000
 """Distance of the race's seeds from the seed of the search."""
 
@@ -399,6 +407,8 @@ class Confirmation:
         rules: What the race is about.
         on_run: Told the number of finished runs and of all runs, after each.
         is_whole: Tells of a run whose scores are kept whether all else that it left is there too.
+        allows: Says whether there is time for so many more runs, and for those needed raises where
+            there is none.
     """
 
     def __init__(
@@ -410,9 +420,10 @@ class Confirmation:
         rules: Rules,
         on_run: Callable[[int, int], None],
         is_whole: Callable[[RankAllocation, int], bool] = lambda allocation, seed: True,
+        allows: Callable[..., bool] = lambda runs, needed: True,
     ) -> None:
         self._run, self._folder, self._store, self._rules = run, folder, store, rules
-        self._on_run, self._is_whole = on_run, is_whole
+        self._on_run, self._is_whole, self._allows = on_run, is_whole, allows
         self._recorded = {(trial.allocation, trial.seed): trial for trial in store.trials()}
 
     def confirm(self, entrants: Sequence[Entrant], reference: RankAllocation) -> Confirmed:
@@ -438,8 +449,15 @@ class Confirmation:
         failed: dict[RankAllocation, str] = {}
         seeds = self._rules.seeds
         done, total = 0, len(every) * len(seeds)
-        for left, seed in zip(reversed(range(len(seeds))), seeds, strict=True):
-            for allocation in [a for a in every if a not in failed]:
+        for index, seed in enumerate(seeds):
+            entered = [a for a in every if a not in failed]
+            missing = sum(not self._is_stored(a, seed) for a in entered)
+            if index >= LEAST_SEEDS and missing and not self._allows(missing, needed=False):
+                seeds = seeds[:index]
+                break
+            for allocation in entered:
+                if index < LEAST_SEEDS and not self._is_stored(allocation, seed):
+                    self._allows(1, needed=True)
                 try:
                     if allocation not in needed:
                         self._check_not_failed(allocation, seed)
@@ -451,11 +469,16 @@ class Confirmation:
                     logger.warning("Out: %s with seed %d failed: %s", allocation, seed, error)
                     self._record(allocation, seed, str(error))
                     failed[allocation] = str(error)
-                    total -= left
+                    total -= len(seeds) - index - 1
                 done += 1
                 self._on_run(done, total)
         finished = {allocation: tuple(several) for allocation, several in runs.items()}
-        return Confirmed.of(self._rules, finished, distinct, reference, failed)
+        rules = replace(self._rules, seeds=seeds)
+        return Confirmed.of(rules, finished, distinct, reference, failed)
+
+    def _is_stored(self, allocation: RankAllocation, seed: int) -> bool:
+        name = f"evaluations/{run_name(allocation, seed)}"
+        return is_stored(self._folder, name) and self._is_whole(allocation, seed)
 
     def _result(self, allocation: RankAllocation, seed: int) -> Outcome:
         """Returns a run, made anew only where it was not finished."""

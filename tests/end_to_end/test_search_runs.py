@@ -354,14 +354,14 @@ def test_every_trial_counts_its_parameters_on_the_uneven_matrices(grouped):
 
 @pytest.mark.parametrize(("key", "method"), [("max_hours", "bayes"), ("max_gpu_hours", "random")])
 def test_time_ends_a_search_and_says_so(run, key, method):
-    hours = 0.003
+    hours = 0.005
     found = run(oracle={"name": "slow"}, search={"method": method, key: hours, "n_trials": 60})
     assert found.report["search"]["stop_reason"] == key
     assert 2 <= len(found.report["trials"]) < 60
-    seconds = [trial["seconds"]["recovery"] for trial in found.report["trials"]]
-    seconds += [trial["seconds"]["oracle"] for trial in found.report["trials"]]
-    assert sum(seconds) < hours * 3600
-    assert_rendered(found, key)
+    assert sum(found.report["cost"]["stages"].values()) < hours * 3600
+    count = len(found.report["trials"])
+    assert found.report["cuts"] == [f"search: {count} of 60 trials"]
+    assert_rendered(found, key, f"Cut to fit {key} {hours:g}: search: {count} of 60 trials.")
 
 
 # ------------------------------------------------------------------- pareto, random

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.tables import RecoveryConfig
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.corpus.sequences import Corpus, TrainingSequence
+from rankadaptor_plugin.pipeline.budget import Budget
 from rankadaptor_plugin.pipeline.fine_tuning import FineTuner
 from rankadaptor_plugin.recovery import training
 
@@ -30,7 +32,8 @@ def tuner(make_llama, tmp_path):
         oracle=SimpleNamespace(score=lambda model, documents: None),
     )
     pruned = SimpleNamespace(model=make_llama(), tokenizer=None)
-    return FineTuner(pruned, context, RunFolder(tmp_path), lambda score: 0.0, delivered_seed=0)
+    budget = Budget(run_file.from_dict({"oracle": {"tasks": ["toy"]}}))
+    return FineTuner(pruned, context, RunFolder(tmp_path), lambda score: 0.0, 0, budget)
 
 
 def test_memory_that_ran_out_is_remembered_with_the_same_batch(tuner, monkeypatch):

@@ -426,3 +426,24 @@ def test_names_of_runs_are_short_and_distinct():
     seen = {run_name(a, s) for a in (A, B, C, UNIFORM, deep) for s in SEEDS}
     assert len(seen) == 20
     assert max(map(len, seen)) < 40
+
+
+def test_seeds_for_which_there_is_no_time_are_left_out(folder, store):
+    asked = []
+
+    def allows(runs, *, needed):
+        asked.append((runs, needed))
+        return needed
+
+    run = ToyRuns(ONE_GAINS, noise=0.0)
+    confirmed = race(folder, store, run, allows=allows)
+    assert confirmed.rules.seeds == SEEDS[:3]
+    assert run.calls == rounds((SEEDS[:3], (UNIFORM, A, B)))
+    assert asked == [(1, True)] * 9 + [(3, False)]
+    assert confirmed.chosen.allocation == B
+    # What is there is taken, whatever the time.
+    asked.clear()
+    race(folder, store, run)
+    again = race(folder, store, run, allows=allows)
+    assert again.rules.seeds == SEEDS
+    assert not asked

@@ -51,10 +51,13 @@ def config():
     )
 
 
-def measured(path, config, run=planted, *, space=SPACE, on_run=lambda done, total: None, **asked):
+def measured(
+    path, config, run=planted, *, space=SPACE, on_run=lambda done, total: None, allows=None, **asked
+):
     defaults = {"metrics": METRICS, "decisive": "choice_logprob", "weights": {"toy": 1.0}}
     question = Question(**{**defaults, "report_documents": {"toy": 40}, **asked})
-    return measure(space, run, RunFolder(path), config, question, on_run)
+    more = [allows] if allows else []
+    return measure(space, run, RunFolder(path), config, question, on_run, *more)
 
 
 def test_a_strong_effect_is_told_from_noise(tmp_path, config):
@@ -201,3 +204,26 @@ def test_of_other_tasks_than_the_verdicts_no_floor_is_known(tmp_path, config):
     assert found.floor is None
     assert not found.is_below_noise
     assert "of other tasks" in found.sentence()
+
+
+def test_seeds_for_which_there_is_no_time_are_left_out(tmp_path, config):
+    asked = []
+
+    def allows(runs):
+        asked.append(runs)
+        return len(asked) <= 10 + 2
+
+    noise = measured(tmp_path, config, allows=allows)
+    assert noise.seeds == noise_seeds(config.seed, 3)[:2]
+    assert all(len(several) == 2 for several in noise.runs.values())
+    # Two seeds are asked for together, then the third.
+    assert asked == [*range(10, 0, -1), 5, 4, 3]
+    again = measured(tmp_path, config, run=pytest.fail, allows=lambda runs: False)
+    assert again.seeds == noise.seeds
+    assert measured(tmp_path, config).seeds == noise_seeds(config.seed, 3)
+
+
+def test_without_time_for_two_seeds_no_noise_floor_is_measured(tmp_path, config, caplog):
+    assert measured(tmp_path, config, allows=lambda runs: runs < 10) is None
+    assert "does not fit into the time" in caplog.text
+    assert not (tmp_path / "noise.json").exists()
