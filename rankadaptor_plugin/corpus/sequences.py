@@ -35,6 +35,10 @@ class TeacherTokens:
             self.indices.to(device), self.log_probabilities.to(device), self.rest.to(device)
         )
 
+    def __getitem__(self, rows: slice) -> TeacherTokens:
+        """Returns those for some of the tokens."""
+        return TeacherTokens(self.indices[rows], self.log_probabilities[rows], self.rest[rows])
+
     @classmethod
     def joined(cls, parts: Sequence[TeacherTokens]) -> TeacherTokens:
         """Returns the predictions of several sequences, one after the other."""

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from rankadaptor_plugin.core.errors import CorpusError, RankAdaptorError, UnsupportedModelError
 from rankadaptor_plugin.corpus.corpus import encode
 from rankadaptor_plugin.corpus.rows import prompt_and_response, read_rows
+from rankadaptor_plugin.models.logits import replaced_forward, summed_loss
 from rankadaptor_plugin.models.structures import place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -102,15 +102,13 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 def sequence_loss(model: PreTrainedModel, sample: torch.Tensor) -> torch.Tensor:
     """Returns the mean next-token loss of a sequence, in nats; a float32 scalar."""
-    ids = sample.to(model.get_input_embeddings().weight.device).unsqueeze(0)
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-    return nn.functional.cross_entropy(logits, sample[1:].to(logits.device))
+    return _mean_loss(model, sample, hidden_states(model, padded([sample]))[0])
 
 
 def backward(model: PreTrainedModel, samples: Sequence[torch.Tensor], hidden: torch.Tensor) -> None:
     """Takes the sum of the sequences' mean losses back through a model.
 
-    The output layer sees one sequence at a time: logits of all of them would outweigh the layers.
+    Few logits are in memory at a time: those of all sequences would outweigh the layers.
 
     Args:
         model: A causal language model.
@@ -119,21 +117,21 @@ def backward(model: PreTrainedModel, samples: Sequence[torch.Tensor], hidden: to
     """
     if not hidden.requires_grad:
         return
-    gradients = torch.zeros_like(hidden)
-    for number, sample in enumerate(samples):
-        own = hidden[number : number + 1, : len(sample)].detach().requires_grad_()
-        given = partial(_given, BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=own))
-        with replaced_forward(model.get_decoder(), given):
-            loss = sequence_loss(model, sample)
-        (gradient,) = torch.autograd.grad(loss, own)
-        gradients[number, : len(sample)] = gradient[0]
-    torch.autograd.backward(hidden, gradients)
+    own = hidden.detach().requires_grad_()
+    for sample, states in zip(samples, own, strict=True):
+        torch.autograd.backward(_mean_loss(model, sample, states[: len(sample)]))
+    torch.autograd.backward(hidden, own.grad)
 
 
-def _given(
-    output: BaseModelOutputWithPastAndCrossAttentions, *_: Any, **__: Any
-) -> BaseModelOutputWithPastAndCrossAttentions:
-    return output
+def _mean_loss(model: PreTrainedModel, sample: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Returns the mean next-token loss of a sequence from its states, shape (t, hidden)."""
+    targets = sample[1:].to(hidden.device)
+
+    def loss(logits: torch.Tensor, rows: slice) -> torch.Tensor:
+        expected = targets[rows].to(logits.device)
+        return nn.functional.cross_entropy(logits.float(), expected, reduction="sum")
+
+    return summed_loss(model, hidden[:-1], loss) / len(targets)
 
 
 @contextmanager
@@ -149,19 +147,6 @@ def checkpointed(layers: Iterable[nn.Module]) -> Iterator[None]:
             )
             stack.enter_context(replaced_forward(layer, light))
         yield
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Gives one module another forward; accelerate's, kept on the same module, comes back."""
-    before = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        del vars(module)["forward"]
-        if before is not None:
-            vars(module)["forward"] = before
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from rankadaptor_plugin.core.errors import UnsupportedModelError
+from rankadaptor_plugin.models.logits import replaced_forward
 from rankadaptor_plugin.models.structures import decoder_layers
 from rankadaptor_plugin.pruning.calibration import (
     backward,
@@ -22,7 +23,6 @@ from rankadaptor_plugin.pruning.calibration import (
     hidden_states,
     only_gradients_of,
     padded,
-    replaced_forward,
 )
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from torch.nn import functional
 
 from rankadaptor_plugin.core.errors import CorpusError
 from rankadaptor_plugin.corpus.sequences import IGNORED, TeacherTokens, TrainingSequence
-from rankadaptor_plugin.models.logits import logits_at
+from rankadaptor_plugin.models.logits import hidden_at, summed_loss
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from transformers import PreTrainedModel
 
@@ -146,56 +146,79 @@ def padded(batch: Sequence[TrainingSequence]) -> Pass:
     )
 
 
-def forward_logits(model: PreTrainedModel, given: Pass) -> torch.Tensor:
-    """Returns the predictions that are trained; no others are computed.
+def pass_loss(
+    model: PreTrainedModel,
+    given: Pass,
+    *,
+    weight: float = 0.0,
+    temperature: float = 1.0,
+    teacher: Callable[[Pass], Callable[[slice], torch.Tensor]] | None = None,
+) -> torch.Tensor:
+    """Returns the loss of a pass, added up over the trained tokens, in nats.
+
+    Predictions of other tokens are not computed, and of these few are in memory at a time.
 
     Args:
-        model: The bare model; adapter layers inside it count.
+        model: The bare model; adapter layers inside it count. Its output layer is frozen.
         given: The sequences, on the model's device.
-
-    Returns:
-        Shape (n, v), in the model's type.
+        weight: Share of the distillation in the loss, in [0, 1].
+        temperature: Its temperature.
+        teacher: The teacher at hand (`recovery.teacher.LiveTeacher`); None takes the predictions of
+            the pass.
     """
-    logits, _ = logits_at(
-        model, model.get_output_embeddings(), given.positions, given.input_ids, use_cache=False
-    )
-    return logits
+    predicted = teacher(given) if teacher is not None else None
+
+    def loss(logits: torch.Tensor, rows: slice) -> torch.Tensor:
+        return token_loss(
+            logits,
+            given.targets[rows],
+            given.teacher and given.teacher[rows],
+            weight=weight,
+            temperature=temperature,
+            teacher_logits=predicted(rows) if predicted is not None else None,
+        )
+
+    return summed_loss(model, hidden_at(model, given.positions, given.input_ids), loss)
 
 
 def token_loss(
     logits: torch.Tensor,
-    given: Pass,
+    targets: torch.Tensor,
+    teacher: TeacherTokens | None = None,
     *,
     weight: float = 0.0,
     temperature: float = 1.0,
     teacher_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns the loss, added up over the trained tokens, in nats.
+    """Returns the loss, added up over tokens, in nats; computed in float32 at least.
 
     Args:
         logits: Predictions of the model, shape (n, v).
-        given: What they should be.
+        targets: The tokens that they should have predicted, shape (n,), int64.
+        teacher: Kept predictions of a teacher.
         weight: Share of the distillation in the loss, in [0, 1].
         temperature: Its temperature.
-        teacher_logits: All predictions of a teacher at hand, shape (n, v); None takes those of the
-            pass.
+        teacher_logits: All predictions of a teacher at hand, shape (n, v); None takes `teacher`.
+
+    Raises:
+        ValueError: If there is distillation without predictions.
     """
-    logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = torch.zeros((), device=logits.device)
     if weight < 1:
-        loss = functional.cross_entropy(logits, given.targets, reduction="sum")
+        loss = functional.cross_entropy(logits, targets, reduction="sum")
     if not weight:
         return loss
     logits = logits / temperature
     if teacher_logits is not None:
         divergence = functional.kl_div(
             torch.log_softmax(logits, dim=-1),
-            torch.log_softmax(teacher_logits.float() / temperature, dim=-1),
+            torch.log_softmax(teacher_logits.to(logits.dtype) / temperature, dim=-1),
             reduction="sum",
             log_target=True,
         )
-    elif given.teacher is not None:
-        divergence = _kept_divergence(logits, given.teacher)
+    elif teacher is not None:
+        divergence = _kept_divergence(logits, teacher)
     else:
         raise ValueError("distillation needs the teacher's predictions")
     return (1 - weight) * loss + weight * temperature**2 * divergence
@@ -214,7 +237,7 @@ def _kept_divergence(logits: torch.Tensor, teacher: TeacherTokens) -> torch.Tens
     rest = (others - total).clamp(min=LEAST)
     return functional.kl_div(
         torch.cat([kept, rest], dim=1),
-        torch.cat([teacher.log_probabilities.float(), teacher.rest[:, None]], dim=1),
+        torch.cat([teacher.log_probabilities, teacher.rest[:, None]], dim=1).to(logits.dtype),
         reduction="sum",
         log_target=True,
     )

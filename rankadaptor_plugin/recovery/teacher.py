@@ -22,7 +22,8 @@ from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.core.files import write_file
 from rankadaptor_plugin.core.progress import advance
 from rankadaptor_plugin.corpus.sequences import TeacherTokens
-from rankadaptor_plugin.recovery.batches import LEAST, forward_logits, padded, trained_tokens
+from rankadaptor_plugin.models.logits import hidden_at, logits_of
+from rankadaptor_plugin.recovery.batches import LEAST, padded, trained_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _VERSION = 1  # of what is computed and how it is stored; part of the key
-_ROWS = 1024  # predictions that are in memory in float32 at a time
+_ROWS = 256  # predictions that are in memory at a time
 
 
 class LiveTeacher:
@@ -48,17 +49,26 @@ class LiveTeacher:
         self.config: PreTrainedConfig = model.config
 
     @torch.no_grad()
-    def __call__(self, given: Pass) -> torch.Tensor:
-        """Returns its predictions for the trained tokens.
+    def __call__(self, given: Pass) -> Callable[[slice], torch.Tensor]:
+        """Reads the sequences.
 
         Args:
             given: The sequences, on any device.
 
         Returns:
-            Shape (n, v), in the type of the teacher, on the device of the pass.
+            A function that returns the logits of some of the trained tokens, shape (m, v), in the
+            type of the teacher, on the device of the pass.
         """
-        logits = forward_logits(self._model, given.to(self._model.device))
-        return logits.to(given.targets.device)
+        here = given.to(self._model.device)
+        as_it_is = torch.autocast(here.input_ids.device.type, enabled=False)  # not as the student
+        with as_it_is:
+            hidden = hidden_at(self._model, here.positions, here.input_ids)
+
+        def predicted(rows: slice) -> torch.Tensor:
+            with torch.no_grad(), as_it_is:
+                return logits_of(self._model, hidden[rows]).to(given.targets.device)
+
+        return predicted
 
 
 def check_teacher(teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
@@ -187,12 +197,13 @@ def _predict(
     done = 0
     with torch.inference_mode():
         for group in _groups(sequences, batch_tokens):
-            given = padded([sequences[i] for i in group])
-            logits = forward_logits(model, given.to(model.device))
+            here = padded([sequences[i] for i in group]).to(model.device)
+            hidden = hidden_at(model, here.positions, here.input_ids)
             rows = torch.cat([torch.arange(starts[i], ends[i]) for i in group])
-            chunks = (torch.split(tensor, _ROWS) for tensor in (logits, rows))
+            chunks = (torch.split(tensor, _ROWS) for tensor in (hidden, rows))
             for some, where in zip(*chunks, strict=True):
-                scores = torch.log_softmax(some.float() / temperature, dim=-1)
+                logits = logits_of(model, some).float()
+                scores = torch.log_softmax(logits / temperature, dim=-1)
                 best, indices = scores.topk(kept)
                 rest = scores.scatter(1, indices, -torch.inf).logsumexp(1)
                 predictions.indices[where] = indices.int().cpu()

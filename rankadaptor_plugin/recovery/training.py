@@ -20,9 +20,8 @@ from rankadaptor_plugin.core.progress import advance
 from rankadaptor_plugin.models.device import is_out_of_memory
 from rankadaptor_plugin.recovery.adapters import evaluated
 from rankadaptor_plugin.recovery.batches import (
-    forward_logits,
+    pass_loss,
     passes,
-    token_loss,
     trained_tokens,
 )
 from rankadaptor_plugin.recovery.fused_lora import fused
@@ -245,14 +244,13 @@ def _gradients(
     for part in passes(batch, micro.size):
         given = part.to(model.device)
         with mixed_precision(model):
-            logits = forward_logits(model, given)
-        loss = token_loss(
-            logits,
-            given,
-            weight=config.distill_weight,
-            temperature=config.distill_temperature,
-            teacher_logits=teacher(given) if teacher is not None else None,
-        )
+            loss = pass_loss(
+                model,
+                given,
+                weight=config.distill_weight,
+                temperature=config.distill_temperature,
+                teacher=teacher,
+            )
         # Divided by the tokens of the whole step, so that the parts add up to their mean.
         loss = loss / count
         scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -279,8 +277,7 @@ def mean_loss(
         for part in passes(sequences, micro.size):
             given = part.to(model.device)
             with mixed_precision(model):
-                logits = forward_logits(model, given)
-            total += float(token_loss(logits, given))
+                total += float(pass_loss(model, given))
         return total / trained_tokens(sequences)
 
     with evaluated(model):

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rankadaptor_plugin.config.tables import PruneConfig
 from rankadaptor_plugin.core.ranks import RankAllocation
+from rankadaptor_plugin.models import logits as output_layer
 from rankadaptor_plugin.models.pruned_model import PrunedModel, load_pruned
 from rankadaptor_plugin.models.structures import (
     decoder_layers,
@@ -198,6 +199,15 @@ class FamilyConformance:
             torch.autograd.backward(torch.stack(losses).mean())
             for scores, kind in zip(found, kinds, strict=True):
                 torch.testing.assert_close(scores, first_order(kind), rtol=1e-3, atol=1e-7)
+
+    def test_the_output_layer_is_found_behind_the_decoder(self) -> None:
+        """Logits of single tokens are those of the whole, with all that the family does to them."""
+        model = self._model()
+        tokens, _ = batch(model)
+        with torch.no_grad():
+            places = torch.arange(0, tokens.numel(), 2)
+            alone = output_layer.logits_of(model, output_layer.hidden_at(model, places, tokens))
+        _check_close(alone, logits_of(model)[places])
 
     def test_hidden_channels_can_be_removed(self, tmp_path: Path) -> None:
         """As zeroing them, but that the norms then average over fewer; a family may forgo it."""

@@ -39,15 +39,15 @@ def tuner(make_llama, tmp_path):
 def test_memory_that_ran_out_is_remembered_with_the_same_batch(tuner, monkeypatch):
     allocation = RankAllocation((4, 2))
     whole = tuner.search_run(allocation, 1)
-    forward, sizes = training.forward_logits, []
+    loss_of, sizes = training.pass_loss, []
 
-    def cramped(model, given):
+    def cramped(model, given, **options):
         sizes.append(len(given.input_ids))
         if sizes[-1] > 2:
             raise RuntimeError("CUDA error: out of memory")
-        return forward(model, given)
+        return loss_of(model, given, **options)
 
-    monkeypatch.setattr(training, "forward_logits", cramped)
+    monkeypatch.setattr(training, "pass_loss", cramped)
     halved = tuner.search_run(allocation, 1)
     assert sizes == [4] + [2] * 8  # 2 steps of 8 sequences
     sizes.clear()

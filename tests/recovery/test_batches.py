@@ -15,10 +15,9 @@ from rankadaptor_plugin.corpus.sequences import IGNORED, TeacherTokens, Training
 from rankadaptor_plugin.recovery.batches import (
     batches,
     check_sequences,
-    forward_logits,
     padded,
+    pass_loss,
     passes,
-    token_loss,
     trained_tokens,
 )
 
@@ -79,7 +78,7 @@ def loss_and_gradients(model, size):
     model.zero_grad()
     loss = 0.0
     for given_ in passes(BATCH, size):
-        part = token_loss(forward_logits(model, given_), given_, weight=0.5, temperature=2.0)
+        part = pass_loss(model, given_, weight=0.5, temperature=2.0)
         part.backward()
         loss += part.item()
     return loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -17,7 +17,7 @@ from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.corpus.sequences import IGNORED, Corpus, TrainingSequence
 from rankadaptor_plugin.models.device import peak_memory_bytes
 from rankadaptor_plugin.recovery import training
-from rankadaptor_plugin.recovery.batches import forward_logits
+from rankadaptor_plugin.recovery.batches import pass_loss
 from rankadaptor_plugin.recovery.fine_tune import recover
 
 pytestmark = [
@@ -108,13 +108,13 @@ def test_checkpointing_takes_less_memory_for_the_same_losses(make_llama, tuned_o
 
 
 def test_too_little_memory_halves_the_pass(make_base, tuned_on, monkeypatch):
-    def hungry(model, given):
+    def hungry(model, given, **options):
         if len(given.input_ids) > 2:
             torch.empty(2**50, dtype=torch.uint8, device=CUDA)  # more than any GPU has
-        return forward_logits(model, given)
+        return pass_loss(model, given, **options)
 
     whole = tuned_on(make_base(), settings())
-    monkeypatch.setattr(training, "forward_logits", hungry)
+    monkeypatch.setattr(training, "pass_loss", hungry)
     less = tuned_on(make_base(), settings())
     assert less.per_device_train_batch_size == 2
     torch.testing.assert_close(less.losses, whole.losses, rtol=1e-3, atol=1e-3)

@@ -26,10 +26,9 @@ from rankadaptor_plugin.recovery.adapters import (
 )
 from rankadaptor_plugin.recovery.batches import (
     batches,
-    forward_logits,
     padded,
+    pass_loss,
     passes,
-    token_loss,
     trained_tokens,
 )
 from rankadaptor_plugin.recovery.files import load
@@ -123,7 +122,7 @@ def train(tuned, steps=12, config=CONFIG):
     for step in range(steps):
         batch = next(stream)
         for part in passes(batch, config.per_device_train_batch_size):
-            loss = token_loss(forward_logits(bare, part), part) / trained_tokens(batch)
+            loss = pass_loss(bare, part) / trained_tokens(batch)
             loss.backward()
         extra = tuned.extra_loss()
         if extra is not None:
@@ -138,7 +137,7 @@ def train(tuned, steps=12, config=CONFIG):
 def loss_of(model) -> float:
     """The loss on all sequences, in nats per token."""
     whole = padded(sequences())
-    loss = token_loss(forward_logits(model, whole), whole)
+    loss = pass_loss(model, whole)
     return loss.item() / trained_tokens(sequences())
 
 

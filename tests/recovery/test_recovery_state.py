@@ -107,14 +107,14 @@ def test_memory_that_does_not_suffice_for_held_out_rows_is_an_own_reason_to_halv
     make_llama, corpus, monkeypatch
 ):
     whole = recover(make_llama(), None, [4, 4], corpus, CONFIG)
-    forward = training.forward_logits
+    loss_of = training.pass_loss
 
-    def cramped(model, given):
+    def cramped(model, given, **options):
         if not torch.is_grad_enabled() and len(given.input_ids) > 1:
             raise RuntimeError("CUDA error: out of memory")
-        return forward(model, given)
+        return loss_of(model, given, **options)
 
-    monkeypatch.setattr(training, "forward_logits", cramped)
+    monkeypatch.setattr(training, "pass_loss", cramped)
     parts = recover(make_llama(), None, [4, 4], corpus, CONFIG)
     assert parts.validation_loss == pytest.approx(whole.validation_loss, rel=1e-5)
 
@@ -129,7 +129,7 @@ def test_half_a_pass_divides_the_whole_one(size, half):
 def test_a_gradient_that_is_never_a_number_ends_a_fine_tune_in_float16(
     make_llama, corpus, monkeypatch
 ):
-    loss_of = training.token_loss
+    loss_of = training.pass_loss
 
     def broken(*arguments, **named):
         loss = loss_of(*arguments, **named)
@@ -137,7 +137,7 @@ def test_a_gradient_that_is_never_a_number_ends_a_fine_tune_in_float16(
             loss.register_hook(lambda gradient: gradient * float("nan"))
         return loss
 
-    monkeypatch.setattr(training, "token_loss", broken)
+    monkeypatch.setattr(training, "pass_loss", broken)
     config = dataclasses.replace(CONFIG, max_steps=60)
     with pytest.raises(RecoveryError, match=r"not finite at step 40 of 60.*bfloat16"):
         recover(make_llama().half(), None, [4, 4], corpus, config)

@@ -12,8 +12,8 @@ from rankadaptor_plugin.corpus.sequences import IGNORED, Corpus, TrainingSequenc
 from rankadaptor_plugin.recovery import teacher as teacher_module
 from rankadaptor_plugin.recovery.batches import (
     LEAST,
-    forward_logits,
     padded,
+    pass_loss,
     token_loss,
     trained_tokens,
 )
@@ -105,13 +105,12 @@ def test_with_all_tokens_kept_the_loss_is_that_of_a_live_teacher(loads, make_lla
     found, student = taught(loads, top_k=top_k), make_llama(seed=2)
     assert tensors(found)[0].shape == (5, SIZE)
     given = padded(found.sequences)
-    logits = forward_logits(student, given)
     options = {"weight": 1.0, "temperature": 2.0}
-    live = token_loss(logits, given, teacher_logits=LiveTeacher(loads.model)(given), **options)
-    kept = token_loss(logits, given, **options)
+    live = pass_loss(student, given, teacher=LiveTeacher(loads.model), **options)
+    kept = pass_loss(student, given, **options)
     kept.backward()
     assert kept.item() == pytest.approx(live.item(), rel=1e-3)
-    assert all(torch.isfinite(p.grad).all() for p in student.parameters())
+    assert all(torch.isfinite(p.grad).all() for p in student.model.parameters())
 
 
 def test_a_teacher_that_is_sure_gives_finite_predictions(loads):
@@ -219,9 +218,12 @@ def test_a_full_disk_is_a_warning_and_leaves_nothing_behind(loads, tmp_path, cap
 def test_a_live_teacher_predicts_without_gradients_what_it_would_alone(loads):
     teacher = LiveTeacher(loads())
     given = padded(CORPUS.sequences)
-    found = teacher(given)
+    with torch.autocast("cpu", torch.bfloat16):  # the student's
+        found = teacher(given)(slice(None))
     assert not found.requires_grad
     assert not loads.model.training
-    assert torch.equal(found, forward_logits(loads.model, given))
-    loss = token_loss(found.clone().requires_grad_(), given, weight=1.0, teacher_logits=found)
+    whole = loads.model(input_ids=given.input_ids, use_cache=False).logits.flatten(0, 1)
+    torch.testing.assert_close(found, whole[given.positions])
+    student = found.clone().requires_grad_()
+    loss = token_loss(student, given.targets, weight=1.0, teacher_logits=found)
     loss.backward()  # what was made in inference mode could not be saved for it
