@@ -4,7 +4,7 @@ With a large vocabulary the output layer is a good part of the work and most of 
 handed the hidden states of those places alone, whatever the family of the model; and where a loss
 is taken of the logits, some places at a time, each with its gradient at once, as in Liger and Cut
 Cross-Entropy (arXiv 2410.10989, 2411.09009). torch's ``linear_cross_entropy`` does so too, but
-knows neither distillation nor what a family does to its logits, and takes 1.9 times as long on a
+knows neither distillation nor what a family does to its logits, and takes 1.7 times as long on a
 CPU in bfloat16 (`benchmarks/README.md`).
 """
 
