@@ -45,6 +45,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _HASHED_WHOLE = 256 * 2**20
 _BLOCK = 2**20
+_GLANCE = 0.5  # seconds that `is_open` of another process may hold the lock, and far more
+SESSION = "session.json"
+"""File that says of the last session how far it is, or how it ended."""
+
 PREDICTIONS = ".teacher"
 """Folder with the predictions of the unpruned model."""
 _FILES = (
@@ -55,7 +59,7 @@ _FILES = (
     "generations.json",
     "study.db",
     "timings.json",
-    "session.json",
+    SESSION,
 )
 
 
@@ -84,8 +88,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
                 pass
-            lock = FileLock(self.path / ".lock")
-            lock.acquire(timeout=0)
+            lock = self._lock
+            lock.acquire(timeout=_GLANCE)
         except Timeout:
             raise ArtifactError(
                 f"The run folder {self.path} is in use by another process. Wait for it, or set "
@@ -102,6 +106,25 @@ class RunFolder:
             lock.release()
             if made and all(path.name == ".lock" for path in self.path.iterdir()):
                 shutil.rmtree(self.path, ignore_errors=True)  # refused before anything was done
+
+    @property
+    def _lock(self) -> FileLock:
+        return FileLock(self.path / ".lock")
+
+    def is_open(self) -> bool | None:
+        """True if a process works in the folder, None if the lock is not ours to look at.
+
+        On a disk that several machines share, those of the others may not be seen.
+        """
+        if not (self.path / ".lock").exists():
+            return False
+        try:
+            with self._lock.acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+        except OSError:
+            return None
 
     def claim(self, inputs: dict[str, Any], free: tuple[str, ...] = ()) -> None:
         """Records what the run is made from, or checks that it is the same as before.

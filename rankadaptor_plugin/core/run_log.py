@@ -19,6 +19,7 @@ said = logging.getLogger("rankadaptor_plugin.said")
 said.setLevel(logging.INFO)
 said.propagate = False
 
+_TAIL = 2**14  # bytes of the end of the file, more than a line has
 _TOLD = "rankadaptor_plugin.search.search"  # its warnings are lines of the progress already
 
 
@@ -68,3 +69,14 @@ def logged(folder: Path) -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeHandler(handler)
+
+
+def last_line(folder: Path) -> str:
+    """Returns the last line of run.log, empty if there is none."""
+    try:
+        with (folder / RUN_LOG).open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - _TAIL))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    return lines[-1] if lines else ""

@@ -194,6 +194,28 @@ def schema() -> None:
 
 
 @click.command()
+@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@click.option("--report", is_flag=True, help="Also write provisional.html and provisional.md.")
+@_json
+def status(run: Path, report: bool, as_json: bool) -> None:
+    """Show how far a run is, while it works or after.
+
+    RUN is a run folder or a run file. The run takes no notice. With --report, what is known so far
+    is written into the run folder, without a verdict.
+    """
+    from rankadaptor_plugin.report.status import FINISHED, read_status, write_provisional
+
+    now = read_status(run)
+    paths = list(write_provisional(now)) if report and now.state != FINISHED else []
+    if as_json:
+        click.echo(json.dumps(now.to_json(), indent=2))
+        return
+    click.echo(now)
+    for path in paths or [Path(now.folder) / "report.html"] if report else []:
+        click.echo(f"report:  {_near(path)}")
+
+
+@click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN[:MODEL]...")
 @click.option(
     "--all",
@@ -361,6 +383,7 @@ def lm_eval(context: click.Context) -> None:
 COMMANDS = (
     run,
     noise,
+    status,
     init,
     schema,
     compare,

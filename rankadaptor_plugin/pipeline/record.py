@@ -1,6 +1,6 @@
 """Record of a session: its lines in run.log, and in session.json how far it is or how it ended.
 
-Others read there what a run does while it works (`rankadaptor_plugin.pipeline.status`). Neither
+Others read there what a run does while it works (`rankadaptor_plugin.report.status`). Neither
 file is part of the result, and a run goes on where they cannot be written.
 """
 
@@ -18,6 +18,7 @@ from rankadaptor_plugin import __version__, hookimpl
 from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.core.errors import ArtifactError, RankAdaptorError, signal_of
 from rankadaptor_plugin.core.progress import watched
+from rankadaptor_plugin.core.run_folder import SESSION
 from rankadaptor_plugin.core.run_log import logged, said
 from rankadaptor_plugin.models.device import device_name
 from rankadaptor_plugin.oracle.oracle import objective_metric
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.config.tables import RunConfig
     from rankadaptor_plugin.core.run_folder import RunFolder
     from rankadaptor_plugin.pipeline.preparation import Prepared
-
-SESSION = "session.json"
 
 _SPACING = 2.0  # seconds between two writes inside a unit of work
 

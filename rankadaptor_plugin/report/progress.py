@@ -82,16 +82,28 @@ class _Work:
             self.told, self.told_at = self.done, now
         return due
 
-    def __str__(self) -> str:
-        parts = [f"{self.done:,} of {self.total:,} {self.what}"]
-        for name, value in self.figures.items():
-            unit, per_second, _ = name.partition("_per_second")
-            words = name.replace("_", " ")
-            parts.append(f"{value:,.0f} {unit}/s" if per_second else f"{words} {value:.4g}")
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values, with the seconds that are left at the mean pace so far."""
+        left = None
         if 0 < self.done < self.total:
-            seconds = (time.perf_counter() - self.began) / self.done * (self.total - self.done)
-            parts.append(f"{clock(seconds)} left")
-        return ", ".join(parts)
+            left = (time.perf_counter() - self.began) / self.done * (self.total - self.done)
+        shown = {name: getattr(self, name) for name in ("what", "done", "total", "figures")}
+        return {**shown, "seconds_left": left}
+
+    def __str__(self) -> str:
+        return work_text(self.to_json())
+
+
+def work_text(work: Mapping[str, Any]) -> str:
+    """Writes what goes on inside a stage, such as ``120 of 200 steps, loss 2.31, 2:10 left``."""
+    parts = [f"{work['done']:,} of {work['total']:,} {work['what']}"]
+    for name, value in work["figures"].items():
+        unit, per_second, _ = name.partition("_per_second")
+        words = name.replace("_", " ")
+        parts.append(f"{value:,.0f} {unit}/s" if per_second else f"{words} {value:.4g}")
+    if work["seconds_left"] is not None:
+        parts.append(f"{clock(work['seconds_left'])} left")
+    return ", ".join(parts)
 
 
 class Progress:
@@ -182,18 +194,14 @@ class Progress:
     def now(self) -> dict[str, Any]:
         """State of the run as plain values.
 
-        ``stage``, ``done`` and ``total`` of its units of work; ``work``: what goes on inside, None
-        or the same of its parts, with ``what`` they are and ``figures``; ``seconds_left`` of all
-        fine-tunes, None if not known yet.
+        ``stage``, ``done`` and ``total`` of its units of work; ``work``: what goes on inside, for
+        `work_text`, None if nothing does; ``seconds_left`` of all fine-tunes, None if not known.
         """
-        work = self._work and {
-            name: getattr(self._work, name) for name in ("what", "done", "total", "figures")
-        }
         return {
             "stage": self._stage,
             "done": self._done,
             "total": self._total,
-            "work": work,
+            "work": self._work and self._work.to_json(),
             "seconds_left": self._seconds_left(),
         }
 

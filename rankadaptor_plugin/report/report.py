@@ -28,12 +28,13 @@ from rankadaptor_plugin.report import svg, tables, words
 from rankadaptor_plugin.report.words import metric_label, visible
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rankadaptor_plugin.report.schema import ReportData
 
 BAR_WIDTH = 24  # characters of the longest bar in Markdown
 EIGHTHS = "▏▎▍▌▋▊▉█"
+PROVISIONAL = "provisional"
 
 
 def write_report(folder: Path, data: ReportData) -> tuple[Path, Path, Path]:
@@ -51,7 +52,40 @@ def write_report(folder: Path, data: ReportData) -> tuple[Path, Path, Path]:
     # Rendered from what was written: rendering report.json again gives the same bytes.
     plain = cast("ReportData", json.loads(text))
     contents = {"json": text + "\n", "md": markdown(plain), "html": page(plain)}
-    paths = [folder / f"report.{suffix}" for suffix in contents]
+    json_path, md_path, html_path = _written(folder, "report", contents)
+    for suffix in ("md", "html"):
+        (folder / f"{PROVISIONAL}.{suffix}").unlink(missing_ok=True)
+    return json_path, md_path, html_path
+
+
+def write_provisional(folder: Path, data: ReportData, summary: str) -> tuple[Path, Path]:
+    """Writes what is known of a run so far as provisional.md and provisional.html.
+
+    Args:
+        folder: The run folder; the report takes the place of the files.
+        data: The part of `ReportData` that is known; its sentence is the heading.
+        summary: Lines that say how far the run is.
+
+    Returns:
+        The paths, in this order.
+
+    Raises:
+        ArtifactError: If the folder cannot be written.
+    """
+    plain = cast("ReportData", _plain(data))
+    pictures = _search_pictures(plain)
+    names = {"md": "provisional.md.j2", "html": "provisional.html.j2"}
+    texts = {
+        suffix: rendered(name, plain, summary=summary, pictures=pictures)
+        for suffix, name in names.items()
+    }
+    md_path, html_path = _written(folder, PROVISIONAL, texts | {"md": _tidy(texts["md"])})
+    return md_path, html_path
+
+
+def _written(folder: Path, name: str, contents: Mapping[str, str]) -> list[Path]:
+    """Writes files of one name, by suffix."""
+    paths = [folder / f"{name}.{suffix}" for suffix in contents]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, content in zip(paths, contents.values(), strict=True):
@@ -60,7 +94,7 @@ def write_report(folder: Path, data: ReportData) -> tuple[Path, Path, Path]:
         raise ArtifactError(
             f"The report cannot be written to {folder}: {error}. Check the folder and its rights."
         ) from error
-    return paths[0], paths[1], paths[2]
+    return paths
 
 
 def page(data: ReportData) -> str:
@@ -86,7 +120,10 @@ def page(data: ReportData) -> str:
 
 def markdown(data: ReportData) -> str:
     """Renders the report as Markdown (GitHub flavor)."""
-    text = rendered("report.md.j2", data, bars=_rank_bars)
+    return _tidy(rendered("report.md.j2", data, bars=_rank_bars))
+
+
+def _tidy(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n"
 
 
@@ -187,6 +224,23 @@ def _bar(rank: int, scale: float) -> str:
 def _pictures(data: ReportData) -> dict[str, str]:
     metric = data["objective"]["metric"]
     (scale, digits), unit = _scale(metric), metric_label(metric)
+
+    def sized(trials: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+        complete = (t for t in trials if t.get("objective") is not None)
+        return [(t["parameters"], scale * t["objective"]) for t in complete]
+
+    best = sized(data["front"])
+    return _search_pictures(data) | {
+        "difference": _difference(data),
+        "ranks": _ranks(data),
+        "front": svg.front(sized(data["trials"]), best, unit, digits) if best else "",
+        "shares": svg.share_bar(tables.shares(data)),
+    }
+
+
+def _search_pictures(data: ReportData) -> dict[str, str]:
+    metric = data["objective"]["metric"]
+    (scale, digits), unit = _scale(metric), metric_label(metric)
     points = []
     for trial in data["trials"]:
         values = (trial.get("objective"), trial.get("predicted"))
@@ -194,19 +248,9 @@ def _pictures(data: ReportData) -> dict[str, str]:
         initial = trial["phase"] == "initialization"
         point = svg.Point(trial["position"] + 1, initial, measured, predicted, trial["state"])
         points.append(point)
-
-    def sized(trials: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
-        complete = (t for t in trials if t.get("objective") is not None)
-        return [(t["parameters"], scale * t["objective"]) for t in complete]
-
-    best = sized(data["front"])
     return {
-        "difference": _difference(data),
-        "ranks": _ranks(data),
         "best": svg.best_so_far(points, unit, digits),
         "scatter": svg.scatter(points, unit, digits),
-        "front": svg.front(sized(data["trials"]), best, unit, digits) if best else "",
-        "shares": svg.share_bar(tables.shares(data)),
     }
 
 

@@ -7,9 +7,14 @@ when the search goes on, and counts as if it had never been.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+import shutil
+import sqlite3
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -50,6 +55,8 @@ REASON = "reason"
 """User attribute of a failed Optuna trial that has no record; its only value is `INTERRUPTED`."""
 
 INTERRUPTED = "interrupted"
+
+_PATIENCE = 2.0  # seconds to wait for the end of a write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +293,41 @@ class TrialStore:
             self._study.tell(number, trial.objective)
         else:
             self._study.tell(number, state=OptunaState.FAIL)
+
+
+def stored_trials(database: Path, name: str) -> list[Trial]:
+    """Returns the finished trials of a study that a run may be writing; the run takes no notice.
+
+    A copy is read. Making it takes SQLite's lock for readers, for milliseconds. Where a process was
+    killed or stopped in the middle of a write, the file and its journal are copied as they are.
+
+    Raises:
+        ArtifactError: If it cannot be read.
+    """
+    if not database.exists():
+        return []
+    journal = f"{database.name}-journal"
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / database.name
+        try:
+            uri = f"{database.resolve().as_uri()}?mode=ro"
+            with (
+                contextlib.closing(sqlite3.connect(uri, _PATIENCE, uri=True)) as source,
+                contextlib.closing(sqlite3.connect(copy)) as target,
+            ):
+                source.backup(target, progress=_give_up_if_busy)
+        except sqlite3.Error:
+            shutil.copy(database, copy)
+            if database.with_name(journal).exists():
+                shutil.copy(database.with_name(journal), folder)
+        with TrialStore.open(f"sqlite:///{copy.as_posix()}", name) as store:
+            return store.trials()
+
+
+def _give_up_if_busy(status: int, *_: object) -> None:
+    """Ends a backup, which else would wait without end."""
+    if status in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        raise sqlite3.OperationalError("database is locked")
 
 
 def _is_ours(trial: FrozenTrial) -> bool:

@@ -142,6 +142,7 @@ def test_a_run_ended_by_signals_says_how_to_go_on_and_does(
     ):
         with session(run_file) as running:
             running.wait_for_line(line)
+            command("status", out)  # changes nothing of what is compared below
             running.process.send_signal(number)
             assert running.process.wait(LIMIT) == 128 + number
         last = running.log.read_text("utf-8").splitlines()[-1]
@@ -185,7 +186,14 @@ def test_a_run_killed_at_four_stages_ends_as_if_it_had_not_been(
 
     with session(run_file) as second:
         second.wait_for(second.in_the_middle_of_a_trial)
+        shown = json.loads(command("status", run_file, "--json", "--report").stdout)
+        assert (shown["state"], shown["alive"]) == ("running", True)
+        assert shown["pid"] == second.process.pid
+        assert shown["trials"] >= 2
         second.kill()
+    shown = json.loads(command("status", out, "--json").stdout)
+    assert (shown["state"], shown["alive"], shown["stage"]) == ("interrupted", False, "search")
+    assert (out / "provisional.html").is_file()
     before = trial_states(out / "study.db")
     assert before[-1] == "RUNNING"
     assert set(before[:-1]) == {"COMPLETE"}

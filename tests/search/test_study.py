@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
+
 import optuna
 import pytest
 from hypothesis import given, settings
@@ -15,7 +18,7 @@ from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.core.scores import Score, TaskScore
 from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
 from rankadaptor_plugin.search.space import allocation_from
-from rankadaptor_plugin.search.study import TrialStore
+from rankadaptor_plugin.search.study import TrialStore, stored_trials
 from rankadaptor_plugin.testing.search import SPACE
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
@@ -200,3 +203,26 @@ def test_is_quiet_and_leaves_the_verbosity_alone(tmp_path, capfd, talkative):
         store.finish(store.begin(sampler(), SPACE), COMPLETE)
     assert optuna.logging.get_verbosity() == talkative
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_trials_of_a_study_can_be_read_while_somebody_writes_to_it(tmp_path, monkeypatch):
+    database = tmp_path / "study.db"
+    assert stored_trials(database, "search") == []
+    with TrialStore.open(f"sqlite:///{database}", "search") as store:
+        store.add(COMPLETE)
+        assert stored_trials(database, "search") == [COMPLETE]
+        assert stored_trials(database, "other") == []
+    before = database.read_bytes()
+    monkeypatch.setattr("rankadaptor_plugin.search.study._PATIENCE", 0.01)
+    with contextlib.closing(sqlite3.connect(database)) as writer:
+        writer.execute("BEGIN EXCLUSIVE")  # as of a process that was stopped in a write
+        writer.execute("DELETE FROM trials")
+        assert stored_trials(database, "search") == [COMPLETE]
+        writer.rollback()
+    assert database.read_bytes() == before
+
+
+def test_a_torn_study_is_an_error_of_one_line(tmp_path):
+    (tmp_path / "study.db").write_bytes(b"SQLite format 3" + bytes(100))
+    with pytest.raises(ArtifactError, match="cannot be opened"):
+        stored_trials(tmp_path / "study.db", "search")
