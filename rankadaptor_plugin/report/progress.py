@@ -6,6 +6,7 @@ fine-tunes and evaluations a few. The lines are said to `rankadaptor_plugin.core
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -140,7 +141,8 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
-            self._live.stop()
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                self._live.stop()
             self._live = None
 
     @hookimpl
@@ -240,7 +242,7 @@ class Progress:
             parts += [self._table(), Text(self._legend(), "dim", no_wrap=True, overflow="ellipsis")]
         parts.append(self._stage_line())
         if self._work is not None:
-            parts.append(Text(f"  {self._work}", no_wrap=True, overflow="ellipsis"))
+            parts.append(Text(str(self._work)))
         return Group(*parts)
 
     def _table(self) -> RenderableType:

@@ -74,11 +74,12 @@ def test_scores_and_seconds_are_whole_at_every_width(width, layers):
         assert whole.startswith(bars)
         if width - 43 >= layers:
             assert bars == whole
-    assert lines[-3].startswith("ranks, first layer to last: ▁ 2 to █ 12")
-    assert "search" in lines[-2]
-    assert "120/120" in lines[-2]
-    assert lines[-1].startswith("  120 of 2,000 steps, loss 2.311")
-    assert width < 60 or lines[-1].endswith("1,840 tokens/s, 0:00 left")
+    legend, stage, *work = lines[module.SHOWN_TRIALS + 1 :]
+    assert legend.startswith("ranks, first layer to last: ▁ 2 to █ 12")
+    assert "search" in stage
+    assert "120/120" in stage
+    inside = " ".join(line.strip() for line in work)
+    assert inside == "120 of 2,000 steps, loss 2.311, 1,840 tokens/s, 0:00 left"
     assert (" iter" in rows[0]) == (width >= 60)
 
 
@@ -158,6 +159,20 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(monkeypatch):
     with Progress(CONFIG, console) as progress:
         progress.rankadaptor_on_progress("prune", 0, 1)
     assert console.file.getvalue().endswith("] prune\n")
+
+
+def test_a_terminal_that_is_gone_leaves_the_end_of_the_run_alone():
+    class Terminal(io.StringIO):
+        is_gone = False
+
+        def write(self, text):
+            if self.is_gone:
+                raise OSError(5, "Input/output error")
+            return super().write(text)
+
+    screen = Terminal()
+    with Progress(CONFIG, Console(file=screen, force_terminal=True)):
+        screen.is_gone = True
 
 
 def test_clock():
