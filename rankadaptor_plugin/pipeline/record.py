@@ -105,8 +105,8 @@ class Record:
     def _write(self, state: str, error: str = "") -> None:
         self._written = time.monotonic()
         now = {"state": state, "error": error, "updated": time.time(), **self._progress.now}
-        # Without inputs.json the folder may belong to somebody else.
-        if (self._folder.path / "inputs.json").exists():
+        # Before that the folder may be of another run, which this one is then refused for.
+        if self._known["measures"]:
             with contextlib.suppress(ArtifactError):
                 self._folder.write_json(SESSION, self._known | now)
 

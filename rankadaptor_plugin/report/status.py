@@ -157,10 +157,13 @@ def read_status(run: Path) -> Status:
             f"No run has begun in {folder.path}: it holds no inputs.json. Name the folder or the "
             "run file of a run."
         )
+    if alive and not _is_of_now(session):
+        session = {"measures": session.get("measures"), "planned": session.get("planned", {})}
+        session["stage"] = "load"
     report = folder.read_json("report.json")
     state, error = _state(session, alive=alive, has_report=report is not None)
     seconds = sum(folder.timings().values())
-    if session:
+    if "began" in session:
         until = time.time() if alive else session["updated"]
         seconds = session["seconds_before"] + until - session["began"]
     trials = stored_trials(folder.path / "study.db", "search")
@@ -195,6 +198,13 @@ def _works(pid: int) -> bool:
     except OSError as error:
         return isinstance(error, PermissionError)  # somebody else's
     return True
+
+
+def _is_of_now(session: dict[str, Any]) -> bool:
+    """True unless the record is that of an earlier session, while the next one is loading."""
+    if session.get("state") != RUNNING:
+        return False
+    return session["host"] != socket.gethostname() or _works(session["pid"])
 
 
 def _state(session: dict[str, Any], *, alive: bool, has_report: bool) -> tuple[str, str]:

@@ -101,6 +101,26 @@ def test_states_of_runs_that_do_not_work(changed, command):
     )
 
 
+def test_the_next_session_is_loading_until_it_says_more(changed, command):
+    for state in ("interrupted", "running"):  # the latter was killed
+        folder = changed(state=state, stage="confirm", pid=2**22 + 1)
+        with folder.opened():
+            lines = printed(command, folder.path)
+        assert lines["state"] == "running, load"
+        assert lines["trials"].startswith("5 of 5, best")
+
+
+def test_a_refused_command_leaves_the_state_of_the_run_alone(
+    finished_copy, write_run_file, command
+):
+    folder = finished_copy.parent / "out"
+    write_run_file(finished_copy, seed=1)
+    assert "different inputs" in command("run", finished_copy).stderr
+    lines = printed(command, folder)
+    assert lines["state"] == "finished"
+    assert "failed: The run folder" in lines["log"]
+
+
 def test_where_the_lock_cannot_be_looked_at_the_process_counts(changed):
     folder = changed(state="running", pid=os.getpid())
     (folder.path / ".lock").unlink()
