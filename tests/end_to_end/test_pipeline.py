@@ -250,6 +250,16 @@ def test_off_a_terminal_progress_is_plain_lines(finished):
     assert "\x1b" not in finished.stderr
 
 
+def test_the_log_of_a_run_says_what_its_lines_say(finished):
+    shown = [line.split("] ", 1)[1] for line in finished.stderr.splitlines() if "] " in line]
+    log = (finished.folder / "run.log").read_text("utf-8").splitlines()
+    started, device, *logged = [line.split(" ", 2)[2] for line in log]
+    assert started.startswith("started: rankadaptor-plugin ")
+    assert device == "device: cpu (1 threads), float32"
+    assert shown[0] == "load"
+    assert logged == [*shown[1:], "finished"]
+
+
 def test_on_a_terminal_there_is_a_live_display(
     finished, finished_copy, write_run_file, command, monkeypatch
 ):

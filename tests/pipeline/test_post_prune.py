@@ -88,6 +88,7 @@ def test_the_script_leaves_a_report_a_pruned_model_and_an_adapter(folder):
     model = PeftModel.from_pretrained(pruned.model, run / "adapter")
     pattern = model.peft_config["default"].rank_pattern
     assert list(pattern.values()) == report["allocations"]["recovered"]
+    assert " trial 3/3 (" in (run / "run.log").read_text(encoding="utf-8")
 
 
 def test_the_script_run_again_goes_on_without_a_new_fine_tune(folder, monkeypatch):
