@@ -319,6 +319,11 @@ class RecoveryConfig:
         low=0,
     )
     gradient_checkpointing: bool = _f(False, "save memory by computing activations twice")
+    compile: bool = _f(
+        False,
+        "compile each kind of decoder layer with torch.compile on a GPU",
+        aliases=("torch_compile",),
+    )
 
     @property
     def batch_size(self) -> int:

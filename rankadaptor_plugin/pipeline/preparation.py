@@ -61,6 +61,7 @@ _FREE = {
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
         "gradient_checkpointing",
+        "compile",
     ),
     # A search may be prolonged.
     "search": ("n_trials", "max_hours", "max_gpu_hours"),

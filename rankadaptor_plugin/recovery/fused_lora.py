@@ -1,4 +1,4 @@
-"""LoRA on a frozen matrix as one operation, for the time of a training.
+"""LoRA on a frozen matrix as one operation, for the time of a training or an evaluation.
 
 PEFT's layer casts the input of an adapter to the type of its weights, and makes a tensor each of
 the product with B, of that product scaled, and of the sum; backward, the two gradients of the input
@@ -10,7 +10,6 @@ gives, and what is kept for the backward pass is the input, which matrices with 
 from __future__ import annotations
 
 import contextlib
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -69,21 +68,14 @@ def fused(model: nn.Module) -> Iterator[None]:
     Left as they are: variants such as DoRA, matrices that are quantized, transposed, trained, or
     spread over devices, and layers with other adapters.
     """
-    layers: list[Any] = [m for m in model.modules() if type(m) is Linear and _is_plain(m)]
+    layers = [m for m in model.modules() if type(m) is Linear and _is_plain(m)]
     for layer in layers:
-        weights = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        layer.forward = partial(
-            _forward,
-            layer.base_layer,
-            layer.lora_dropout[ADAPTER],
-            *weights,
-            layer.scaling[ADAPTER],
-        )
+        layer.__class__ = FusedLinear
     try:
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            layer.__class__ = Linear
 
 
 def _is_plain(layer: Any) -> bool:
@@ -98,16 +90,25 @@ def _is_plain(layer: Any) -> bool:
     )
 
 
-def _forward(
-    matrix: nn.Linear,
-    dropout: nn.Module,
-    down: torch.Tensor,
-    up: torch.Tensor,
-    scale: float,
-    x: torch.Tensor,
-) -> torch.Tensor:
-    dropped = dropout(x)
-    return adapted_product(matrix, x, down, up, scale, None if dropped is x else dropped)
+class FusedLinear(Linear):  # type: ignore[misc] # PEFT leaves it untyped
+    """PEFT's layer with another forward.
+
+    As a class of its own, and not a function put on each layer, it is compiled once for all layers
+    of a shape.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the product with the adapted matrix, shape (..., out)."""
+        dropout = self.lora_dropout[ADAPTER]
+        drops = self.training and not isinstance(dropout, nn.Identity)
+        return adapted_product(
+            self.base_layer,
+            x,
+            self.lora_A[ADAPTER].weight,
+            self.lora_B[ADAPTER].weight,
+            self.scaling[ADAPTER],
+            dropout(x) if drops else None,
+        )
 
 
 class _AdaptedProduct(torch.autograd.Function):

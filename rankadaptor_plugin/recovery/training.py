@@ -11,13 +11,16 @@ import logging
 import math
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rankadaptor_plugin.core.errors import RecoveryError
 from rankadaptor_plugin.core.progress import advance
 from rankadaptor_plugin.models.device import is_out_of_memory
+from rankadaptor_plugin.models.logits import replaced_forward
+from rankadaptor_plugin.models.structures import decoder_layers
 from rankadaptor_plugin.recovery.adapters import evaluated
 from rankadaptor_plugin.recovery.batches import (
     pass_loss,
@@ -29,6 +32,7 @@ from rankadaptor_plugin.recovery.fused_lora import fused
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from torch import nn
     from transformers import PreTrainedModel
 
     from rankadaptor_plugin.config.tables import RecoveryConfig
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_KINDS = 256  # of layers that are compiled at most
 _HOPELESS = 5  # steps in a row
 _SKIPPED = 40  # steps in a row; float16 begins with a loss scale of 2 ** 16
 _FAR = 2.0  # times the loss of guessing, or of the first step where that is higher
@@ -159,7 +164,12 @@ def train(
     losses: list[float] = []
     advance("steps", 0, steps)
     tuned.model.train()
-    with checkpointed(model, config.gradient_checkpointing), fused(model):
+    on_gpu = model.device.type == "cuda"
+    with (
+        checkpointed(model, config.gradient_checkpointing),
+        fused(model),
+        compiled(model, config.compile and on_gpu),
+    ):
         for step in range(steps):
             began, batch = time.perf_counter(), next(batches)
             loss = _accumulated(tuned, batch, config, micro, scaler, teacher)
@@ -331,6 +341,35 @@ def mixed_precision(model: PreTrainedModel) -> torch.autocast:
     """Lets the float32 adapters of a half-precision base compute in its type."""
     half = model.dtype in (torch.bfloat16, torch.float16)
     return torch.autocast(model.device.type, model.dtype if half else None, enabled=half)
+
+
+@contextlib.contextmanager
+def compiled(model: PreTrainedModel, wanted: bool, backend: Any = "inductor") -> Iterator[None]:
+    """Compiles the decoder layers while the block lasts, each kind of them once.
+
+    Layers are of a kind if their matrices and ranks are of the same shapes. Left as they are: those
+    that accelerate moves between devices.
+
+    Args:
+        model: The model.
+        wanted: Whether to.
+        backend: That of ``torch.compile``.
+    """
+    if not wanted:
+        yield
+        return
+    # One function for all layers, so that they share what is compiled of it.
+    compile_: Any = torch.compile  # whose types lack the limit
+    run = compile_(_layer_forward, backend=backend, dynamic=True, recompile_limit=_KINDS)
+    with contextlib.ExitStack() as stack:
+        for layer in decoder_layers(model):
+            if "forward" not in vars(layer):
+                stack.enter_context(replaced_forward(layer, partial(run, layer)))
+        yield
+
+
+def _layer_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(layer).forward(layer, *args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.corpus.sequences import TrainingSequence
 from rankadaptor_plugin.recovery import adapters
 from rankadaptor_plugin.recovery.batches import padded
-from rankadaptor_plugin.recovery.fused_lora import adapted_product, can_fuse, fused
-from rankadaptor_plugin.recovery.training import checkpointed, mixed_precision
+from rankadaptor_plugin.recovery.fused_lora import FusedLinear, adapted_product, can_fuse, fused
+from rankadaptor_plugin.recovery.training import checkpointed, compiled, mixed_precision
 
 ROWS = [
     TrainingSequence(tokens, tokens)
@@ -57,7 +57,7 @@ def assert_alike(found, expected, share):
 
 
 def fused_layers(model):
-    return sum("forward" in vars(module) for module in model.modules())
+    return sum(isinstance(module, FusedLinear) for module in model.modules())
 
 
 def kept_bytes(model):
@@ -85,6 +85,41 @@ def test_values_and_gradients_are_those_of_peft(tuned, dropout, checkpointing):
         found = outcome(model)
     assert_alike(found, expected, 2e-6)
     assert_alike(outcome(model), expected, 0.0)  # PEFT's again
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_evaluation_gives_what_peft_gives(tuned, dropout):
+    model = tuned(lora_dropout=dropout).eval()
+    inputs = padded(ROWS).input_ids
+    with torch.inference_mode():
+        expected = model(input_ids=inputs).logits
+        with fused(model):
+            torch.testing.assert_close(model(input_ids=inputs).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of its own code while it traces
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_of_equal_shapes_are_compiled_once(make_llama, checkpointing):
+    """The first one may have a graph of its own: its input needs no gradient."""
+
+    def run(layers):
+        graphs = []
+
+        def counting(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        torch.compiler.reset()
+        base = make_llama(num_hidden_layers=layers, use_cache=False)
+        model = adapters.attach(base, RankAllocation((3,) * layers), seed=0).train()
+        with checkpointed(base, checkpointing), fused(model):
+            expected = outcome(model)
+            with compiled(base, True, backend=counting):
+                assert_alike(outcome(model), expected, 1e-6)
+        assert not any("forward" in vars(layer) for layer in base.model.layers)
+        return len(graphs)
+
+    assert run(3) == run(9) <= 2
 
 
 def test_half_precision_is_about_as_near_to_the_truth_as_peft(tuned):
