@@ -28,6 +28,7 @@ from transformers import GenerationConfig
 
 from rankadaptor_plugin.config.tables import EMBEDDED
 from rankadaptor_plugin.core.errors import ConfigError
+from rankadaptor_plugin.core.progress import advance
 from rankadaptor_plugin.corpus.corpus import encode
 from rankadaptor_plugin.recovery.adapters import base_of, evaluated
 from rankadaptor_plugin.recovery.files import load
@@ -219,6 +220,7 @@ def generate(
                 tokens = tuple(takewhile(lambda token: token not in ends, ids_written))
                 text = _text(tokenizer, head, tokens)
                 samples.append(Sample(prompt=prompt, decoding=decoding, text=text, tokens=tokens))
+                advance("texts", len(samples), len(ways) * len(prompts))
     return samples
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from rankadaptor_plugin.core.errors import ConfigError, RankAdaptorError, UnsupportedModelError
+from rankadaptor_plugin.core.progress import advance
 from rankadaptor_plugin.models.modeling_rankadaptor import PREFIX
 from rankadaptor_plugin.models.pruned_model import PrunedModel
 from rankadaptor_plugin.models.structures import layer_units, set_config, structure_of
@@ -145,7 +146,8 @@ def _perplexity(
     check_samples(model, samples)
     scores, counts = {}, [len(sample) - 1 for sample in samples]
     with only_gradients_of(model, []), torch.no_grad():
-        for index in span:
+        for done, index in enumerate(span):
+            advance("blocks", done, len(span))
             with without_layer(model, index):
                 losses = [float(sequence_loss(model, sample)) for sample in samples]
             loss = sum(map(operator.mul, losses, counts)) / sum(counts)
