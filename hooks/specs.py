@@ -11,7 +11,7 @@ entry-point group ``rankadaptor_plugin``. A misspelled hook name is an error at 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin import hookspec
 
@@ -109,6 +109,15 @@ def rankadaptor_on_progress(stage: str, done: int, total: int) -> None:
     """Observes progress: ``done`` of ``total`` units of work of a stage are finished.
 
     Called with ``done = 0`` when a stage begins and after each unit. Return values are ignored.
+    """
+
+
+@hookspec
+def rankadaptor_on_plan(plan: Mapping[str, Any]) -> None:
+    """Observes the plan of a run, before its long work begins.
+
+    Called once per session with what is left, as `rankadaptor-plugin plan --json` prints it. An
+    exception ends the run. Return values are ignored.
     """
 
 

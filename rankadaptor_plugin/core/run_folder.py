@@ -126,12 +126,15 @@ class RunFolder:
         except OSError:
             return None
 
-    def claim(self, inputs: dict[str, Any], free: tuple[str, ...] = ()) -> None:
+    def claim(
+        self, inputs: dict[str, Any], free: tuple[str, ...] = (), *, writes: bool = True
+    ) -> None:
         """Records what the run is made from, or checks that it is the same as before.
 
         Args:
             inputs: Nested dictionaries of plain values.
             free: Beginnings of the names that may still change, as in ``"config.confirm."``.
+            writes: False only checks.
 
         Raises:
             ArtifactError: If the folder was made from different inputs; the message names them.
@@ -145,7 +148,8 @@ class RunFolder:
                     f"The folder {self.path} holds something else ({others[0]}) and is left alone. "
                     "Set output to a new or empty folder."
                 )
-            self.write_json("inputs.json", inputs)
+            if writes:
+                self.write_json("inputs.json", inputs)
             return
         then, now = flat(before), flat(json.loads(json.dumps(inputs)))
         changed = [
@@ -153,7 +157,7 @@ class RunFolder:
             for key in sorted(then.keys() | now.keys())
             if then.get(key) != now.get(key) and not key.startswith(free)
         ]
-        if not changed and then != now:
+        if writes and not changed and then != now:
             self.write_json("inputs.json", inputs)
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""  # noqa: PLR2004

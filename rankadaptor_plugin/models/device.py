@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,6 +94,45 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+
+
+def free_memory_bytes(device: torch.device) -> int | None:
+    """Returns the memory that is free on a device, in bytes; None where the system does not tell.
+
+    On the CPU, what the system can give without a swap of what is in use, and within the limit of a
+    container; swap space counts.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not on Linux
+        return None
+    known = {
+        name: int(rest.split()[0]) * 1024 for name, _, rest in (x.partition(":") for x in lines)
+    }
+    return min(known["MemAvailable"] + known["SwapFree"], _free_in_container())
+
+
+def _free_in_container(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """Returns what the limit of a container (cgroup v2) leaves, in bytes."""
+    try:
+        limit = int((folder / "memory.max").read_text(encoding="utf-8"))
+        used = int((folder / "memory.current").read_text(encoding="utf-8"))
+        details = (folder / "memory.stat").read_text(encoding="utf-8").split()
+    except (OSError, ValueError):  # none, or "max"
+        return sys.maxsize
+    cached = int(details[details.index("inactive_file") + 1])  # given up when it is needed
+    return max(0, limit - used + cached)
+
+
+def resident_bytes() -> int:
+    """Returns the memory that the process has now, in bytes; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    except OSError:  # not on Linux
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def devices(config: RunConfig) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
 from rankadaptor_plugin.models.structures import (
@@ -78,6 +79,55 @@ def footprint(model: PreTrainedModel) -> Footprint:
 def shape_of(model: PreTrainedModel) -> ModelShape:
     """Reads hidden size and widths off a model."""
     return ModelShape(model.config.hidden_size, layer_widths(model))
+
+
+def kept_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Counts what the decoder keeps of one sequence for a backward pass; no layer is repeated.
+
+    What it computes with is not counted, and of attention only what its fused kernels keep.
+
+    Args:
+        model: A model on the meta device, which is good for nothing else afterwards. Inputs of
+            parameters that need a gradient are kept as well.
+        tokens: Length of the sequence.
+    """
+    own = {id(tensor.untyped_storage()) for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if id(storage) not in own:
+            kept[id(storage)] = storage  # held, so that no other one takes its place
+        return tensor
+
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+    AttentionInterface.register(_FUSED, _fused_attention)
+    model.set_attn_implementation(_FUSED)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model.get_decoder()(input_ids=ids, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+_FUSED = "rankadaptor_shapes"
+
+
+class _Fused(torch.autograd.Function):
+    """Attention of which only shapes count."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        query = inputs[0]
+        output = torch.empty_like(query)
+        sums = torch.empty(query.shape[:-1], device=query.device)
+        ctx.save_for_backward(*inputs, output, sums)
+        return output
+
+
+def _fused_attention(
+    _: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *__: Any, **___: Any
+) -> tuple[torch.Tensor, None]:
+    output: torch.Tensor = _Fused.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return output.transpose(1, 2).contiguous(), None
 
 
 def on_meta(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

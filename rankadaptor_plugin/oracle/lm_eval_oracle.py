@@ -21,8 +21,8 @@ from lm_eval.models.huggingface import HFLM
 from rankadaptor_plugin.core.errors import ConfigError, OracleError
 from rankadaptor_plugin.core.scores import METRICS, Score, TaskScore
 from rankadaptor_plugin.oracle.lm_eval_internals import compiled_once, encoded
-from rankadaptor_plugin.oracle.loglikelihood import Plan, loglikelihoods, plan
-from rankadaptor_plugin.oracle.oracle import check_task_names, quiet
+from rankadaptor_plugin.oracle.loglikelihood import Plan, cost, loglikelihoods, plan
+from rankadaptor_plugin.oracle.oracle import Cost, check_task_names, quiet
 from rankadaptor_plugin.oracle.tasks import (
     Tasks,
     accuracy_metric,
@@ -154,11 +154,13 @@ class Requests:
         for task in self._tasks.values():
             yield from task.asked()
 
+    def cost(self, model: PreTrainedModel) -> Cost:
+        """Forecasts `score`."""
+        return cost(model, self._plan_for(model))
+
     def score(self, model: PreTrainedModel) -> Score:
         """Scores a model, which must be in evaluation mode."""
-        if self._planned is None:
-            self._planned = self._plan(model)
-        likelihoods, greedy = loglikelihoods(model, self._planned)
+        likelihoods, greedy = loglikelihoods(model, self._plan_for(model))
         scores, begin = {}, 0
         for name, task in self._tasks.items():
             end = begin + sum(len(question.requests) for question in task.questions)
@@ -166,8 +168,13 @@ class Requests:
             begin = end
         return Score(tasks=scores)
 
+    def _plan_for(self, model: PreTrainedModel) -> Plan:
+        """Tokenizes and packs the requests once; the models of a run share one context window."""
+        if self._planned is None:
+            self._planned = self._plan(model)
+        return self._planned
+
     def _plan(self, model: PreTrainedModel) -> Plan:
-        """Tokenizes and packs the requests; the models of a run share one context window."""
         with quiet("lm_eval"):
             lm = HFLM(
                 pretrained=model,
@@ -288,6 +295,11 @@ class LmEvalOracle:
             for purpose, by_task in self._documents.items()
         }
         return {"documents": ids, "digest": sha.hexdigest()[:16]}
+
+    def cost(self, model: PreTrainedModel, documents: str) -> Cost:
+        """Forecasts an evaluation."""
+        model.eval()
+        return self._requests[documents].cost(model)
 
     def score(self, model: PreTrainedModel, documents: str) -> Score:
         """Scores a model, which is put into evaluation mode.

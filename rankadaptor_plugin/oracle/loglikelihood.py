@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -21,6 +22,7 @@ import torch
 from rankadaptor_plugin.core.progress import advance
 from rankadaptor_plugin.models.logits import logits_at
 from rankadaptor_plugin.oracle.loglikelihood_plan import Plan, Shared, plan
+from rankadaptor_plugin.oracle.oracle import Cost
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,6 +77,28 @@ def loglikelihoods(model: Any, plan: Plan) -> tuple[NDArray[np.float64], NDArray
         advance("requests", int(done), len(plan.inverse))
     sums, greedy = _totals(readings, plan.distinct)
     return sums[plan.inverse], greedy[plan.inverse]
+
+
+@torch.inference_mode()
+def cost(model: Any, plan: Plan) -> Cost:
+    """Forecasts what `loglikelihoods` takes, by the pass of middle length, after a short one."""
+    passes = _Passes(model)
+    parts: Sequence[Forward | Shared] = plan.plain
+    if passes.share_exactly(plan):
+        parts = (*plan.single, *plan.shared)
+    ordered = sorted(parts, key=lambda part: part.size)
+    seconds = 0.0
+    for part in (ordered[0], middle := ordered[len(ordered) // 2]):
+        began = time.perf_counter()
+        read = passes.shared(part) if isinstance(part, Shared) else [passes.plain(part)]
+        _totals(read, plan.distinct)  # waits for the device
+        seconds = time.perf_counter() - began
+    forwards = [f for p in parts for f in ((p.prefix, p.suffix) if isinstance(p, Shared) else (p,))]
+    return Cost(
+        seconds=seconds * sum(part.size for part in parts) / middle.size,
+        tokens=max(part.size for part in parts),
+        logits=max(len(forward.places) for forward in forwards),
+    )
 
 
 class _Passes:

@@ -183,6 +183,11 @@ class Forward:
     targets: torch.Tensor
     owners: Ints
 
+    @property
+    def size(self) -> int:
+        """Tokens, padding counted."""
+        return self.tokens.numel()
+
 
 @dataclass(frozen=True, eq=False)
 class Shared:
@@ -197,6 +202,11 @@ class Shared:
     prefix: Forward
     parents: torch.Tensor
     suffix: Forward
+
+    @property
+    def size(self) -> int:
+        """Tokens of both passes, padding counted."""
+        return self.prefix.size + self.suffix.size
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,13 +233,12 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Tokens computed in one run, padding counted."""
-        passes = [*self.single, *(part for s in self.shared for part in (s.prefix, s.suffix))]
-        return sum(part.tokens.numel() for part in passes)
+        return sum(p.size for p in self.single) + sum(p.size for p in self.shared)
 
     @property
     def plain_tokens(self) -> int:
         """Tokens computed in one run of a model that cannot share prefixes, padding counted."""
-        return sum(part.tokens.numel() for part in self.plain)
+        return sum(part.size for part in self.plain)
 
 
 def plan(requests: Requests, *, max_length: int, batch_tokens: int) -> Plan:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from rankadaptor_plugin.config.run_file import corpus_file
 from rankadaptor_plugin.core.errors import ConfigError
@@ -82,6 +83,34 @@ class OracleSettings:
     purposes: tuple[str, ...] = ("search", "report")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What an evaluation takes.
+
+    Attributes:
+        seconds: Seconds of all documents.
+        tokens: Most tokens of one forward pass.
+        logits: Most predictions of one forward pass.
+    """
+
+    seconds: float
+    tokens: int = 0
+    logits: int = 0
+
+
+def evaluation_cost(oracle: Oracle, model: PreTrainedModel, documents: str) -> Cost:
+    """Forecasts an evaluation by a batch of its own documents.
+
+    An oracle may have a method `cost` of the same arguments; without one, all documents are scored.
+    """
+    forecast = getattr(oracle, "cost", None)
+    if forecast is not None:
+        return cast("Cost", forecast(model, documents))
+    began = time.perf_counter()
+    oracle.score(model, documents)
+    return Cost(seconds=time.perf_counter() - began)
+
+
 OracleFactory = Callable[[OracleSettings], Oracle]
 
 
@@ -103,6 +132,10 @@ class TwoOracles:
     def score(self, model: PreTrainedModel, documents: str) -> Score:
         """Scores a model with the oracle of these documents."""
         return self._oracles[documents].score(model, documents)
+
+    def cost(self, model: PreTrainedModel, documents: str) -> Cost:
+        """Forecasts an evaluation by the oracle of these documents."""
+        return evaluation_cost(self._oracles[documents], model, documents)
 
     def metrics(self, documents: str) -> tuple[str, ...]:
         """Returns the metrics of the oracle of these documents."""

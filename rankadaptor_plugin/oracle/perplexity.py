@@ -18,8 +18,8 @@ import numpy as np
 from rankadaptor_plugin.core.errors import ConfigError, OracleError
 from rankadaptor_plugin.core.scores import LOG_LIKELIHOOD, Score, TaskScore, document_key
 from rankadaptor_plugin.corpus.rows import prompt_and_response, read_rows
-from rankadaptor_plugin.oracle.loglikelihood import loglikelihoods, plan
-from rankadaptor_plugin.oracle.oracle import check_task_names
+from rankadaptor_plugin.oracle.loglikelihood import cost, loglikelihoods, plan
+from rankadaptor_plugin.oracle.oracle import Cost, check_task_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,6 +101,11 @@ class PerplexityOracle:
             "documents": documents,
             "digest": sha.hexdigest()[:16],
         }
+
+    def cost(self, model: PreTrainedModel, documents: str) -> Cost:
+        """Forecasts an evaluation."""
+        model.eval()
+        return cost(model, self._plans[documents])
 
     def score(self, model: PreTrainedModel, documents: str) -> Score:
         """Scores a model, which is put into evaluation mode.

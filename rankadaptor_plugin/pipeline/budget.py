@@ -8,6 +8,7 @@ that a run on a slower machine than forecast ends in time as well.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import dataclass, replace
@@ -156,8 +157,6 @@ class Budget:
     Args:
         config: The run file.
         devices: Devices that the run occupies; a CPU counts as one.
-        costs: The forecast; nothing is known if left out.
-        size: What of the run was forecast to fit; all if left out.
         spent: Seconds of earlier sessions.
         began: When this one began, in seconds of `now`; now if left out.
         now: The clock.
@@ -171,8 +170,6 @@ class Budget:
         config: RunConfig,
         *,
         devices: int = 1,
-        costs: Costs | None = None,
-        size: Size | None = None,
         spent: float = 0.0,
         began: float | None = None,
         now: Callable[[], float] = time.perf_counter,
@@ -187,11 +184,17 @@ class Budget:
             if hours
         ]
         self.limit, self.stop = min(limits, default=(math.inf, StopReason.MAX_HOURS))
-        self.costs, self.refused = costs or Costs(), set[str]()
-        self._config, self._size = config, size or Size.of(config)
+        self.costs, self.refused = Costs(), set[str]()
+        self._config, self._size = config, Size.of(config)
         self._spent, self._now = spent, now
         self._began = now() if began is None else began
         self._is_measured = False
+
+    def planned(self, costs: Costs, size: Size) -> Budget:
+        """Returns the same with a forecast, and what of the run fits by it."""
+        known = copy.copy(self)
+        known.costs, known._size, known.refused = costs, size, set()
+        return known
 
     @property
     def left(self) -> float:

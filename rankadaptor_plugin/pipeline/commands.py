@@ -111,6 +111,39 @@ def run(
 @_run_file
 @_output
 @_set
+@_json
+@click.pass_obj
+def plan(
+    manager: pluggy.PluginManager,
+    run_file: Path | None,
+    output: Path | None,
+    settings: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Show what a run will take before it starts.
+
+    Checks the run file, times a few training steps and one evaluation batch, and shows fine-tunes,
+    time, GPU hours and memory of each stage, and the disk space. Of a run that was begun it shows
+    what is left. Nothing is written. Without RUN.toml, uses the embedded default.
+    """
+    began = time.perf_counter()
+    config = load_config(run_file, output, settings)
+    check_early(manager, config)
+    with _interruptible(), _display(manager, config, quiet=as_json, began=began):
+        from rankadaptor_plugin.pipeline import run as pipeline
+        from rankadaptor_plugin.report.console import plan_text
+
+        found = pipeline.plan(config, manager, began=began).to_json()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        click.echo(plan_text(found, shutil.get_terminal_size().columns))
+
+
+@click.command()
+@_run_file
+@_output
+@_set
 @click.option("--seeds", type=int, help="Fine-tunes per allocation; overrides noise.seeds.")
 @click.option("--allocations", type=int, help="Allocations; overrides noise.allocations.")
 @click.option(
@@ -382,6 +415,7 @@ def lm_eval(context: click.Context) -> None:
 
 COMMANDS = (
     run,
+    plan,
     noise,
     status,
     init,

@@ -99,6 +99,8 @@ def prepare(
     folder: RunFolder,
     pruned: PrunedModel | None,
     began: float,
+    *,
+    claims: bool = True,
 ) -> Prepared:
     """Checks and loads what a run file names, and claims the run folder.
 
@@ -108,6 +110,7 @@ def prepare(
         folder: The run folder, opened.
         pruned: A model that was pruned already.
         began: ``time.perf_counter()`` at the start of the program.
+        claims: False leaves the folder as it is; it must fit nevertheless.
 
     Raises:
         RankAdaptorError: If anything is wrong with the inputs.
@@ -143,7 +146,8 @@ def prepare(
         ),
     )
     objective_metric(config.oracle, scorer)  # says now what it would say after the pruning
-    _claim(folder, _inputs(config, source, pruned, corpus, scorer))
+    inputs = _inputs(config, source, pruned, corpus, scorer)
+    folder = _claimed(folder, inputs, writes=claims)
     scored = config.prune.importance not in ("magnitude", "random")
     needed = scored and pruned is None and not folder.pruned.is_dir()
     prepared = Prepared(
@@ -163,7 +167,8 @@ def prepare(
         dtype=dtype,
         calibration=_calibration(config, corpus, tokenizer) if needed else [],
     )
-    folder.add_seconds("load", time.perf_counter() - began)
+    if claims:
+        folder.add_seconds("load", time.perf_counter() - began)
     manager.hook.rankadaptor_on_progress(stage="load", done=1, total=1)
     return prepared
 
@@ -240,22 +245,33 @@ def _calibration(
     )
 
 
-def _claim(folder: RunFolder, inputs: dict[str, Any]) -> None:
+def _claimed(folder: RunFolder, inputs: dict[str, Any], *, writes: bool) -> RunFolder:
     """Claims the folder; one without a report or complete fine-tune is taken over.
 
     So whoever corrects a setting that made a run fail need not clean up after it.
+
+    Args:
+        folder: The folder.
+        inputs: What the run is made from.
+        writes: False only looks whether the folder can be claimed.
+
+    Returns:
+        The folder; one that is not there in place of one that would be cleared.
     """
     # Who raises the seeds because of the noise floor keeps its fine-tunes; who has seen two
     # allocations compared may not ask again with others.
     free = () if len(_tried(folder, "confirm")) > 1 else ("config.confirm.",)
     try:
-        folder.claim(inputs, free)
+        folder.claim(inputs, free, writes=writes)
     except ArtifactError:
         if _has_results(folder):
             raise
         logger.warning("%s was started with different settings; starting over", folder.path)
+        if not writes:
+            return RunFolder(folder.path / "new")
         folder.clear()
         folder.write_json("inputs.json", inputs)
+    return folder
 
 
 def _has_results(folder: RunFolder) -> bool:

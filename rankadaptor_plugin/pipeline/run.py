@@ -18,6 +18,7 @@ from rankadaptor_plugin.models.checkpoints import load_model
 from rankadaptor_plugin.models.device import device_name, peak_memory_bytes, threads
 from rankadaptor_plugin.models.pruned_model import load_pruned
 from rankadaptor_plugin.pipeline.context import Recovered, Summary
+from rankadaptor_plugin.pipeline.plan import Plan, Planner
 from rankadaptor_plugin.pipeline.preparation import Prepared, prepare
 from rankadaptor_plugin.pipeline.record import recorded
 from rankadaptor_plugin.pipeline.stage import measure_noise
@@ -81,6 +82,7 @@ def run(
         prepared = prepare(config, manager, folder, pruned, began or time.perf_counter())
         record.prepared(prepared)
         session = _Session(prepared, folder, pruned)
+        session.planned()
         session.prune()
         base = session.evaluated("base", session.base_model)
         session.distill()
@@ -106,6 +108,25 @@ def run(
             adapter=recovered.adapter,
             report=dict(data),
         )
+
+
+def plan(config: RunConfig, manager: pluggy.PluginManager, *, began: float | None = None) -> Plan:
+    """Says what is left of a run; nothing is written.
+
+    Args:
+        config: The run file.
+        manager: Plugins.
+        began: ``time.perf_counter()`` at the start of the program, to count its imports in.
+
+    Raises:
+        RankAdaptorError: If anything is wrong with the inputs, or the run does not fit into memory
+            or time.
+    """
+    folder = RunFolder(Path(config.output))
+    with threads(config.threads):
+        began = began or time.perf_counter()
+        prepared = prepare(config, manager, folder, None, began, claims=False)
+        return _Session(prepared, RunFolder(prepared.context.folder), None).plan()
 
 
 def noise(
@@ -144,6 +165,30 @@ class _Session:
         self.config = prepared.context.config
         self.evaluation_seconds = 0.0
         self.results: dict[str, list[Result]] = {}
+
+    def planned(self) -> None:
+        """Plans what is left, unless that is nothing; from now on time is watched by it."""
+        if (self.folder.path / "report.json").exists():
+            return
+        with self.folder.timed("plan"):
+            plan = self.plan()
+        budget = self.context.budget and self.context.budget.planned(plan.costs, plan.size)
+        self.context = replace(self.context, budget=budget)
+        self.context.hook.rankadaptor_on_plan(plan=plan.to_json())
+
+    def plan(self) -> Plan:
+        """Returns what is left of the run.
+
+        Raises:
+            RankAdaptorError: If it does not fit into memory or time.
+        """
+        self._progress("plan", 0)
+        planner = Planner(self.prepared, self.folder, self.model)
+        planner.check_memory()
+        model = self.pruned().model if planner.is_pruned else self.base_model()
+        plan = planner.plan(model)
+        self._progress("plan", 1)
+        return plan
 
     def report(
         self, pruned: PrunedModel, summary: Summary, scores: dict[str, list[Score]]

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from torch import nn
 
-    from rankadaptor_plugin.config.tables import SearchConfig
+    from rankadaptor_plugin.config.tables import RunConfig, SearchConfig
     from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
     from rankadaptor_plugin.core.run_folder import RunFolder
     from rankadaptor_plugin.core.trials import Trial
@@ -108,7 +108,10 @@ class SearchStep:
             features = self._features(store)
             store.claim(self._space, features.to_json())
             if self._config.search.is_fixed:
-                return _unsearched(store, StopReason.FIXED, self._given())
+                given = given_ranks(
+                    self._config, self._space, self._pruned.model.config.hidden_size
+                )
+                return _unsearched(store, StopReason.FIXED, given)
             if not self._config.searches:
                 return _unsearched(store, StopReason.METHODS)
             self._go_on(store, noise)
@@ -193,17 +196,6 @@ class SearchStep:
 
         return make
 
-    def _given(self) -> RankAllocation:
-        """Returns the allocation that the run file names.
-
-        Raises:
-            RankSpaceError: If it does not fit the model, or exceeds a limit.
-        """
-        space, size = self._space, self._pruned.model.config.hidden_size
-        allocation = given_allocation(self._config, space.slots, size)
-        space.check_limits(allocation, "[search] allocation")
-        return allocation
-
     def _features(self, store: TrialStore) -> LayerFeatures:
         kept = store.layers()
         if kept is None:
@@ -246,6 +238,17 @@ class SearchStep:
 
     def _progress(self, stage: str, done: int, total: int) -> None:
         self._hook.rankadaptor_on_progress(stage=stage, done=done, total=total)
+
+
+def given_ranks(config: RunConfig, space: RankSpace, hidden_size: int) -> RankAllocation:
+    """Returns the allocation that the run file names.
+
+    Raises:
+        RankSpaceError: If it does not fit the model, or exceeds a limit.
+    """
+    allocation = given_allocation(config, space.slots, hidden_size)
+    space.check_limits(allocation, "[search] allocation")
+    return allocation
 
 
 def _unsearched(store: TrialStore, stop: StopReason, *allocations: RankAllocation) -> SearchResult:

@@ -18,7 +18,7 @@ from rankadaptor_plugin.oracle.oracle import Objective, objective_metric, report
 from rankadaptor_plugin.pipeline.budget import Budget
 from rankadaptor_plugin.pipeline.context import Recovered, RunContext
 from rankadaptor_plugin.pipeline.fine_tuning import FineTuner
-from rankadaptor_plugin.pipeline.search_step import SearchStep, own_seconds
+from rankadaptor_plugin.pipeline.search_step import SearchStep, given_ranks, own_seconds
 from rankadaptor_plugin.pipeline.summary import StageResults, stage_summary
 from rankadaptor_plugin.recovery.files import adapter_parameters
 from rankadaptor_plugin.recovery.methods.methods import Method, parse_method, pattern_allocation
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from rankadaptor_plugin.config.tables import RecoveryConfig
+    from rankadaptor_plugin.config.tables import RecoveryConfig, RunConfig
     from rankadaptor_plugin.core.ranks import RankSpace
     from rankadaptor_plugin.models.pruned_model import PrunedModel
     from rankadaptor_plugin.search.search import SearchResult
@@ -85,6 +85,19 @@ def recover_pruned(pruned: PrunedModel, context: RunContext) -> Recovered:
             confirmed = stage.confirm(searched, drawn, store, on_run)
         with folder.timed("deliver"):
             return stage.deliver(searched, drawn, confirmed, noise)
+
+
+def check_ranks(pruned: PrunedModel, config: RunConfig) -> None:
+    """Checks what a run file says of ranks and targets against the shape of a pruned model.
+
+    Raises:
+        RankSpaceError: If ranks do not fit the model, or there is nothing to search.
+        ConfigError: If a target is not a matrix of the model.
+    """
+    space = rank_space(pruned.model, pruned.pruned_layers, config.rank_space, config.recovery)
+    given_entrants(config.recovery.methods, space)
+    if config.search.is_fixed:
+        given_ranks(config, space, pruned.model.config.hidden_size)
 
 
 class _Stage:

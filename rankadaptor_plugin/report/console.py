@@ -15,7 +15,7 @@ from rankadaptor_plugin.report.tables import Table
 from rankadaptor_plugin.report.words import duration, number, size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rankadaptor_plugin.models.inspection import Inspection
     from rankadaptor_plugin.verdict.comparison import RunComparison
@@ -60,6 +60,41 @@ def _rich(table: Table, footer: Sequence[str] = ()) -> RichTable:
     for row in table.rows:
         drawn.add_row(*row)
     return drawn
+
+
+# ------------------------------------------------------------------------------------------- plan
+
+
+def plan_text(plan: Mapping[str, Any], width: int) -> str:
+    """Returns the table of what is left of a run, and the sentences below it.
+
+    Args:
+        plan: What `rankadaptor_plugin.pipeline.plan.Plan.to_json` returned.
+        width: Characters in a line.
+    """
+    is_gpu, costs = plan["device"] == "cuda", plan["costs"]
+    total = {"name": "all", **{key: plan[key] for key in ("fine_tunes", "seconds", "memory")}}
+    columns = {
+        "stage": lambda stage: stage["name"],
+        "fine-tunes": lambda stage: str(stage["fine_tunes"] or ""),
+        "time": lambda stage: duration(stage["seconds"]),
+        "GPU hours": lambda stage: f"{plan['devices'] * stage['seconds'] / 3600:.2g}",
+        "peak memory": lambda stage: size(stage["memory"]),
+    }
+    if not is_gpu:
+        del columns["GPU hours"]
+    free = "" if plan["free_memory"] is None else f", {size(plan['free_memory'])} are free"
+    trial = costs["fine_tune"] + costs["search_score"]
+    sentences = [
+        f"At most, on {plan['device']}{free}. A fine-tune takes {duration(costs['fine_tune'])}, "
+        f"{duration(trial)} with its evaluation, and on the report documents "
+        f"{duration(costs['report_score'])} more.",
+        f"The run folder takes {size(plan['disk'])}; {size(plan['free_disk'])} are free there.",
+        *([f"Earlier sessions took {duration(plan['spent'])}."] if plan["spent"] else []),
+        *(f"Cut: {cut}." for cut in plan["cuts"]),
+    ]
+    table = Table.of("", [*plan["stages"], total], columns, ("stage",))
+    return printed([table, "", *sentences], width)
 
 
 # ------------------------------------------------------------------------------------ noise floor

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin import hookimpl
 from rankadaptor_plugin.core.run_log import said
+from rankadaptor_plugin.report.console import plan_text
+from rankadaptor_plugin.report.words import duration, size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -162,6 +164,16 @@ class Progress:
         self._stage, self._done, self._total, self._work = stage, done, total, None
         if begins or (done and total > 1 and stage != "search"):
             self._say(f"{self._place()}{self._left()}")
+
+    @hookimpl
+    def rankadaptor_on_plan(self, plan: Mapping[str, Any]) -> None:
+        """Says in a line how much is left, and shows the table of it."""
+        cuts = "".join(f"; {cut}" for cut in plan["cuts"])
+        took, memory = duration(plan["seconds"]), size(plan["memory"])
+        self._say(f"at most {plan['fine_tunes']} fine-tunes, {took}, {memory} of memory{cuts}")
+        if self._console is not None:
+            text = plan_text(plan, self._console.width)
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @hookimpl
     def rankadaptor_on_step(

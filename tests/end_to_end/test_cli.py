@@ -52,7 +52,8 @@ def test_help_of_every_command_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True)
     assert (
         done.stdout
-        == ";run;noise;init;schema;compare;export;inspect;meta-learn;plugins;task-path;[]\n"
+        == ";run;plan;noise;status;init;schema;compare;export;inspect;meta-learn;plugins;task-path;"
+        "[]\n"
     )
 
 

@@ -24,6 +24,7 @@ from rankadaptor_plugin.config.tables import (
     RecoveryConfig,
     RunConfig,
 )
+from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.core.progress import advance, watched
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
@@ -246,6 +247,12 @@ def test_hook_rankadaptor_post_prune(example, model, tokenizer, context):
 def test_hook_rankadaptor_on_progress(example, caplog):
     example.hook.rankadaptor_on_progress(stage="search", done=1, total=3)
     assert caplog.messages == ["search: 1 of 3"]
+
+
+def test_hook_rankadaptor_on_plan(example):
+    example.hook.rankadaptor_on_plan(plan={"gpu_hours": 99.0})
+    with pytest.raises(ConfigError, match="takes 120 GPU hours; 100 are allowed"):
+        example.hook.rankadaptor_on_plan(plan={"gpu_hours": 120.0})
 
 
 def test_hook_rankadaptor_on_step(example, tmp_path, monkeypatch):

@@ -116,7 +116,7 @@ class Clock:
 
 def budget(clock, hours=1.0, **given_):
     run = config(**given_.pop("tables", {"search": {"max_hours": hours}}))
-    return Budget(run, costs=COSTS, now=clock, **given_)
+    return Budget(run, now=clock, **given_).planned(COSTS, Size.of(run))
 
 
 def test_without_a_limit_everything_is_allowed():
