@@ -2,14 +2,16 @@
 
     python benchmarks/pruning_memory.py
     python benchmarks/pruning_memory.py --device cuda --shape llama-7b --dtype bfloat16
+    OMP_NUM_THREADS=1 python benchmarks/pruning_memory.py --shape llama-7b --dtype bfloat16 \
+        --layers 2 3 --sequences 2 --tokens 2048 --scores mix second
 
-Llamas with random weights and 10 sequences of 64 tokens. "whole" is one backward pass per sequence
-that leaves a gradient in every parameter of the layers, as LLM-Pruner does; "first" and "mix" are
-`unit_scores`. On the CPU the memory is the highest sum of the storages of live tensors that torch
-operations made, counted at every operation: exact and the same each time, unlike the memory of the
-process, which allocators round up and keep; buffers inside of one operation are not seen. On a GPU
-it is what torch's allocator says. The weights, which are there before, do not count. Times are
-taken in a run without the counting. Prints a table and writes
+Llamas with random weights, by default with 10 sequences of 64 tokens. "whole" is one backward pass
+per sequence that leaves a gradient in every parameter of the layers, as LLM-Pruner does; the others
+are `unit_scores` by their Taylor term. On the CPU the memory is the highest sum of the storages of
+live tensors that torch operations made, counted at every operation: exact and the same each time,
+unlike the memory of the process, which allocators round up and keep; buffers inside of one
+operation are not seen. On a GPU it is what torch's allocator says. The weights, which are there
+before, do not count. Times are taken in a run without the counting. Prints a table and writes
 ``results/pruning_memory-DATE.json``; options other than the default become part of the name.
 """
 
@@ -158,27 +160,29 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="small")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--layers", type=int, nargs="+", default=None)
+    parser.add_argument("--sequences", type=int, default=10)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--scores", nargs="+", default=["whole", "first", "mix"])
     options = parser.parse_args()
     machine = machine_of(options.device)
     generator = torch.Generator().manual_seed(1)
     vocabulary = SHAPES[options.shape]["vocab_size"]
-    samples = list(torch.randint(0, vocabulary, (10, 64), generator=generator))
-    ways = {
-        "whole": whole,
-        "first": partial(streamed, term="first"),
-        "mix": partial(streamed, term="mix"),
-    }
+    size = (options.sequences, options.tokens)
+    samples = list(torch.randint(0, vocabulary, size, generator=generator))
+    terms = ("first", "mix", "second", "vectorize")
+    ways = {term: partial(streamed, term=term) for term in terms} | {"whole": whole}
     print(f"{machine}; {options.dtype}\n")
     print("| layers | weights MiB | scores | MiB above the weights | in layers | seconds |")
     print("| --: | --: | --- | --: | --: | --: |")
     rows = []
-    for layers in LAYERS[options.shape]:
+    for layers in options.layers or LAYERS[options.shape]:
         model = build(options.shape, layers, options.device, options.dtype)
         kinds = units_of(model)
         weights = sum(p.nbytes for p in model.parameters())
         layer = sum(p.nbytes for p in model.model.layers[0].parameters())
-        for way, work in ways.items():
-            peak, seconds = measure(model, partial(work, model, kinds, samples))
+        for way in options.scores:
+            peak, seconds = measure(model, partial(ways[way], model, kinds, samples))
             rows.append(
                 {
                     "layers": layers,
@@ -196,9 +200,11 @@ def main() -> None:
             )
         del model, kinds
     RESULTS.mkdir(exist_ok=True)
-    changed = [v for k, v in vars(options).items() if v != parser.get_default(k)]
+    names = ("device", "shape", "dtype", "tokens")
+    changed = [str(getattr(options, n)) for n in names]
+    changed = [v for n, v in zip(names, changed, strict=True) if v != str(parser.get_default(n))]
     name = "-".join(["pruning_memory", *changed, date.today().isoformat()])
-    found = {"machine": machine, **vars(options), "sequences": 10, "tokens": 64, "runs": rows}
+    found = {"machine": machine, **vars(options), "runs": rows}
     (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
 
 

@@ -1,11 +1,11 @@
-"""Calibration sequences: what a model needs to read them, all at once, and leave no trace."""
+"""Calibration sequences: what a model needs to read them within memory, and leave no trace."""
 
 from __future__ import annotations
 
 import logging
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -14,14 +14,39 @@ from torch.utils.checkpoint import checkpoint
 from rankadaptor_plugin.core.errors import CorpusError, RankAdaptorError, UnsupportedModelError
 from rankadaptor_plugin.corpus.corpus import encode
 from rankadaptor_plugin.corpus.rows import prompt_and_response, read_rows
+from rankadaptor_plugin.models.device import is_out_of_memory
 from rankadaptor_plugin.models.logits import replaced_forward, summed_loss
 from rankadaptor_plugin.models.structures import place
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Limits(NamedTuple):
+    """What scores may hold above the weights and the work on one layer, in bytes.
+
+    Attributes:
+        inputs: Inputs of all layers in one pass, which takes at least one sequence.
+        sums: What is added up over the passes, in float32, of at least one matrix or block; for
+            the others the passes are made again.
+    """
+
+    inputs: int
+    sums: int
+
+
+LIMITS = Limits(inputs=2**29, sums=3 * 2**29)
+"""Room for one sequence of 2048 tokens of a 7B model in half precision, and two of its layers."""
+_LEAST = 2**16
+"""Bytes of sums, which every model has memory for."""
 
 
 class Batch(NamedTuple):
@@ -94,6 +119,66 @@ def padded(samples: Sequence[torch.Tensor]) -> Batch:
     """Makes one batch of sequences, each of shape (t,), int64, of any lengths."""
     pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
     return Batch(pad(list(samples)), pad([torch.ones_like(sample) for sample in samples]))
+
+
+def within_memory(
+    model: PreTrainedModel, samples: Sequence[torch.Tensor], compute: Callable[[Limits], T]
+) -> T:
+    """Computes within `Limits`, which are halved each time that memory runs out.
+
+    Raises:
+        RankAdaptorError: If memory runs out with one sequence per pass and few sums.
+    """
+    limits = Limits(min(LIMITS.inputs, _bytes_of_inputs(model, samples)), LIMITS.sums)
+    while True:
+        try:
+            return compute(limits)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        if torch.cuda.is_available():  # out here the error no longer holds on to tensors
+            torch.cuda.empty_cache()
+        limits = Limits(*(limit // 2 for limit in limits))
+        if limits.sums < _LEAST:
+            raise RankAdaptorError(
+                "Out of memory with one calibration sequence at a time. Lower [prune] "
+                'calibration_tokens, set dtype = "bfloat16", or [prune] importance = "magnitude".'
+            )
+        parts = len(micro_batches(model, samples, limits))
+        logger.warning("Out of memory: %d calibration sequences in %d passes", len(samples), parts)
+
+
+def micro_batches(
+    model: PreTrainedModel, samples: Sequence[torch.Tensor], limits: Limits
+) -> list[Sequence[torch.Tensor]]:
+    """Cuts calibration sequences into passes, in their order; in one pass if that is allowed."""
+    parts: list[list[torch.Tensor]] = []
+    for sample in samples:
+        if parts and _bytes_of_inputs(model, [*parts[-1], sample]) <= limits.inputs:
+            parts[-1].append(sample)
+        else:
+            parts.append([sample])
+    return list(parts)
+
+
+def _bytes_of_inputs(model: PreTrainedModel, samples: Sequence[torch.Tensor]) -> int:
+    config = model.config.get_text_config()
+    tokens = len(samples) * max(map(len, samples))  # with padding
+    size: int = config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
+    return tokens * size
+
+
+def grouped(items: Sequence[T], size: Callable[[T], int], most: int) -> list[list[T]]:
+    """Cuts a list into groups of at most a size, or one item."""
+    groups: list[list[T]] = []
+    room = 0
+    for item in items:
+        if size(item) > room:
+            groups.append([])
+            room = most
+        groups[-1].append(item)
+        room -= size(item)
+    return groups
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
@@ -171,9 +256,6 @@ def only_gradients_of(model: nn.Module, weights: Iterable[torch.Tensor]) -> Iter
             parameter.grad = grad
         for module, training in modes:
             module.training = training
-
-
-logger = logging.getLogger(__name__)
 
 
 def calibration_documents(

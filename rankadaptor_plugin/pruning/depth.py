@@ -10,6 +10,7 @@ import copy
 import logging
 import math
 import operator
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -24,14 +25,18 @@ from rankadaptor_plugin.models.modeling_rankadaptor import PREFIX
 from rankadaptor_plugin.models.pruned_model import PrunedModel
 from rankadaptor_plugin.models.structures import layer_units, set_config, structure_of
 from rankadaptor_plugin.pruning.calibration import (
+    Limits,
     backward,
     check_loaded,
     check_samples,
     checkpointed,
+    grouped,
     hidden_states,
+    micro_batches,
     only_gradients_of,
     padded,
     sequence_loss,
+    within_memory,
 )
 from rankadaptor_plugin.pruning.cutting import importance_lost, note_unused, provenance
 
@@ -108,27 +113,58 @@ def _taylor(
 ) -> dict[int, float]:
     """Sums |w * g| over all parameters of a block, g being that of the mean calibration loss.
 
-    All sequences form one batch: each gradient is then complete as soon as it is there, and is
-    given up at once. Activations are held of one block at a time.
+    Where all sequences form one pass, each gradient is complete as soon as it is there, and is
+    given up at once. Over several passes, gradients are added up, of as many blocks at a time as
+    memory allows. Activations are held of one block at a time.
     """
     check_samples(model, samples)
-    totals = dict.fromkeys(span, 0.0)
+    blocks = block_list(model)
+
+    def compute(limits: Limits) -> dict[int, float]:
+        parts = micro_batches(model, samples, limits)
+        most = limits.sums if len(parts) > 1 else sys.maxsize
+        groups = grouped(span, lambda i: 4 * sum(w.numel() for w in blocks[i].parameters()), most)
+        totals = dict.fromkeys(span, 0.0)
+        for group in groups:
+            totals |= _taylor_of_blocks(model, parts, group)
+        return {index: total / len(samples) for index, total in totals.items()}
+
+    return within_memory(model, samples, compute)
+
+
+def _taylor_of_blocks(
+    model: PreTrainedModel, parts: Sequence[Sequence[torch.Tensor]], indices: Sequence[int]
+) -> dict[int, float]:
+    """Sums |w * g| of some blocks, g being that of the sum of the sequences' losses."""
+    totals = dict.fromkeys(indices, 0.0)
+    sums: dict[torch.Tensor, torch.Tensor] = {}
 
     def add(index: int, parameter: torch.Tensor) -> None:
-        if parameter.grad is not None:
-            totals[index] += _absolute_sum(parameter.grad.float() * parameter.detach().float())
-            parameter.grad = None
+        if parameter.grad is None:
+            return
+        gradient = parameter.grad.float()
+        if len(parts) == 1:
+            totals[index] += _absolute_sum(gradient * parameter.detach().float())
+        elif parameter in sums:
+            sums[parameter] += gradient
+        else:
+            sums[parameter] = gradient
+        parameter.grad = None
 
     hook_on: Any = torch.Tensor.register_post_accumulate_grad_hook  # torch leaves it untyped
     blocks = block_list(model)
-    weights = [(index, weight) for index in span for weight in blocks[index].parameters()]
+    weights = [(index, weight) for index in indices for weight in blocks[index].parameters()]
     with ExitStack() as stack, torch.enable_grad():
         stack.enter_context(only_gradients_of(model, [weight for _, weight in weights]))
         stack.enter_context(checkpointed(blocks))
         for index, weight in weights:
             stack.callback(hook_on(weight, partial(add, index)).remove)
-        backward(model, samples, hidden_states(model, padded(samples)))
-    return {index: total / len(samples) for index, total in totals.items()}
+        for part in parts:
+            backward(model, part, hidden_states(model, padded(part)))
+    for index, weight in weights:
+        if weight in sums:
+            totals[index] += _absolute_sum(sums.pop(weight).mul_(weight.detach()))
+    return totals
 
 
 def _magnitude(

@@ -14,11 +14,18 @@ import torch
 
 from rankadaptor_plugin.core.errors import ConfigError, RankAdaptorError
 from rankadaptor_plugin.models.structures import place
-from rankadaptor_plugin.pruning.calibration import check_loaded, check_samples
+from rankadaptor_plugin.pruning.calibration import (
+    Limits,
+    check_loaded,
+    check_samples,
+    grouped,
+    micro_batches,
+    within_memory,
+)
 from rankadaptor_plugin.pruning.gradients import stream_gradients, stream_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
     from transformers import PreTrainedModel
@@ -94,33 +101,112 @@ def _taylor(
     samples: Sequence[torch.Tensor],
     config: PruneConfig,
 ) -> dict[nn.Module, LineScores]:
-    """Makes the scores of each matrix when the backward pass reaches it, those of the top first."""
+    """Makes the scores of each matrix when the backward pass reaches it, those of the top first.
+
+    Over several passes, what the absolute value is taken of is added up first: row and column sums,
+    or, for "first" and "mix", single weights, of as many matrices at a time as memory allows.
+    """
     check_samples(model, samples)
+    term, count = config.taylor, len(samples)
+
+    def compute(limits: Limits) -> dict[nn.Module, LineScores]:
+        parts = micro_batches(model, samples, limits)
+        if len(parts) == 1 or term in _LINES_ADD_UP:
+            return _taylor_lines(model, matrices, parts, term, count)
+        lines: dict[nn.Module, LineScores] = {}
+        for group in grouped(matrices[::-1], lambda m: 4 * m.weight.numel(), limits.sums):
+            lines |= _taylor_sums(model, group, parts, term, count)
+        return lines
+
+    return within_memory(model, samples, compute)
+
+
+_LINES_ADD_UP = ("second", "vectorize")
+"""Terms whose row and column sums are sums over the sequences."""
+
+
+def _taylor_lines(
+    model: PreTrainedModel,
+    matrices: Sequence[Member],
+    parts: Sequence[Sequence[torch.Tensor]],
+    term: str,
+    count: int,
+) -> dict[nn.Module, LineScores]:
+    """Adds up row and column sums over the passes."""
     lines: dict[nn.Module, LineScores] = {}
 
     def receive(member: Member, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
-        score = partial(_taylor_scores, config.taylor, inputs.float(), gradients.float())
-        sums = _line_scores(member, score)
-        lines[member.module] = {side: values.abs() for side, values in sums.items()}
+        salience = partial(_salience, term, count, inputs.float(), gradients.float())
 
-    stream_gradients(model, matrices, samples, receive)
-    return lines
+        def score(rows: slice, weight: torch.Tensor) -> torch.Tensor:
+            signed = salience(rows, weight)
+            return signed if term in _LINES_ADD_UP else signed.abs_()
+
+        own = _line_scores(member, score)
+        before = lines.get(member.module)
+        lines[member.module] = {s: own[s] + before[s] for s in own} if before else own
+
+    for part in parts:
+        stream_gradients(model, matrices, part, receive)
+    return {key: {s: values.abs() for s, values in own.items()} for key, own in lines.items()}
 
 
-def _taylor_scores(
-    term: str, inputs: torch.Tensor, gradients: torch.Tensor, rows: slice, weight: torch.Tensor
+def _taylor_sums(
+    model: PreTrainedModel,
+    matrices: Sequence[Member],
+    parts: Sequence[Sequence[torch.Tensor]],
+    term: str,
+    count: int,
+) -> dict[nn.Module, LineScores]:
+    """Adds up the scores of single weights over the passes, with their signs."""
+    sums: dict[nn.Module, tuple[Member, torch.Tensor]] = {}
+
+    def receive(member: Member, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        if member.module not in sums:
+            sums[member.module] = member, torch.zeros_like(member.weight, dtype=torch.float32)
+        _, total = sums[member.module]
+        inputs, gradients = inputs.float(), gradients.float()
+        for rows in _row_slices(member):
+            weight = member.weight[rows].float()
+            total[rows] += _salience(term, count, inputs, gradients, rows, weight)
+
+    with torch.no_grad():
+        for part in parts:
+            stream_gradients(model, matrices, part, receive)
+
+    def absolute(total: torch.Tensor, rows: slice, _: torch.Tensor) -> torch.Tensor:
+        return total[rows].abs()
+
+    return {key: _line_scores(m, partial(absolute, total)) for key, (m, total) in sums.items()}
+
+
+def _salience(
+    term: str,
+    count: int,
+    inputs: torch.Tensor,
+    gradients: torch.Tensor,
+    rows: slice,
+    weight: torch.Tensor,
 ) -> torch.Tensor:
-    """Scores some rows of a matrix from the factors of its sequences' own gradients g_j."""
-    count, gradients = len(inputs), gradients[..., rows]
+    """Adds up signed scores of some rows of a matrix over the sequences of a pass.
+
+    Args:
+        term: The Taylor term.
+        count: Number of sequences of all passes.
+        inputs: First factors of the sequences' own gradients g_j, shape (sequences, t, in).
+        gradients: The other ones, shape (sequences, t, out).
+        rows: Some of the rows.
+        weight: Those rows.
+    """
+    gradients = gradients[..., rows]
     if term in {"first", "vectorize"}:
-        signed = (gradients.flatten(0, 1).T @ inputs.flatten(0, 1)).mul_(weight).div_(count)
-        return signed if term == "vectorize" else signed.abs_()
+        return (gradients.flatten(0, 1).T @ inputs.flatten(0, 1)).mul_(weight).div_(count)
     first, second = torch.zeros_like(weight), torch.zeros_like(weight)
     for x, d in zip(inputs, gradients, strict=True):
         own = (d.T @ x).mul_(weight)
         first.add_(own, alpha=1 / count)
         second.addcmul_(own, own)
-    return second if term == "second" else first.sub_(second, alpha=0.5).abs_()
+    return second if term == "second" else first.sub_(second, alpha=0.5)
 
 
 def _magnitude(
@@ -182,15 +268,18 @@ def _line_scores(
         score: From some of its rows, as a slice and as float32 weights (not to be changed), makes
             as many scores.
     """
-    height, width = member.weight.shape
-    step = max(_CHUNK // width, 1)
-    out, into = [], torch.zeros(width, device=member.weight.device)
-    for start in range(0, height, step):
-        rows = slice(start, start + step)
+    out, into = [], torch.zeros(member.weight.shape[1], device=member.weight.device)
+    for rows in _row_slices(member):
         scores = score(rows, member.weight[rows].float())
         out.append(scores.sum(1))
         into += scores.sum(0)
     return {"out": torch.cat(out).cpu(), "in": into.cpu()}
+
+
+def _row_slices(member: Member) -> Iterator[slice]:
+    height, width = member.weight.shape
+    step = max(_CHUNK // width, 1)
+    return (slice(start, start + step) for start in range(0, height, step))
 
 
 def _reduced(units: Units, lines: dict[nn.Module, LineScores], reduction: str) -> torch.Tensor:

@@ -19,6 +19,7 @@ from rankadaptor_plugin.core.errors import (
     UnsupportedModelError,
 )
 from rankadaptor_plugin.models.pruned_model import load_pruned
+from rankadaptor_plugin.pruning import calibration
 from rankadaptor_plugin.pruning.depth import block_list, keep_layers, prune_depth, without_layer
 
 VOCABULARY = 40
@@ -233,6 +234,15 @@ def test_taylor_scores_equal_a_naive_computation(family, samples, make_tokenizer
     scores, removed = scores_of(tiny(family), samples, make_tokenizer(), blocks=2)
     assert scores == pytest.approx(expected, rel=1e-4)
     assert removed == sorted(sorted(range(BLOCKS), key=expected.__getitem__)[:2])
+
+
+@pytest.mark.parametrize("sums", [1, 12000, 2**20])
+def test_taylor_scores_are_the_same_in_several_passes(samples, make_tokenizer, sums, monkeypatch):
+    expected = scores_of(tiny(), samples, make_tokenizer(), blocks=2)
+    monkeypatch.setattr(calibration, "LIMITS", calibration.Limits(1, sums))
+    scores, removed = scores_of(tiny(), samples, make_tokenizer(), blocks=2)
+    assert scores == pytest.approx(expected[0], rel=1e-4)
+    assert removed == expected[1]
 
 
 def test_magnitude_scores_equal_a_naive_computation(samples, make_tokenizer):

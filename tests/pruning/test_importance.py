@@ -26,7 +26,7 @@ from rankadaptor_plugin.core.errors import (
     UnsupportedModelError,
 )
 from rankadaptor_plugin.models.structures import Member, hidden_units, layer_units
-from rankadaptor_plugin.pruning import importance
+from rankadaptor_plugin.pruning import calibration, importance
 from rankadaptor_plugin.pruning.gradients import stream_gradients, stream_inputs
 from rankadaptor_plugin.pruning.importance import unit_scores
 
@@ -201,6 +201,41 @@ def test_units_through_all_layers_beside_units_of_one(samples):
     *found, nothing = unit_scores(model, kinds, samples, settings(taylor="mix"))
     same(found, naive_taylor(model, kinds[:-1], samples, "mix"))
     assert nothing.shape == (0,)
+
+
+@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("sums", [1, 3000, 2**20])
+@pytest.mark.parametrize("build", [tiny, shared, gpt2])
+def test_sequences_in_several_passes_score_the_same(build, sums, term, samples, monkeypatch):
+    model = build()
+    kinds = units_of(model)
+    expected = naive_taylor(model, kinds, samples, term)
+    for inputs in (1, 24 * model.config.num_hidden_layers * 32 * 4):
+        monkeypatch.setattr(calibration, "LIMITS", calibration.Limits(inputs, sums))
+        same(unit_scores(model, kinds, samples, settings(taylor=term)), expected)
+
+
+def hungry(model, most):
+    """Lets a model run out of memory with more than so many sequences."""
+
+    def run_out(module, args, kwargs):
+        if len(kwargs["input_ids"]) > most:
+            raise RuntimeError("CUDA error: out of memory")
+
+    model.model.register_forward_pre_hook(run_out, with_kwargs=True)
+    return model
+
+
+def test_too_little_memory_halves_the_pass(samples, caplog):
+    model = tiny()
+    expected = naive_taylor(model, units_of(model), samples, "mix")
+    hungry(model, 1)
+    before = snapshot(model)
+    same(unit_scores(model, units_of(model), samples, settings(taylor="mix")), expected)
+    assert "Out of memory: 3 calibration sequences in 3 passes" in caplog.text
+    check_snapshot(model, before)
+    with pytest.raises(RankAdaptorError, match="with one calibration sequence at a time"):
+        unit_scores(hungry(model, 0), units_of(model), samples, settings())
 
 
 @pytest.mark.parametrize("term", TERMS)
