@@ -21,6 +21,7 @@ from rankadaptor_plugin.models.device import devices, free_memory_bytes, residen
 from rankadaptor_plugin.models.footprint import footprint, on_meta
 from rankadaptor_plugin.models.structures import decoder_layers
 from rankadaptor_plugin.oracle.oracle import Cost, evaluation_cost
+from rankadaptor_plugin.pipeline.base_model import has_room
 from rankadaptor_plugin.pipeline.budget import (
     Budget,
     Costs,
@@ -33,6 +34,7 @@ from rankadaptor_plugin.pipeline.budget import (
 )
 from rankadaptor_plugin.pipeline.stage import check_ranks
 from rankadaptor_plugin.pipeline.texts import prompts
+from rankadaptor_plugin.pruning.calibration import LIMITS, micro_batches
 from rankadaptor_plugin.pruning.dry import shape_after
 from rankadaptor_plugin.recovery.cost import fine_tune_pace, training_bytes
 from rankadaptor_plugin.recovery.slots import rank_costs
@@ -281,12 +283,24 @@ class Planner:
         logits = cost.logits * text.vocab_size
         return int(cost.tokens * states + logits * item + 3 * 4 * min(logits, _LOGITS))
 
+    def _kept(self) -> int:
+        """Returns the bytes of the base model beside other models, where that is on the device."""
+        weights = self._weights("base")
+        if self._prepared.device.type != "cpu" or self._config.device_map or self._free is None:
+            return 0
+        return weights if has_room(self._free - weights, weights) else 0
+
     def _pruning(self) -> int:
-        """Returns the bytes of the pruner beside the weights: inputs of all layers, one layer."""
-        tokens = sum(map(len, self._prepared.calibration))
+        """Returns the bytes of the pruner beside the weights.
+
+        These are inputs of all layers, one layer, and what is added up over several passes.
+        """
+        parts = micro_batches(self._base, self._prepared.calibration, LIMITS)
+        tokens = max((sum(map(len, part)) for part in parts), default=0)
         text, item = self._base.config.get_text_config(), self._prepared.dtype.itemsize
         layers = text.num_hidden_layers
-        return int(tokens * ((layers + 8) * text.hidden_size + 6 * self._widest) * item)
+        sums = min(LIMITS.sums, 4 * self._costs_of["base"].parameters) if len(parts) > 1 else 0
+        return int(tokens * ((layers + 8) * text.hidden_size + 6 * self._widest) * item + sums)
 
     # ---------------------------------------------------------------------------------------- time
 
@@ -335,13 +349,14 @@ class Planner:
         report = self._resident + self._weights("base") + self._evaluating("base", timed.report)
         tuned = self._weights("pruned") + self._training(self._rows)
         scored = self._weights("pruned") + self._evaluating("pruned", timed.report)
-        training = self._resident + max(tuned, scored)
         teacher = self._resident + self._weights("base")
         recovery = self._config.recovery
-        if recovery.distill_weight and not recovery.distill_top_k:
-            training += self._weights("base")
+        kept = self._kept()
+        is_live = recovery.distill_weight and not recovery.distill_top_k
+        beside = self._weights("base") if is_live else kept
+        training = self._resident + max(tuned, scored) + beside
         memory = {
-            "prune": teacher + self._pruning(),
+            "prune": teacher + kept + self._pruning(),
             "evaluate base and pruned": report,
             "teacher": teacher + self._evaluating("base", timed.report),
         }

@@ -17,6 +17,7 @@ from rankadaptor_plugin.core.scores import Score
 from rankadaptor_plugin.models.checkpoints import load_model
 from rankadaptor_plugin.models.device import device_name, peak_memory_bytes, threads
 from rankadaptor_plugin.models.pruned_model import load_pruned
+from rankadaptor_plugin.pipeline.base_model import BaseModel
 from rankadaptor_plugin.pipeline.context import Recovered, Summary
 from rankadaptor_plugin.pipeline.plan import Plan, Planner
 from rankadaptor_plugin.pipeline.preparation import Prepared, prepare
@@ -163,6 +164,8 @@ class _Session:
         self.prepared, self.folder, self.model = prepared, folder, model
         self.context = prepared.context
         self.config = prepared.context.config
+        spread = bool(self.config.device_map)
+        self.base_model = BaseModel(self._load_base, None if spread else prepared.device)
         self.evaluation_seconds = 0.0
         self.results: dict[str, list[Result]] = {}
 
@@ -238,8 +241,7 @@ class _Session:
             for model in wrapped:
                 model.unload()
 
-    def base_model(self) -> PreTrainedModel:
-        """Loads the base model; nobody keeps it, so that one model at a time is in memory."""
+    def _load_base(self) -> PreTrainedModel:
         return load_model(
             self.prepared.source,
             device=self.prepared.device,
@@ -321,7 +323,7 @@ class _Session:
             with self.folder.timed("prune"), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.config.seed)  # for pruners that draw at random
                 pruned = self.model or self.prepared.pruner(
-                    self.base_model(),
+                    self.base_model.to_change(),
                     self.prepared.tokenizer,
                     self.prepared.calibration,
                     self.config.prune,
@@ -331,6 +333,8 @@ class _Session:
 
     def pruned(self) -> PrunedModel:
         """Returns the pruned model, as it reads back from disk unless it was in memory already."""
+        if self.context.teacher is None:  # which predicts during the fine-tunes
+            self.base_model.rest()
         return self.model or load_pruned(
             self.folder.pruned,
             device=self.prepared.device,
