@@ -54,7 +54,22 @@ class PluginError(RankAdaptorError):
     """A plugin cannot be loaded or misbehaves; the message names it."""
 
 
-def signal_of(error: KeyboardInterrupt) -> signal.Signals:
-    """Returns the signal that an interrupt came from: that of Ctrl-C, unless it names another."""
-    named = (given for given in error.args if isinstance(given, signal.Signals))
-    return next(named, signal.SIGINT)
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the program.
+
+    A class of its own, as CPython ends by SIGINT whatever its exit code if a plain
+    ``KeyboardInterrupt`` has ever passed through C code that runs Python, such as an import of
+    torch.
+
+    Args:
+        number: The signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = signal.Signals(number)
+
+
+def signal_of(interrupt: KeyboardInterrupt) -> signal.Signals:
+    """Returns the signal behind an interrupt, that of Ctrl-C unless it says another."""
+    return interrupt.signal if isinstance(interrupt, Interrupted) else signal.SIGINT

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rankadaptor_plugin.config.recipes import RECIPES
-from rankadaptor_plugin.core.errors import ConfigError, RankAdaptorError, signal_of
+from rankadaptor_plugin.core.errors import ConfigError, Interrupted, RankAdaptorError, signal_of
 from rankadaptor_plugin.pipeline.context import check_early
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.config.tables import RunConfig
     from rankadaptor_plugin.pipeline.export import Format
 
+_DEFAULT = (signal.SIG_DFL, signal.default_int_handler)
 _SIGNALED = 128  # what shells add to the number of the signal that a command ended by
 
 _run_file = click.argument(
@@ -450,16 +451,19 @@ def load_config(
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """Ends the program on Ctrl-C, SIGTERM and SIGHUP, and says how to resume."""
+    before: dict[signal.Signals, Any] = {}
 
     def interrupt(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # what is being put in order may be finished
-        raise KeyboardInterrupt(signal.Signals(number))
+        # What is being put in order may be finished, unless Ctrl-C is pressed again.
+        is_key = number == signal.SIGINT
+        signal.signal(number, signal.default_int_handler if is_key else signal.SIG_IGN)
+        raise Interrupted(number)
 
-    before = {}
     if threading.current_thread() is threading.main_thread():  # no other one may handle signals
-        for name in ("SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one of them
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            # nohup and shells in the background have some of them ignored.
+            if number and signal.getsignal(number) in _DEFAULT:
                 before[number] = signal.signal(number, interrupt)
     try:
         yield
