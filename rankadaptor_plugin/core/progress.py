@@ -4,20 +4,19 @@ Whoever works reports by `advance`, without knowing whether anybody watches; a r
 hands on what it sees to the hook ``rankadaptor_on_step``. Oracles, pruners and recovery stages of
 plugins may report the same way::
 
-    for batch in counted(batches, "sentences"):
+    for done, batch in enumerate(batches, start=1):
         ...
+        advance("sentences", done, len(batches))
 """
 
 from __future__ import annotations
 
 import contextlib
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-T = TypeVar("T")
+    from collections.abc import Iterator, Mapping
 
 
 class Observer(Protocol):
@@ -52,11 +51,3 @@ def advance(what: str, done: int, total: int, **figures: float) -> None:
     observer = _observer.get()
     if observer is not None:
         observer(what=what, done=done, total=total, figures=figures)
-
-
-def counted(parts: Sequence[T], what: str) -> Iterator[T]:
-    """Yields parts of a whole, and reports each as done when the next one is asked for."""
-    for done, part in enumerate(parts):
-        advance(what, done, len(parts))
-        yield part
-    advance(what, len(parts), len(parts))

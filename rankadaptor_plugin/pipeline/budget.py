@@ -216,6 +216,11 @@ class Budget:
         )
         self._is_measured = True
 
+    def observe_report(self, seconds: float) -> None:
+        """Takes the seconds of an evaluation on the report documents; the longest count."""
+        longest = max(self.costs.report_score, seconds)
+        self.costs = replace(self.costs, report_score=longest)
+
     def allows(self, stage: str, runs: int = 1, *, trials: int = 0, needed: bool = False) -> bool:
         """True if more fine-tunes of a stage leave time for what must follow.
 

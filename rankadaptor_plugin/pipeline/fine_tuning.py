@@ -108,14 +108,16 @@ class FineTuner:
         run = self.search_run(allocation, seed)
         began = time.perf_counter()
         report = self._context.oracle.score(self._resident, "report")
-        oracle_seconds = run.seconds["oracle"] + time.perf_counter() - began
+        report_seconds = time.perf_counter() - began
+        self._budget.observe_report(report_seconds)
         if seed == self._delivered_seed:
             # The model was pruned in memory; PEFT needs telling where its base lies on disk.
             self._last.save(
                 self._folder.path / self.adapter_name(allocation),
                 base=str(self._folder.pruned.resolve()),
             )
-        return replace(run, report=report, seconds={**run.seconds, "oracle": oracle_seconds})
+        seconds = {**run.seconds, "oracle": run.seconds["oracle"] + report_seconds}
+        return replace(run, report=report, seconds=seconds)
 
     def is_whole(self, allocation: RankAllocation, seed: int) -> bool:
         """True if a run that was scored has left its adapter, where it should."""

@@ -70,7 +70,8 @@ class StagePlan:
     """What is left of one stage.
 
     Attributes:
-        name: Its name.
+        name: Its name, as in the hook ``rankadaptor_on_progress``; ``evaluate``: of the base and of
+            the pruned model; ``texts``: and the report.
         fine_tunes: Fine-tunes, at most.
         seconds: Wall time.
         memory: Most bytes in use on the device; on the CPU, by the process.
@@ -126,15 +127,6 @@ class Plan:
             "fine_tunes": sum(stage.fine_tunes for stage in self.stages),
             "memory": max((stage.memory for stage in self.stages), default=0),
         }
-
-
-_STAGES = {
-    "noise": "noise floor",
-    "search": "search",
-    "random": "random search",
-    "confirm": "comparison",
-}
-"""Stages that fine-tune, as people call them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,9 +203,12 @@ class Planner:
     def __init__(self, prepared: Prepared, folder: RunFolder, pruned: PrunedModel | None) -> None:
         self._prepared, self._folder = prepared, folder
         self._config = config = prepared.context.config
-        self._base = meta_model(prepared.source).to(prepared.dtype)
+        self._base = meta_model(prepared.source)
+        stored = self._base.dtype.itemsize
+        self._base.to(prepared.dtype)
         self._pruned = self._base
-        self.is_pruned = pruned is not None or folder.pruned.is_dir()
+        is_kept = folder.pruned.is_dir() and _is_evaluated(folder, "base")
+        self.is_pruned = pruned is not None or is_kept
         if pruned is not None:
             self._pruned = on_meta(type(pruned.model), pruned.model.config, prepared.dtype)
         elif folder.pruned.is_dir():
@@ -230,7 +225,10 @@ class Planner:
         self._tokens = max(len(s.tokens) for s in prepared.context.corpus.sequences)
         self._widest = max(max(p.shape) for p in decoder_layers(self._base)[0].parameters())
         self._free = free_memory_bytes(prepared.device)
-        self._resident = resident_bytes() if prepared.device.type == "cpu" else 0
+        # What the process has besides the tensors; on a CPU the file of the weights stays mapped.
+        self._mapped, self._resident = 0, 0
+        if prepared.device.type == "cpu":
+            self._mapped, self._resident = stored, resident_bytes()
 
     # -------------------------------------------------------------------------------------- memory
 
@@ -269,6 +267,11 @@ class Planner:
         count, item = self._costs_of[name].parameters, self._prepared.dtype.itemsize
         quantize = self._config.quantize if name == "pruned" else ""
         return int(count * _QUANTIZED.get(quantize, item))
+
+    def _in_use(self, name: str) -> int:
+        """Returns the bytes of the process with a model in it, before it computes anything."""
+        mapped = self._costs_of[name].parameters * self._mapped
+        return self._resident + self._weights(name) + mapped
 
     def _training(self, rows: int) -> int:
         rank = self._config.rank_space.default_rank
@@ -346,31 +349,27 @@ class Planner:
     def _stages(
         self, before: dict[str, float], costs: Costs, counts: dict[str, int], timed: _Timed
     ) -> tuple[StagePlan, ...]:
-        report = self._resident + self._weights("base") + self._evaluating("base", timed.report)
-        tuned = self._weights("pruned") + self._training(self._rows)
-        scored = self._weights("pruned") + self._evaluating("pruned", timed.report)
-        teacher = self._resident + self._weights("base")
+        base, kept = self._in_use("base"), self._kept()
+        scored = self._evaluating("pruned", timed.report)
         recovery = self._config.recovery
-        kept = self._kept()
         is_live = recovery.distill_weight and not recovery.distill_top_k
         beside = self._weights("base") if is_live else kept
-        training = self._resident + max(tuned, scored) + beside
+        tuned = self._in_use("pruned") + max(self._training(self._rows), scored) + beside
         memory = {
-            "prune": teacher + kept + self._pruning(),
-            "evaluate base and pruned": report,
-            "teacher": teacher + self._evaluating("base", timed.report),
+            "prune": base + kept + self._pruning(),
+            "evaluate": base + self._evaluating("base", timed.report),
+            "teacher": base + self._evaluating("base", timed.report),
         }
         stages = [
             StagePlan(name=name, fine_tunes=0, seconds=seconds, memory=memory[name])
             for name, seconds in before.items()
         ]
-        for key, name in _STAGES.items():
-            one = costs.race_run if key == "confirm" else costs.trial
-            if counts[key]:
-                count = counts[key]
-                stage = StagePlan(name=name, fine_tunes=count, seconds=count * one, memory=training)
+        for name, count in counts.items():
+            one = costs.race_run if name == "confirm" else costs.trial
+            if count:
+                stage = StagePlan(name=name, fine_tunes=count, seconds=count * one, memory=tuned)
                 stages.append(stage)
-        last = StagePlan(name="texts and report", fine_tunes=0, seconds=costs.after, memory=teacher)
+        last = StagePlan(name="texts", fine_tunes=0, seconds=costs.after, memory=base)
         return (*stages, last)
 
     def _before(self, timed: _Timed) -> dict[str, float]:
@@ -388,7 +387,7 @@ class Planner:
         evaluations = {"base": ratio, "pruned": 1.0}
         missing = [r for n, r in evaluations.items() if not _is_evaluated(folder, n)]
         if missing:
-            left["evaluate base and pruned"] = sum(missing) * timed.report.seconds
+            left["evaluate"] = sum(missing) * timed.report.seconds
         if config.recovery.distill_weight and config.recovery.distill_top_k:
             tokens = sum(len(s.tokens) for s in self._prepared.context.corpus.sequences)
             left["teacher"] = tokens * _FORWARD * ratio * timed.per_token

@@ -335,13 +335,15 @@ class _Session:
         """Returns the pruned model, as it reads back from disk unless it was in memory already."""
         if self.context.teacher is None:  # which predicts during the fine-tunes
             self.base_model.rest()
-        return self.model or load_pruned(
-            self.folder.pruned,
-            device=self.prepared.device,
-            dtype=self.prepared.dtype,
-            device_map=self.config.device_map,
-            quantize=self.config.quantize,
-        )
+        if self.model is None:
+            self.model = load_pruned(
+                self.folder.pruned,
+                device=self.prepared.device,
+                dtype=self.prepared.dtype,
+                device_map=self.config.device_map,
+                quantize=self.config.quantize,
+            )
+        return self.model
 
     def _progress(self, stage: str, done: int) -> None:
         self.context.hook.rankadaptor_on_progress(stage=stage, done=done, total=1)

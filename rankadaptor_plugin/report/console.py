@@ -65,6 +65,15 @@ def _rich(table: Table, footer: Sequence[str] = ()) -> RichTable:
 # ------------------------------------------------------------------------------------------- plan
 
 
+_STAGES = {
+    "evaluate": "evaluate base and pruned",
+    "noise": "noise floor",
+    "random": "random search",
+    "confirm": "comparison",
+    "texts": "texts and report",
+}
+
+
 def plan_text(plan: Mapping[str, Any], width: int) -> str:
     """Returns the table of what is left of a run, and the sentences below it.
 
@@ -75,7 +84,7 @@ def plan_text(plan: Mapping[str, Any], width: int) -> str:
     is_gpu, costs = plan["device"] == "cuda", plan["costs"]
     total = {"name": "all", **{key: plan[key] for key in ("fine_tunes", "seconds", "memory")}}
     columns = {
-        "stage": lambda stage: stage["name"],
+        "stage": lambda stage: _STAGES.get(stage["name"], stage["name"]),
         "fine-tunes": lambda stage: str(stage["fine_tunes"] or ""),
         "time": lambda stage: duration(stage["seconds"]),
         "GPU hours": lambda stage: f"{plan['devices'] * stage['seconds'] / 3600:.2g}",

@@ -166,6 +166,9 @@ def test_a_slower_machine_than_forecast_is_noticed_at_the_first_fine_tune():
     assert watched.allows("search", 4)
     watched.observe({"recovery": 1.0, "oracle": 1.0})  # the longest counts
     assert not watched.allows("search", 10)
+    watched.observe_report(20.0)
+    watched.observe_report(5.0)
+    assert watched.costs.race_run == 24.0 + 6.0 + 20.0
 
 
 def test_a_faster_machine_does_more_than_forecast():

@@ -57,14 +57,14 @@ def test_a_plan_says_what_a_run_takes_and_leaves_nothing_behind(planned, tmp_pat
     by_name = stages(plan)
     assert list(by_name) == [
         "prune",
-        "evaluate base and pruned",
-        "noise floor",
+        "evaluate",
+        "noise",
         "search",
-        "comparison",
-        "texts and report",
+        "confirm",
+        "texts",
     ]
     counts = {name: stage["fine_tunes"] for name, stage in by_name.items() if stage["fine_tunes"]}
-    assert counts == {"noise floor": 4, "search": 3, "comparison": 6}
+    assert counts == {"noise": 4, "search": 3, "confirm": 6}
     assert plan["fine_tunes"] == 13
     assert all(stage["seconds"] > 0 and stage["memory"] > 0 for stage in plan["stages"])
     assert plan["hours"] == pytest.approx(sum(s["seconds"] for s in plan["stages"]) / 3600)
@@ -123,7 +123,7 @@ def test_what_is_done_is_not_planned_again(tmp_path, write_run_file, command, ti
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     plan = json.loads(command("plan", path, "--json").stdout)
     assert "prune" not in stages(plan)
-    assert "noise floor" not in stages(plan)
+    assert "noise" not in stages(plan)
     assert plan["spent"] > 0
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
     shutil.rmtree(tmp_path / "out" / "noise")
