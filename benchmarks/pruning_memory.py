@@ -11,8 +11,10 @@ are `unit_scores` by their Taylor term. On the CPU the memory is the highest sum
 live tensors that torch operations made, counted at every operation: exact and the same each time,
 unlike the memory of the process, which allocators round up and keep; buffers inside of one
 operation are not seen. On a GPU it is what torch's allocator says. The weights, which are there
-before, do not count. Times are taken in a run without the counting. Prints a table and writes
-``results/pruning_memory-DATE.json``; options other than the default become part of the name.
+before, do not count. Fewer layers than the shape has get their part of the limit on inputs of
+layers, so that as many sequences go through in one pass as in the whole model. Times are taken in a
+run without the counting. Prints a table and writes ``results/pruning_memory-DATE.json``; options
+other than the default become part of the name.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankadaptor_plugin.config.tables import PruneConfig
 from rankadaptor_plugin.models.structures import layer_units
+from rankadaptor_plugin.pruning import calibration
 from rankadaptor_plugin.pruning.importance import unit_scores
 
 if TYPE_CHECKING:
@@ -176,7 +179,10 @@ def main() -> None:
     print("| layers | weights MiB | scores | MiB above the weights | in layers | seconds |")
     print("| --: | --: | --- | --: | --: | --: |")
     rows = []
+    inputs, sums = calibration.LIMITS
     for layers in options.layers or LAYERS[options.shape]:
+        share = layers / max(layers, LAYERS[options.shape][-1])
+        calibration.LIMITS = calibration.Limits(int(inputs * share), sums)
         model = build(options.shape, layers, options.device, options.dtype)
         kinds = units_of(model)
         weights = sum(p.nbytes for p in model.parameters())

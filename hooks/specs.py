@@ -128,8 +128,9 @@ def rankadaptor_on_step(what: str, done: int, total: int, figures: Mapping[str, 
     Called with ``done = 0`` at its beginning and after each part. ``what`` names the parts:
     ``steps`` of a fine-tune, with ``loss`` (nats per trained token) and ``tokens_per_second`` of
     the last step among the figures; ``requests`` of an evaluation; ``sequences`` that the unpruned
-    model predicts; ``blocks`` that depth pruning tries to leave out; ``texts`` that a model writes.
-    Be quick: a step may take milliseconds. Return values are ignored.
+    model predicts; ``blocks`` that depth pruning tries to leave out; ``texts`` that a model writes;
+    ``calibration passes`` or ``calibration sequences`` of other pruning. Be quick: a step may take
+    milliseconds. Return values are ignored.
     """
 
 

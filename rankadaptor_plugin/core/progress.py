@@ -4,19 +4,20 @@ Whoever works reports by `advance`, without knowing whether anybody watches; a r
 hands on what it sees to the hook ``rankadaptor_on_step``. Oracles, pruners and recovery stages of
 plugins may report the same way::
 
-    for done, batch in enumerate(batches, start=1):
+    for batch in counted(batches, "sentences"):
         ...
-        advance("sentences", done, len(batches))
 """
 
 from __future__ import annotations
 
 import contextlib
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
+
+T = TypeVar("T")
 
 
 class Observer(Protocol):
@@ -51,3 +52,11 @@ def advance(what: str, done: int, total: int, **figures: float) -> None:
     observer = _observer.get()
     if observer is not None:
         observer(what=what, done=done, total=total, figures=figures)
+
+
+def counted(parts: Sequence[T], what: str) -> Iterator[T]:
+    """Yields parts of a whole, and reports each as done when the next one is asked for."""
+    for done, part in enumerate(parts):
+        advance(what, done, len(parts))
+        yield part
+    advance(what, len(parts), len(parts))

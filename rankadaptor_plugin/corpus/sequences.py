@@ -15,6 +15,13 @@ IGNORED = -100
 """Label of a token without loss, as torch's cross-entropy takes it."""
 
 
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns a tensor on a device; the copy to a GPU runs beside the computation there."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass(frozen=True, eq=False)
 class TeacherTokens:
     """Predictions of the unpruned model at one temperature, for n trained tokens in their order.
@@ -32,7 +39,9 @@ class TeacherTokens:
     def to(self, device: torch.device) -> TeacherTokens:
         """Returns the same on a device."""
         return TeacherTokens(
-            self.indices.to(device), self.log_probabilities.to(device), self.rest.to(device)
+            moved(self.indices, device),
+            moved(self.log_probabilities, device),
+            moved(self.rest, device),
         )
 
     def __getitem__(self, rows: slice) -> TeacherTokens:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from rankadaptor_plugin.core.errors import ConfigError, RankAdaptorError, UnsupportedModelError
-from rankadaptor_plugin.core.progress import advance
+from rankadaptor_plugin.core.progress import counted
 from rankadaptor_plugin.models.modeling_rankadaptor import PREFIX
 from rankadaptor_plugin.models.pruned_model import PrunedModel
 from rankadaptor_plugin.models.structures import layer_units, set_config, structure_of
@@ -159,7 +159,7 @@ def _taylor_of_blocks(
         stack.enter_context(checkpointed(blocks))
         for index, weight in weights:
             stack.callback(hook_on(weight, partial(add, index)).remove)
-        for part in parts:
+        for part in counted(parts, "calibration passes"):
             backward(model, part, hidden_states(model, padded(part)))
     for index, weight in weights:
         if weight in sums:
@@ -182,8 +182,7 @@ def _perplexity(
     check_samples(model, samples)
     scores, counts = {}, [len(sample) - 1 for sample in samples]
     with only_gradients_of(model, []), torch.no_grad():
-        for done, index in enumerate(span):
-            advance("blocks", done, len(span))
+        for index in counted(span, "blocks"):
             with without_layer(model, index):
                 losses = [float(sequence_loss(model, sample)) for sample in samples]
             loss = sum(map(operator.mul, losses, counts)) / sum(counts)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from rankadaptor_plugin.core.errors import UnsupportedModelError
+from rankadaptor_plugin.core.progress import counted
 from rankadaptor_plugin.models.logits import replaced_forward
 from rankadaptor_plugin.models.structures import decoder_layers
 from rankadaptor_plugin.pruning.calibration import (
@@ -99,7 +100,7 @@ def stream_inputs(
         for member in matrices:
             handle = member.module.register_forward_pre_hook(partial(hook, member))
             stack.callback(handle.remove)
-        for sample in samples:
+        for sample in counted(samples, "calibration sequences"):
             hidden_states(model, padded([sample]))
 
 

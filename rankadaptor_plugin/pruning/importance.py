@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rankadaptor_plugin.core.errors import ConfigError, RankAdaptorError
+from rankadaptor_plugin.core.progress import counted
 from rankadaptor_plugin.models.structures import place
 from rankadaptor_plugin.pruning.calibration import (
     Limits,
@@ -146,7 +147,7 @@ def _taylor_lines(
         before = lines.get(member.module)
         lines[member.module] = {s: own[s] + before[s] for s in own} if before else own
 
-    for part in parts:
+    for part in counted(parts, "calibration passes"):
         stream_gradients(model, matrices, part, receive)
     return {key: {s: values.abs() for s, values in own.items()} for key, own in lines.items()}
 
@@ -171,7 +172,7 @@ def _taylor_sums(
             total[rows] += _salience(term, count, inputs, gradients, rows, weight)
 
     with torch.no_grad():
-        for part in parts:
+        for part in counted(parts, "calibration passes"):
             stream_gradients(model, matrices, part, receive)
 
     def absolute(total: torch.Tensor, rows: slice, _: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from rankadaptor_plugin.core.errors import CorpusError
-from rankadaptor_plugin.corpus.sequences import IGNORED, TeacherTokens, TrainingSequence
+from rankadaptor_plugin.corpus.sequences import IGNORED, TeacherTokens, TrainingSequence, moved
 from rankadaptor_plugin.models.logits import hidden_at, summed_loss
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ class Pass:
     def to(self, device: torch.device) -> Pass:
         """Returns the same on a device."""
         return Pass(
-            self.input_ids.to(device),
-            self.positions.to(device),
-            self.targets.to(device),
-            self.lengths.to(device),
+            moved(self.input_ids, device),
+            moved(self.positions, device),
+            moved(self.targets, device),
+            moved(self.lengths, device),
             self.teacher and self.teacher.to(device),
         )
 

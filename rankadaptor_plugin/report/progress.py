@@ -128,6 +128,7 @@ class Progress:
         self._work: _Work | None = None
         self._trials: list[Trial] = []
         self._began = time.perf_counter() if began is None else began
+        self._forecast: float | None = None  # of the plan: when the run ends
         self._seconds_per_unit: float | None = None
         self._last_unit: tuple[str, float] | None = None
         self._live: Live | None = None
@@ -168,12 +169,7 @@ class Progress:
     @hookimpl
     def rankadaptor_on_plan(self, plan: Mapping[str, Any]) -> None:
         """Says in a line how much is left, and shows the table of it."""
-        counted = {stage["name"]: stage for stage in plan["stages"] if stage["fine_tunes"]}
-        counts = {name: stage["fine_tunes"] for name, stage in counted.items()}
-        self._plan = dict.fromkeys(self._plan, 0) | counts
-        if counts:
-            seconds = sum(stage["seconds"] for stage in counted.values())
-            self._seconds_per_unit = seconds / sum(counts.values())
+        self._forecast = time.perf_counter() + plan["seconds"]
         cuts = "".join(f"; {cut}" for cut in plan["cuts"])
         took, memory = duration(plan["seconds"]), size(plan["memory"])
         self._say(f"at most {plan['fine_tunes']} fine-tunes, {took}, {memory} of memory{cuts}")
@@ -215,7 +211,8 @@ class Progress:
         """State of the run as plain values.
 
         ``stage``, ``done`` and ``total`` of its units of work; ``work``: what goes on inside, for
-        `work_text`, None if nothing does; ``seconds_left`` of all fine-tunes, None if not known.
+        `work_text`, None if nothing does; ``seconds_left``: as planned, and from the first
+        fine-tune on those of the fine-tunes; None if not known.
         """
         return {
             "stage": self._stage,
@@ -246,8 +243,9 @@ class Progress:
         return f", about {clock(seconds)} left" if seconds else ""
 
     def _seconds_left(self) -> float | None:
-        seconds = self._seconds_per_unit
-        return None if seconds is None else seconds * sum(self._plan.values())
+        if self._seconds_per_unit is not None:
+            return self._seconds_per_unit * sum(self._plan.values())
+        return None if self._forecast is None else max(0.0, self._forecast - time.perf_counter())
 
     # ----------------------------------------------------------------------------- live display
 

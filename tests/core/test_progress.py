@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rankadaptor_plugin.core.progress import advance, watched
+from rankadaptor_plugin.core.progress import advance, counted, watched
 
 
 def test_what_is_reported_is_seen_within_the_block_and_ignored_outside():
@@ -18,3 +18,11 @@ def test_what_is_reported_is_seen_within_the_block_and_ignored_outside():
         {"what": "steps", "done": 2, "total": 3, "figures": {"loss": 1.5}},
         {"what": "requests", "done": 0, "total": 7, "figures": {}},
     ]
+
+
+def test_parts_are_counted_when_they_are_done():
+    seen = []
+    with watched(lambda what, done, total, figures: seen.append((what, done, total))):
+        for part in counted("ab", "letters"):
+            seen.append(part)
+    assert seen == [("letters", 0, 2), "a", ("letters", 1, 2), "b", ("letters", 2, 2)]

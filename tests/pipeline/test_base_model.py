@@ -70,5 +70,7 @@ def test_a_run_loads_it_once(tmp_path, write_run_file, command, monkeypatch):
         count.clear()
         file = write_run_file(tmp_path / f"{name}.toml", output=str(tmp_path / name))
         assert command("run", file).exit_code == 0
-        outputs.append(len(count))
-    assert outputs[0] == 1 < outputs[1]
+        weights = tmp_path / name / "pruned" / "model.safetensors"
+        outputs.append((len(count), weights.read_bytes()))
+    assert outputs[0][0] == 1 < outputs[1][0]
+    assert outputs[0][1] == outputs[1][1]

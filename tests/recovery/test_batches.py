@@ -122,6 +122,13 @@ def test_padding_repeats_a_token_of_its_row():
         assert (row[length:] == row[length - 1]).all()
 
 
+def test_a_pass_stays_as_it_is_on_the_cpu():
+    given_ = padded(BATCH)
+    here = given_.to(torch.device("cpu"))
+    assert here.input_ids is given_.input_ids
+    assert here.teacher.rest is given_.teacher.rest
+
+
 def test_passes_are_sorted_by_length():
     batch = [sequence(n) for n in (2, 12, 3, 11)]
     assert [given_.lengths.tolist() for given_ in passes(batch, 2)] == [[12, 11], [3, 2]]

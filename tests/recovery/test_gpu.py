@@ -17,7 +17,7 @@ from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.corpus.sequences import IGNORED, Corpus, TrainingSequence
 from rankadaptor_plugin.models.device import peak_memory_bytes
 from rankadaptor_plugin.recovery import training
-from rankadaptor_plugin.recovery.batches import pass_loss
+from rankadaptor_plugin.recovery.batches import padded, pass_loss
 from rankadaptor_plugin.recovery.fine_tune import recover
 
 pytestmark = [
@@ -149,3 +149,12 @@ def test_peak_memory_is_that_of_the_gpu():
     before = peak_memory_bytes(CUDA)
     block = torch.empty(2**26, dtype=torch.uint8, device=CUDA)
     assert peak_memory_bytes(CUDA) - before >= block.numel()
+
+
+def test_a_pass_is_copied_to_the_gpu_as_it_is(corpus):
+    given = padded(corpus.sequences)
+    there = given.to(CUDA)
+    for name in ("input_ids", "positions", "targets", "lengths"):
+        assert getattr(there, name).device == CUDA
+        assert getattr(there, name).cpu().equal(getattr(given, name))
+    assert there.to(CUDA).input_ids is there.input_ids

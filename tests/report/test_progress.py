@@ -130,6 +130,22 @@ def test_the_time_left_forgets_the_trials_of_a_search_that_stopped_early():
     assert lines == ["search 4/20, about 18:00 left", "confirm 0/2, about 2:00 left", "report"]
 
 
+def test_until_the_first_fine_tune_the_plan_says_how_much_is_left(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    progress = Progress(CONFIG, began=0.0)
+    assert progress.now["seconds_left"] is None
+    progress.rankadaptor_on_plan({"seconds": 600.0, "cuts": (), "fine_tunes": 5, "memory": 2**30})
+    now[0] = 60.0
+    progress.rankadaptor_on_progress("prune", 0, 1)
+    assert progress.now["seconds_left"] == 540.0
+    progress._plan = {"confirm": 3}
+    progress.rankadaptor_on_progress("confirm", 0, 3)
+    now[0] = 70.0
+    progress.rankadaptor_on_progress("confirm", 1, 3)
+    assert progress.now["seconds_left"] == 20.0
+
+
 def test_lines_inside_a_fine_tune_are_half_a_minute_and_a_tenth_of_it_apart(monkeypatch):
     now, screen = [0.0], io.StringIO()
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
