@@ -1,7 +1,7 @@
 r"""Gain from the unpruned model as a teacher, at equal steps.
 
     OMP_NUM_THREADS=1 python benchmarks/distillation.py embedded
-    OMP_NUM_THREADS=1 python benchmarks/distillation.py examples/stories260k.toml \
+    OMP_NUM_THREADS=1 python benchmarks/distillation.py benchmarks/run_files/stories260k.toml \
         --model ../shared/models/stories260K --corpus ../shared/data/text/tinystories_train.jsonl
 
 The model is pruned as the run file says, and recovered by uniform LoRA: without a teacher, and with

@@ -1,6 +1,6 @@
 """Runs a run file, or takes over its finished run, and keeps the figures of its report.
 
-    python benchmarks/example_run.py examples/stories260k.toml
+    python benchmarks/example_run.py benchmarks/run_files/stories260k.toml
 
 Writes ``results/NAME-DATE.json`` (scores with intervals, verdict, allocations, costs; no paths) and
 prints a table of accuracies.

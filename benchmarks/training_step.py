@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/training_step.py
 
 Two cases: the embedded default, whose sequences are short and nearly alike, and the pruned story
-model of ``examples/stories260k.toml`` with rows of Alpaca, of very uneven lengths; the second one
+model of ``run_files/stories260k.toml`` with rows of Alpaca, of very uneven lengths; the second one
 needs ``../shared`` and is left out without it. Each is run in float32, and in bfloat16 with
 adapters in float32. Both loops see the same sequences in the same order and begin with the same
 adapter. The plain one calls PEFT's layers, gives the model an attention mask, lets it predict every

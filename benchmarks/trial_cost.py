@@ -1,7 +1,8 @@
-"""Cost of a trial by part, compared with a process per fine-tune and per evaluation.
+r"""Cost of a trial by part, compared with a process per fine-tune and per evaluation.
 
     OMP_NUM_THREADS=1 python benchmarks/trial_cost.py
-    OMP_NUM_THREADS=1 python benchmarks/trial_cost.py examples/stories260k.toml --peer-trials 6
+    OMP_NUM_THREADS=1 python benchmarks/trial_cost.py benchmarks/run_files/stories260k.toml \
+        --peer-trials 6
 
 Ours is the search of the run file, the embedded default if left out, without noise floor and race:
 one process, one model that stays in memory. The time is split into

@@ -125,12 +125,15 @@ class Peers:
     def _differences(self, trial: Trial, theirs: dict[str, Any]) -> dict[str, Any]:
         accuracy, choice_logprob = [], []
         for name, score in trial.score.tasks.items() if trial.score else ():
+            requests = self._requests[name]
             accuracy.append(
                 score.values["accuracy"] - theirs["metrics"][name][score.accuracy_metric]
             )
-            answers = zip(self._requests[name].questions, theirs["answers"][name], strict=True)
+            answers = zip(requests.questions, theirs["answers"][name], strict=True)
             values = [
-                choice_scores(np.array(a[: len(q.sizes)]), q.gold, q.sizes)["choice_logprob"]
+                choice_scores(
+                    np.array(a[: len(q.sizes)]), q.gold, q.sizes, per_byte=requests.per_byte
+                )["choice_logprob"]
                 for q, a in answers
             ]
             choice_logprob.append(score.values["choice_logprob"] - float(np.mean(values)))

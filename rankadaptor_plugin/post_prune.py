@@ -19,8 +19,8 @@ from transformers import AutoConfig
 
 from rankadaptor_plugin import plugins
 from rankadaptor_plugin.config import run_file
-from rankadaptor_plugin.config.run_file import model_folder
 from rankadaptor_plugin.models.checkpoints import check_folder, load_tokenizer
+from rankadaptor_plugin.models.sources import model_source
 from rankadaptor_plugin.pipeline import context as plugin_list
 from rankadaptor_plugin.pipeline.run import RunResult, run
 from rankadaptor_plugin.pruning.cutting import after_pruning, describe_pruned
@@ -54,7 +54,7 @@ def recover_after_pruning(
         PluginError: If a plugin cannot be loaded. All are raised before anything is pruned.
     """
     config = run_file.load(Path(path))
-    source = model_folder(config.model)
+    source = model_source(config)
     manager = plugins.plugin_manager()
     plugin_list.check_names(plugin_list.registries(manager), config)  # and their families
     check_folder(source)

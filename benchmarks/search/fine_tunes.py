@@ -1,7 +1,7 @@
 r"""A table of real fine-tunes, on which searches can be replayed.
 
     OMP_NUM_THREADS=1 python benchmarks/search/fine_tunes.py embedded
-    OMP_NUM_THREADS=1 python benchmarks/search/fine_tunes.py examples/stories260k.toml \
+    OMP_NUM_THREADS=1 python benchmarks/search/fine_tunes.py benchmarks/run_files/stories260k.toml \
         --name stories260K --steps 25 --documents 32 64 --max-tokens 64 --max-length 128
 
 Random allocations, half of them with a free total and half with the parameters of uniform LoRA,

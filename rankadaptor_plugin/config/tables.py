@@ -578,10 +578,12 @@ class RunConfig:
 
     model: str = _f(
         EMBEDDED,
-        'folder of a Hugging Face causal LM; "embedded" is the tiny Llama',
+        'causal LM: a Hugging Face folder, a name on the Hub such as "owner/name", or a GGUF file; '
+        '"embedded" is the tiny Llama',
         path=SOURCE,
-        needed='Name the folder of a Hugging Face causal LM, or "embedded".',
+        needed='Name a folder, a model on the Hub, a GGUF file, or "embedded".',
     )
+    revision: str = _f("", "branch, tag or commit of a model on the Hub; empty: its main branch")
     recipe: str = _f(
         "",
         "preset of [corpus] and [recovery]: llm-pruner, shortened or quick; keys in the run file "
@@ -604,8 +606,17 @@ class RunConfig:
     )
     dtype: str = _f(
         "auto",
-        "type of the base model's weights; auto: bfloat16 on a GPU, else float32",
+        "type of the base model's weights; auto: bfloat16 where the device multiplies it (newer "
+        "GPUs, CPUs with AMX), else float16 on a GPU and float32 on a CPU",
         choices=("auto", "float32", "bfloat16", "float16"),
+        aliases=("torch_dtype", "precision"),
+    )
+    attention: str = _f(
+        "auto",
+        "attention kernels of transformers: sdpa or eager; auto: sdpa, and in bfloat16 fine-tunes "
+        "on a CPU the faster of the two on the run's own sequences",
+        choices=("auto", "sdpa", "eager"),
+        aliases=("attn_implementation", "flash_attention"),
     )
     quantize: str = _f(
         "",
@@ -614,7 +625,7 @@ class RunConfig:
         choices=("", "8bit", "4bit"),
         aliases=("load_in_4bit", "load_in_8bit", "quantization"),
     )
-    threads: int = _f(0, "CPU threads for torch; 0: torch's default", low=0)
+    threads: int = _f(0, "CPU threads for torch; 0: one per core at hand", low=0)
     trust_remote_code: bool = _f(False, "run Python code that comes with the model folder")
     prune: PruneConfig = field(default_factory=PruneConfig)
     rank_space: RankSpaceConfig = field(default_factory=RankSpaceConfig)

@@ -7,13 +7,19 @@ import os
 import re
 import shutil
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 T = TypeVar("T")
+
+
+def cache_folder(name: str) -> Path:
+    """Returns the folder of what can be made again, by its kind, where the system keeps caches."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches) / "rankadaptor-plugin" / name
 
 
 def write_file(path: Path, fill: Callable[[Path], object], *, shared: bool = False) -> None:

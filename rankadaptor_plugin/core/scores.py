@@ -1,14 +1,15 @@
 """Scores of a model: values per task and metric, and per document where needed.
 
-Metrics, all "higher is better"; ``ll[c]`` is the log-likelihood of choice c in nats. Several right
-choices count together in `choice_logprob`, and by the likeliest of them in the other two:
+Metrics, all "higher is better"; ``ll[c]`` is the log-likelihood of choice c in nats, in the first
+two scores after accuracy per byte of its text in UTF-8 where lm-eval offers `acc_norm` for the
+task. Several right choices count together in `choice_logprob`, and by the likeliest of them in the
+other two:
     accuracy: Share of documents answered correctly, in [0, 1]; `acc` or `acc_norm` of lm-eval,
         fixed per task.
     choice_logprob: Mean log-probability of the right choice among the choices, in nats, at most 0:
         ``ll[gold] - logsumexp(ll)``.
     margin: Mean of ``ll[gold] - max(ll[wrong])``, in nats.
-    gold_logprob: Mean of ``ll[gold] / bytes(gold)``: log-likelihood of the right choice per byte of
-        its text in UTF-8, in nats per byte, at most 0.
+    gold_logprob: Mean log-likelihood of the right choice per byte, in nats per byte, at most 0.
     log_likelihood: Mean log-likelihood of a token of running text, in nats per token, at most 0;
         perplexity is ``exp(-log_likelihood)``.
 """

@@ -11,6 +11,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.core.errors import ConfigError, CorpusError
+from rankadaptor_plugin.core.hub import hub_problem
 from rankadaptor_plugin.core.registry import suggestion
 
 if TYPE_CHECKING:
@@ -68,12 +69,8 @@ def hub_rows(name: str, limit: int = 0) -> list[dict[str, Any]]:
         split = datasets.load_dataset(name, split="train")
         rows = split.select(range(min(limit or len(split), len(split)))).to_list()
     except Exception as error:
-        # The hub, its client, the network and the format of the data each have errors of their own.
-        reason = " ".join(str(error).split())[:200]
-        raise CorpusError(
-            f"The corpus {name} is not a file, and the hub gives no split train of a dataset with "
-            f"that name ({type(error).__name__}: {reason}). Correct [corpus] path, or give a file."
-        ) from error
+        # The Hub, its client, the network and the format of the data each have errors of their own.
+        raise CorpusError(f"[corpus] path: {hub_problem('dataset', name, error)}") from error
     return checked_rows(rows, name)
 
 

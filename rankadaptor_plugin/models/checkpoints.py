@@ -22,9 +22,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from rankadaptor_plugin.config.run_file import model_folder
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError, UnsupportedModelError
-from rankadaptor_plugin.models.device import quantization_config, resolve_device, resolve_dtype
+from rankadaptor_plugin.models.device import (
+    quantization_config,
+    resolve_device,
+    resolve_dtype,
+    set_attention,
+)
 from rankadaptor_plugin.models.families import family_of
 from rankadaptor_plugin.models.footprint import on_meta
 from rankadaptor_plugin.models.modeling_rankadaptor import (
@@ -238,11 +242,12 @@ def _reason(error: Exception) -> str:
     return lines[-1].strip().rstrip(".") if lines else type(error).__name__
 
 
-def check(config: RunConfig, *, in_memory: bool = False) -> None:
+def check(config: RunConfig, source: Path, *, in_memory: bool = False) -> None:
     """Checks the model, device and type that a run file names; no weight is loaded.
 
     Args:
         config: The run file.
+        source: Folder of the model.
         in_memory: True if the pruned model is given rather than loaded.
 
     Raises:
@@ -250,7 +255,7 @@ def check(config: RunConfig, *, in_memory: bool = False) -> None:
         UnsupportedModelError: If the model cannot be pruned.
         ArtifactError: If its weights are pickled, torn or missing.
     """
-    check_folder(model_folder(config.model))
+    set_attention(check_folder(source), config.attention)
     if in_memory and config.quantize:
         raise ConfigError(
             f'quantize is "{config.quantize}", but the model is already in memory. Load it that '
@@ -260,16 +265,27 @@ def check(config: RunConfig, *, in_memory: bool = False) -> None:
     quantization_config(config.quantize, device, resolve_dtype(config.dtype, device))
 
 
-def check_folder(folder: Path) -> str:
+def check_folder(folder: Path) -> PreTrainedModel:
     """Checks, before any weight is read, that a folder holds a model that we can prune.
 
     Returns:
-        The model type.
+        The model, on the meta device.
 
     Raises:
         ConfigError: If the folder or its config.json is missing.
         UnsupportedModelError: If it is no causal LM, of another family, or quantized.
         ArtifactError: If weights are pickled, torn or missing, or contradict config.json.
+    """
+    check_config(folder)
+    return check_checkpoint(folder, strict=False)
+
+
+def check_config(folder: Path) -> None:
+    """Checks that the config.json in a folder describes a model that we can prune.
+
+    Raises:
+        ConfigError: If the folder or its config.json is missing.
+        UnsupportedModelError: If it is no causal LM, or of another family.
     """
     if not folder.is_dir():
         raise ConfigError(
@@ -304,8 +320,6 @@ def check_folder(folder: Path) -> str:
             f"The model in {folder} is already pruned (model type {family!r}). Set model to the "
             "base model that it was made from."
         )
-    check_checkpoint(folder, strict=False)
-    return str(family)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import joblib
 import torch
 from transformers import BitsAndBytesConfig
 
 from rankadaptor_plugin.core.errors import ConfigError
+from rankadaptor_plugin.models.transformers_internals import attention_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
 
     from rankadaptor_plugin.config.tables import RunConfig
 
@@ -43,10 +49,86 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Returns the dtype of the base model's weights."""
+    """Returns the dtype of the base model's weights.
+
+    ``auto`` takes bfloat16 where there are units for products of its matrices (newer GPUs, CPUs
+    with AMX), else float16 on a GPU and float32 on a CPU.
+
+    Raises:
+        ConfigError: If the device cannot compute in it.
+    """
+    multiplies = _multiplies_bfloat16(device)
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        halved = torch.float16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if multiplies else halved
+    if dtype == "bfloat16" and device.type == "cuda" and not multiplies:
+        raise ConfigError(
+            f'dtype is "bfloat16", which {device_name(device)} does not have. Set dtype = '
+            '"float16" or "float32".'
+        )
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cpu":
+        return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def faster_attention(model: PreTrainedModel, tokens: torch.Tensor) -> str:
+    """Returns the attention kernels that train a model faster.
+
+    In bfloat16 on a CPU, eager attention has the faster backward pass on short rows and the slower
+    one on long rows, so both are run here, in turns. Elsewhere it is ``sdpa``.
+
+    Args:
+        model: The model.
+        tokens: Rows as long as those of the run, shape (b, t), int64.
+    """
+    names = ("sdpa", "eager")
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16:
+        return attention_of(model)
+    if attention_of(model) != "sdpa":  # not all families have it
+        return attention_of(model)
+    embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    seconds = dict.fromkeys(names, math.inf)
+    for name in names * 3:
+        with attending(model, name):
+            began = time.process_time()
+            hidden = model.base_model(inputs_embeds=embeddings, use_cache=False)[0]
+            torch.autograd.grad(hidden.sum(), embeddings)
+            seconds[name] = min(seconds[name], time.process_time() - began)
+    return min(names, key=lambda name: seconds[name])
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Sets a model's attention kernels; ``auto`` leaves transformers' choice.
+
+    Raises:
+        ConfigError: If the model does not have them.
+    """
+    if name in ("auto", attention_of(model)):
+        return
+    model.set_attn_implementation(name)
+    if attention_of(model) != name:  # transformers only warns
+        raise ConfigError(
+            f'attention is "{name}", which {type(model).__name__} does not have. Set attention = '
+            f'"{attention_of(model)}" or "auto".'
+        )
+
+
+@contextlib.contextmanager
+def attending(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Sets a model's attention kernels for a while; an empty name leaves them."""
+    before = attention_of(model)
+    if name in ("", before):
+        yield
+        return
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -64,9 +146,12 @@ def seeded_devices(device: torch.device) -> list[int]:
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Sets torch's CPU threads for a while; 0 leaves them."""
+    """Sets torch's CPU threads for a while; 0 takes one per core that the process may use.
+
+    torch's own default does not know the CPU limit of a container.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(count or min(before, joblib.cpu_count(only_physical_cores=True)))
     try:
         yield
     finally:

@@ -14,12 +14,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+def attention_of(model: PreTrainedModel) -> str:
+    """Returns the name of the attention kernels that a model uses, such as ``sdpa``."""
+    return str(model.config._attn_implementation)
+
+
 def ignored_keys(model: PreTrainedModel) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns patterns of tensors that a checkpoint may have, and of those that it may lack."""
     return (
         tuple(model._keys_to_ignore_on_load_unexpected or ()),
         tuple(model._keys_to_ignore_on_load_missing or ()),
     )
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Makes a dequantized model save as one that never was quantized."""
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer = None
 
 
 def forget_weight_names(model: PreTrainedModel) -> None:

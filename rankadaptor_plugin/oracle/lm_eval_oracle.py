@@ -4,7 +4,9 @@ lm-eval builds the requests, tokenizes them and decides what is right: its own `
 filters and `process_results` are called, once per run and not once per model. From the same
 multiple-choice requests come the accuracy that lm-eval reports and three scores that do not jump
 where an answer flips: `choice_logprob`, `margin` and `gold_logprob`
-(`rankadaptor_plugin.core.scores`).
+(`rankadaptor_plugin.core.scores`). Where lm-eval offers `acc_norm`, which is where choices differ
+in length, choices are compared by their log-likelihood per byte, as `acc_norm` compares them:
+otherwise a task with long choices would outweigh all others in the mean.
 """
 
 from __future__ import annotations
@@ -65,12 +67,16 @@ class Question:
 class TaskRequests:
     """The requests of one task.
 
+    Attributes:
+        per_byte: True if choices are compared by their log-likelihood per byte.
+
     Raises:
         OracleError: If the answer of a document is not among its choices.
     """
 
     def __init__(self, documents: Documents, accuracy_metric: str) -> None:
         self._metric = accuracy_metric
+        self.per_byte = "acc_norm" in documents.task.aggregation()
         # A task of its own: its instances and what it remembers belong to these documents.
         self._task = copy.copy(documents.task)
         for name in ("doc_to_text", "doc_to_choice", "doc_to_target"):
@@ -120,7 +126,8 @@ class TaskRequests:
             values["accuracy"].append(float(results[self._metric]))
             # Tasks with acc_mutual_info append a second request per choice, without the question.
             choices = np.array([answer[0] for answer in answers[: len(question.sizes)]])
-            for metric, value in choice_scores(choices, question.gold, question.sizes).items():
+            scores = choice_scores(choices, question.gold, question.sizes, per_byte=self.per_byte)
+            for metric, value in scores.items():
                 values[metric].append(value)
         return TaskScore.of(values, keys=self._keys, accuracy_metric=self._metric)
 
@@ -203,7 +210,11 @@ class Requests:
 
 
 def choice_scores(
-    likelihoods: NDArray[np.float64], gold: tuple[int, ...], sizes: NDArray[np.float64]
+    likelihoods: NDArray[np.float64],
+    gold: tuple[int, ...],
+    sizes: NDArray[np.float64],
+    *,
+    per_byte: bool = False,
 ) -> dict[str, float]:
     """Returns `choice_logprob`, `margin` and `gold_logprob` of one document.
 
@@ -211,15 +222,17 @@ def choice_scores(
         likelihoods: Log-likelihood of each choice, shape (choices,), in nats.
         gold: Indices of the right choices.
         sizes: Bytes of each choice, shape (choices,).
+        per_byte: Compare the choices by their log-likelihood per byte, in the first two scores.
     """
-    right = likelihoods[list(gold)]
-    wrong = np.delete(likelihoods, list(gold))
+    compared = likelihoods / sizes if per_byte else likelihoods
+    right = compared[list(gold)]
+    wrong = np.delete(compared, list(gold))
     with np.errstate(invalid="ignore"):  # a broken model's NaN is for the oracle to report
-        choice_logprob = np.logaddexp.reduce(right) - np.logaddexp.reduce(likelihoods)
+        choice_logprob = np.logaddexp.reduce(right) - np.logaddexp.reduce(compared)
     return {
         "choice_logprob": float(choice_logprob),
         "margin": float(right.max() - wrong.max()) if len(wrong) else 0.0,
-        "gold_logprob": float((right / sizes[list(gold)]).max()),
+        "gold_logprob": float((likelihoods / sizes)[list(gold)].max()),
     }
 
 

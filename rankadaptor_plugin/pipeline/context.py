@@ -126,6 +126,7 @@ class RunContext:
         corpus: The recovery corpus, with what the unpruned model predicts where it is distilled.
         teacher: The unpruned model, where it predicts on the way; None otherwise.
         budget: The time that the run may take; None where nothing is known of it.
+        attention: Attention kernels of the fine-tunes; empty for those that the model has.
     """
 
     config: RunConfig
@@ -136,6 +137,7 @@ class RunContext:
     corpus: Corpus
     teacher: LiveTeacher | None = None
     budget: Budget | None = None
+    attention: str = ""
 
 
 def registries(manager: pluggy.PluginManager) -> Registries:

@@ -12,8 +12,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.core.trials import Outcome
-from rankadaptor_plugin.recovery.adapters import bare_model
+from rankadaptor_plugin.models.device import attending
+from rankadaptor_plugin.recovery.adapters import bare_model, base_of
 from rankadaptor_plugin.recovery.fine_tune import recover
+from rankadaptor_plugin.recovery.fused_lora import fused
 from rankadaptor_plugin.recovery.methods.methods import LORA
 from rankadaptor_plugin.verdict.race import run_name
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from rankadaptor_plugin.core.ranks import RankAllocation
     from rankadaptor_plugin.core.run_folder import RunFolder
+    from rankadaptor_plugin.core.scores import Score
     from rankadaptor_plugin.models.pruned_model import PrunedModel
     from rankadaptor_plugin.oracle.oracle import Objective
     from rankadaptor_plugin.pipeline.budget import Budget
@@ -69,16 +72,17 @@ class FineTuner:
         """Fine-tunes an allocation and scores it on the search documents."""
         searched: dict[str, Any] = dict(allocation.settings)
         try:
-            recovered = recover(
-                self._resident,
-                self._tokenizer,
-                allocation,
-                self._context.corpus,
-                replace(self._settings, **searched),
-                seed,
-                method=allocation.method or LORA,
-                teacher=self._context.teacher,
-            )
+            with attending(base_of(self._resident), self._context.attention):
+                recovered = recover(
+                    self._resident,
+                    self._tokenizer,
+                    allocation,
+                    self._context.corpus,
+                    replace(self._settings, **searched),
+                    seed,
+                    method=allocation.method or LORA,
+                    teacher=self._context.teacher,
+                )
         except BaseException:
             self._resident = bare_model(self._resident)
             raise
@@ -92,7 +96,7 @@ class FineTuner:
             // recovered.per_device_train_batch_size,
         )
         began = time.perf_counter()
-        score = self._context.oracle.score(recovered.model, "search")
+        score = self._score("search")
         seconds = {"recovery": recovered.seconds, "oracle": time.perf_counter() - began}
         self._budget.observe(seconds)
         return Outcome(
@@ -107,7 +111,7 @@ class FineTuner:
         """Fine-tunes and scores on both sets of documents; one seed's adapter is kept."""
         run = self.search_run(allocation, seed)
         began = time.perf_counter()
-        report = self._context.oracle.score(self._resident, "report")
+        report = self._score("report")
         report_seconds = time.perf_counter() - began
         self._budget.observe_report(report_seconds)
         if seed == self._delivered_seed:
@@ -118,6 +122,11 @@ class FineTuner:
             )
         seconds = {**run.seconds, "oracle": run.seconds["oracle"] + report_seconds}
         return replace(run, report=report, seconds=seconds)
+
+    def _score(self, documents: str) -> Score:
+        """Scores the model with its adapter, which computes as it did in the training."""
+        with fused(base_of(self._resident)):
+            return self._context.oracle.score(self._resident, documents)
 
     def is_whole(self, allocation: RankAllocation, seed: int) -> bool:
         """True if a run that was scored has left its adapter, where it should."""

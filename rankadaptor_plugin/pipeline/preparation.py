@@ -17,13 +17,14 @@ from transformers import AutoConfig
 from rankadaptor_plugin import corpus as recovery_corpus
 from rankadaptor_plugin import models, oracle, pruning, recovery, search, verdict
 from rankadaptor_plugin.config import run_file
-from rankadaptor_plugin.config.run_file import corpus_file, model_folder
+from rankadaptor_plugin.config.run_file import corpus_file
 from rankadaptor_plugin.core.errors import ArtifactError
 from rankadaptor_plugin.core.run_folder import RunFolder, digest
 from rankadaptor_plugin.core.trials import TrialState
 from rankadaptor_plugin.corpus.corpus import load_corpus
 from rankadaptor_plugin.models.checkpoints import load_tokenizer
 from rankadaptor_plugin.models.device import devices, resolve_device, resolve_dtype
+from rankadaptor_plugin.models.sources import model_source
 from rankadaptor_plugin.oracle.oracle import (
     Oracle,
     OracleSettings,
@@ -121,7 +122,7 @@ def prepare(
     plugin_list.check_names(registries, config)
     device = pruned.model.device if pruned else resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    source = model_folder(config.model)
+    source = model_source(config)
     check(config, registries, source, pruned)
     tokenizer = (
         pruned.tokenizer
@@ -183,7 +184,7 @@ def check(
     """
     verdict.check(config)
     oracle.check(config)
-    models.check(config, in_memory=pruned is not None)
+    models.check(config, source, in_memory=pruned is not None)
     base = _config_of(config, source)
     if pruned is None:
         pruning.check(config.prune, registries.pruners.get(config.prune.method), base)

@@ -15,7 +15,13 @@ from rankadaptor_plugin.core.errors import PluginError
 from rankadaptor_plugin.core.run_folder import PREDICTIONS, RunFolder, digest
 from rankadaptor_plugin.core.scores import Score
 from rankadaptor_plugin.models.checkpoints import load_model
-from rankadaptor_plugin.models.device import device_name, peak_memory_bytes, threads
+from rankadaptor_plugin.models.device import (
+    device_name,
+    faster_attention,
+    peak_memory_bytes,
+    set_attention,
+    threads,
+)
 from rankadaptor_plugin.models.pruned_model import load_pruned
 from rankadaptor_plugin.pipeline.base_model import BaseModel
 from rankadaptor_plugin.pipeline.context import Recovered, Summary
@@ -25,6 +31,7 @@ from rankadaptor_plugin.pipeline.record import recorded
 from rankadaptor_plugin.pipeline.stage import measure_noise
 from rankadaptor_plugin.pipeline.summary import Measured, foreign_summary, report_data
 from rankadaptor_plugin.pipeline.texts import sample_texts
+from rankadaptor_plugin.recovery.batches import batches, padded
 from rankadaptor_plugin.recovery.files import load as load_adapter
 from rankadaptor_plugin.recovery.teacher import LiveTeacher, with_teacher
 from rankadaptor_plugin.report.report import write_report
@@ -242,13 +249,15 @@ class _Session:
                 model.unload()
 
     def _load_base(self) -> PreTrainedModel:
-        return load_model(
+        model = load_model(
             self.prepared.source,
             device=self.prepared.device,
             dtype=self.prepared.dtype,
             device_map=self.config.device_map,
             trust_remote_code=self.config.trust_remote_code,
         )
+        set_attention(model, self.config.attention)
+        return model
 
     def evaluated(self, name: str, model: Callable[[], PreTrainedModel], of: str = "") -> Score:
         """Returns a model's score on the report documents, kept from an earlier session if any."""
@@ -343,7 +352,21 @@ class _Session:
                 device_map=self.config.device_map,
                 quantize=self.config.quantize,
             )
+        set_attention(self.model.model, self.config.attention)
+        if self.config.attention == "auto":
+            attention = self._training_attention(self.model.model)
+            self.context = replace(self.context, attention=attention)
         return self.model
+
+    def _training_attention(self, model: PreTrainedModel) -> str:
+        """Returns the faster attention kernels, chosen once for all fine-tunes of a run."""
+        chosen = self.folder.read_json("attention.json")
+        if chosen is None:
+            order = batches(self.context.corpus.sequences, 2, self.config.seed)
+            name = faster_attention(model, padded(next(order)).input_ids)
+            chosen = {"attention": name}
+            self.folder.write_json("attention.json", chosen)
+        return str(chosen["attention"])
 
     def _progress(self, stage: str, done: int) -> None:
         self.context.hook.rankadaptor_on_progress(stage=stage, done=done, total=1)

@@ -20,7 +20,7 @@ from rankadaptor_plugin.plugins import plugin_manager
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
-EXAMPLES = sorted(ROOT.glob("examples/*.toml"))
+EXAMPLES = sorted([*ROOT.glob("examples/*.toml"), *ROOT.glob("benchmarks/run_files/*.toml")])
 
 
 def fenced(text: str, language: str) -> list[str]:

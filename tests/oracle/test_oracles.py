@@ -86,9 +86,10 @@ def oracle(make_tokenizer):
     return make
 
 
-def test_scores_are_as_computed_by_hand(tasks, oracle, make_llama, make_tokenizer):
+@pytest.mark.parametrize("listed", [("acc",), ("acc", "acc_norm")], ids="+".join)
+def test_scores_are_as_computed_by_hand(tasks, oracle, make_llama, make_tokenizer, listed):
     rows, model, tokenizer = documents(12), make_llama(), make_tokenizer()
-    ours = oracle(tasks(rows=rows))
+    ours = oracle(tasks(rows=rows, metric_list=metrics(*listed)))
     task = ours.score(model, "search").tasks["toy"]
     expected = {"accuracy": [], "choice_logprob": [], "margin": [], "gold_logprob": []}
     for row in (rows[i] for i in ours.describe()["documents"]["search"]["toy"]):
@@ -99,11 +100,14 @@ def test_scores_are_as_computed_by_hand(tasks, oracle, make_llama, make_tokenize
             steps = model(ids).logits[0, :-1].log_softmax(-1)
             logs.append(sum(steps[i - 1, ids[0, i]].item() for i in range(len(head), ids.shape[1])))
         gold = row["gold"]
-        wrong = max(logs[:gold] + logs[gold + 1 :])
         expected["accuracy"].append(float(np.argmax(logs) == gold))
+        sizes = [len(choice.encode()) for choice in row["choices"]]
+        expected["gold_logprob"].append(logs[gold] / sizes[gold])
+        if "acc_norm" in listed:  # choices that differ in length are compared per byte
+            logs = [log / size for log, size in zip(logs, sizes, strict=True)]
+        wrong = max(logs[:gold] + logs[gold + 1 :])
         expected["choice_logprob"].append(logs[gold] - float(np.log(np.sum(np.exp(logs)))))
         expected["margin"].append(logs[gold] - wrong)
-        expected["gold_logprob"].append(logs[gold] / len(row["choices"][gold].encode()))
     for metric, values in expected.items():
         assert task.per_document[metric] == pytest.approx(values, abs=1e-4)
         assert task.values[metric] == pytest.approx(np.mean(values), abs=1e-4)
@@ -288,7 +292,7 @@ def test_a_model_without_probabilities_is_an_oracle_error(tasks, oracle, make_ll
 
 def test_mutual_information_leaves_the_scores_as_they_are(tasks, oracle, make_llama):
     model, plain = make_llama(), oracle(tasks()).score(make_llama(), "search").tasks["toy"]
-    folder = tasks(metric_list=metrics("acc", "acc_mutual_info"))
+    folder = tasks(metric_list=metrics("acc", "acc_norm", "acc_mutual_info"))
     both = oracle(folder).score(model, "search").tasks["toy"]
     for metric, values in plain.per_document.items():
         assert both.per_document[metric] == pytest.approx(values, abs=1e-4)

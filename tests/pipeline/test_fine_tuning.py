@@ -29,6 +29,7 @@ def tuner(make_llama, tmp_path):
         config=SimpleNamespace(recovery=CONFIG),
         corpus=Corpus(sequences=[TrainingSequence(one, one) for one in tokens], dropped=0),
         teacher=None,
+        attention="",
         oracle=SimpleNamespace(score=lambda model, documents: None),
     )
     pruned = SimpleNamespace(model=make_llama(), tokenizer=None)
