@@ -54,12 +54,16 @@ from rankadaptor_plugin.oracle.lm_eval_oracle import LmEvalOracle
 from rankadaptor_plugin.oracle.oracle import OracleSettings
 from rankadaptor_plugin.pruning.width import prune_width
 from rankadaptor_plugin.recovery import adapters
+from rankadaptor_plugin.recovery.adapters import base_of
+from rankadaptor_plugin.recovery.fused_lora import fused
 from rankadaptor_plugin.tasks import task_dir
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
+
+    from rankadaptor_plugin.core.scores import Score
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "lm-eval", "torch-pruning")
@@ -154,6 +158,12 @@ def models(source: Path, tokenizer: Any, device: torch.device, dtype: torch.dtyp
     yield "merged", wrapped.merge_and_unload().eval()
 
 
+def fused_score(asked: LmEvalOracle, model: Any) -> Score:
+    """Scores a model on the report documents as a run does, with its adapter fused."""
+    with fused(base_of(model)):
+        return asked.score(model, "report")
+
+
 def our_values(
     asked: LmEvalOracle, model: Any, stock: Mapping[str, Any]
 ) -> dict[str, tuple[dict[str, float], list[tuple[float, bool]]]]:
@@ -164,7 +174,7 @@ def our_values(
         model: What it scores.
         stock: lm-eval's task by name of ours.
     """
-    score, found = asked.score(model, "report"), {}
+    score, found = fused_score(asked, model), {}
     for name, requests in asked._requests["report"]._tasks.items():  # no score keeps the answers
         answers = [[r.resps[0] for r in q.requests] for q in requests.questions]
         values = [

@@ -7,7 +7,8 @@ MODEL and DATA are those of ``lm_eval_equality.py``; without them the embedded m
 tiny tasks. The model is pruned by half and has a LoRA adapter, as in a search. Four ways to score
 it on the same documents take turns, in another order each time:
 
-* ours: ``LmEvalOracle.score``, the oracle built before the first trial;
+* ours: ``LmEvalOracle.score``, with the adapter fused as a run scores one; the oracle is built
+  before the first trial;
 * names: ``lm_eval.simple_evaluate`` with the names of the tasks, built anew in every call;
 * objects: ``lm_eval.simple_evaluate`` with the loaded tasks;
 * lean: ``lm_eval.evaluate`` with the loaded tasks and without samples. ``simple_evaluate`` asks
@@ -15,7 +16,8 @@ it on the same documents take turns, in another order each time:
 
 In lm-eval's favor its task manager and its ``HFLM`` are built before the first trial as well, and
 the data are cut to one document more than is asked. Hooks before and after the forward pass take
-its time, on a GPU after a synchronization; what is left of the wall time is the time outside. The
+its time, on a GPU after a synchronization; what is left is the time outside. On a CPU all times are
+CPU seconds. The
 model's output layer is within the pass: the oracle saves some of it by asking for fewer logits,
 which counts for the whole time alone. Ratios are those of one repetition, given as median and
 range. Writes ``results/oracle_speed-DATE.json``; the name of a model becomes part of it.
@@ -51,6 +53,7 @@ from lm_eval_equality import (
     RESULTS,
     WHOLE,
     copy_rows,
+    fused_score,
     largest,
     oracle,
     our_values,
@@ -107,7 +110,8 @@ class Watch:
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+            return time.perf_counter()
+        return time.process_time()
 
     def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = args[0] if args else kwargs["input_ids"]
@@ -197,7 +201,7 @@ def main() -> None:
         )
         plain = partial(lm_eval.simple_evaluate, model=lm, task_manager=manager, samples=ids)
         ways: dict[str, Callable[[], object]] = {
-            OURS: partial(asked.score, model, "report"),
+            OURS: partial(fused_score, asked, model),
             "names": lambda: plain(tasks=names),
             "objects": lambda: plain(tasks=list(loaded.values())),
             "lean": lambda: lm_eval.evaluate(

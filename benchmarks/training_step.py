@@ -1,15 +1,19 @@
-"""Cost of an optimizer step of our loop, compared with the plain loop of transformers and PEFT.
+r"""Cost of an optimizer step of our loop, compared with the plain loop of transformers and PEFT.
 
     OMP_NUM_THREADS=1 python benchmarks/training_step.py
+    OMP_NUM_THREADS=1 python benchmarks/training_step.py --model DIR --corpus FILE --batch-size 16 \
+        --steps 3 --turns 3
 
 Two cases: the embedded default, whose sequences are short and nearly alike, and the pruned story
 model of ``run_files/stories260k.toml`` with rows of Alpaca, of very uneven lengths; the second one
-needs ``../shared`` and is left out without it. Each is run in float32, and in bfloat16 with
-adapters in float32. Both loops see the same sequences in the same order and begin with the same
-adapter. The plain one calls PEFT's layers, gives the model an attention mask, lets it predict every
-token, leaves those out of the loss that are not trained, and takes torch's AdamW as it is. They
-take turns; in each turn a loop makes a few steps, the first of which only warms up, and the median
-of the others counts. Losses are compared, and what autograd keeps for the backward pass of the
+needs ``../shared`` and is left out without it. With ``--model``, that model alone, without a fifth
+of its parameters and with rows of Alpaca up to 128 tokens. Each is run in float32, and in bfloat16
+with adapters in float32; in bfloat16 with the attention kernels that a run would choose. Both loops
+see the same sequences in the same order and begin with the same adapter. The plain one calls PEFT's
+layers, gives the model an attention mask, lets it predict every token, leaves those out of the loss
+that are not trained, and takes torch's AdamW as it is. They take turns; in each turn a loop makes a
+few steps, the first of which only warms up, and the median of the others counts. Losses are
+compared, and what autograd keeps for the backward pass of the
 largest pass is counted. Printed and written to ``results/training_step-DATE.json``.
 """
 
@@ -42,9 +46,10 @@ from rankadaptor_plugin.config.run_file import EMBEDDED_RUN_FILE
 from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.corpus.sequences import IGNORED
 from rankadaptor_plugin.models.checkpoints import load_model
+from rankadaptor_plugin.models.device import attending, faster_attention
 from rankadaptor_plugin.pipeline.preparation import prepare
 from rankadaptor_plugin.plugins import plugin_manager
-from rankadaptor_plugin.recovery.batches import batches, trained_tokens
+from rankadaptor_plugin.recovery.batches import batches, passes, trained_tokens
 from rankadaptor_plugin.recovery.methods import methods as recovery_methods
 from rankadaptor_plugin.recovery.slots import rank_space
 from rankadaptor_plugin.recovery.training import (
@@ -68,7 +73,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-STORIES = ROOT / "examples" / "stories260k.toml"
+STORIES = ROOT / "benchmarks" / "run_files" / "stories260k.toml"
 ALPACA = ROOT.parent / "shared" / "data" / "instruct" / "alpaca_random_9k.json"
 PACKAGES = ("torch", "transformers", "peft")
 _SEED = 0
@@ -108,6 +113,13 @@ class Case:
     sequences: Sequence[TrainingSequence]
     config: RecoveryConfig
     allocation: RankAllocation
+    attention: str = ""
+
+    def in_type(self, dtype: torch.dtype) -> Case:
+        """Returns the case in another type, with the attention that a run would choose."""
+        model = self.model.to(dtype)
+        rows = passes(self.sequences[:2], 2)[0].input_ids
+        return dataclasses.replace(self, model=model, attention=faster_attention(model, rows))
 
 
 def case(config: RunConfig) -> Case:
@@ -137,6 +149,21 @@ def passes_of(config: RecoveryConfig, batch_size: int, micro: int) -> RecoveryCo
         config,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=batch_size // micro,
+    )
+
+
+def real_model(model: Path, corpus: Path, batch_size: int) -> RunConfig:
+    """Returns the run of a real model; of its tasks nothing is measured here."""
+    return run_file.from_dict(
+        {
+            "model": str(model.resolve()),
+            "output": "run",
+            "recipe": "quick",
+            "corpus": {"path": str(corpus.resolve())},
+            "prune": {"pruning_ratio": 0.2, "ratio_of": "parameters"},
+            "recovery": {"per_device_train_batch_size": batch_size},
+            "oracle": {"tasks": ["tiny_boolq"]},
+        }
     )
 
 
@@ -229,7 +256,7 @@ def begun(measured: Case, steps: int) -> Iterator[Tuned]:
 def turn(measured: Case, loop: Loop, steps: int) -> Turn:
     """Lets a loop make a few steps from the beginning."""
     clock = Clock()
-    with begun(measured, steps) as tuned:
+    with attending(measured.model, measured.attention), begun(measured, steps) as tuned:
         losses = loop(measured, tuned, steps, clock)
     return clock.turn(losses)
 
@@ -280,6 +307,8 @@ def measure(measured: Case, steps: int, turns: int) -> dict[str, Any]:
 def main() -> None:
     """Measures, prints the table and writes all values."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="folder of a real model")
+    parser.add_argument("--corpus", type=Path, help="rows of Alpaca for it")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--micro", type=int, default=16, help="sequences per pass")
     parser.add_argument("--steps", type=int, default=6, help="of a turn, the first one included")
@@ -289,12 +318,16 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
     found = {}
-    for name, config in configs(options.batch_size):
+    cases = configs(options.batch_size)
+    if options.model:
+        config = real_model(options.model, options.corpus, options.batch_size)
+        cases = iter([(options.model.name, config)])
+    for name, config in cases:
         made = case(config)
         recovery = passes_of(made.config, options.batch_size, options.micro)
         for dtype in (torch.float32, torch.bfloat16):
-            one = dataclasses.replace(made, model=made.model.to(dtype), config=recovery)
-            key = f"{name}, {str(dtype).removeprefix('torch.')}"
+            one = dataclasses.replace(made.in_type(dtype), config=recovery)
+            key = f"{name}, {str(dtype).removeprefix('torch.')}, {one.attention}"
             found[key] = measure(one, options.steps, options.turns)
     machine = f"{processor()}, 1 of {os.cpu_count()} cores, Python {platform.python_version()}"
     print(f"{machine}; {options.batch_size} sequences, {options.micro} per pass\n")
@@ -309,16 +342,22 @@ def main() -> None:
             f"| {key} | {one['seconds']['plain']:.3f} | {' | '.join(cells)} | "
             f"{one['kept_ratio']:.2f} | {one['loss_difference']:.1e} |"
         )
+    if options.model:
+        slow, fast = (one["seconds"]["own"] for one in found.values())
+        print(
+            f"\nOwn loop, tokens per CPU second: the second type over the first {slow / fast:.2f}"
+        )
     result = {
         "date": date.today().isoformat(),
         "machine": machine,
         "load_average": os.getloadavg(),
         "versions": {package: version(package) for package in PACKAGES},
-        "options": vars(options),
+        "options": {key: str(value) for key, value in vars(options).items()},
         **found,
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"training_step-{date.today().isoformat()}.json"
+    part = f"-{options.model.name}" if options.model else ""
+    path = RESULTS / f"training_step{part}-{date.today().isoformat()}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
