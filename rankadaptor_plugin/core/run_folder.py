@@ -64,12 +64,17 @@ _FILES = (
 
 
 class RunFolder:
-    """Paths in a run folder, and atomic reading and writing there."""
+    """Paths in a run folder, and atomic reading and writing there.
+
+    Attributes:
+        is_claimed: True once `claim` has shown that the folder is of this run.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.pruned = path / "pruned"
         self.adapter = path / "adapter"
+        self.is_claimed = False
         self.study_url = f"sqlite:///{(path / 'study.db').resolve().as_posix()}"
 
     @contextlib.contextmanager
@@ -150,6 +155,7 @@ class RunFolder:
                 )
             if writes:
                 self.write_json("inputs.json", inputs)
+            self.is_claimed = True
             return
         then, now = flat(before), flat(json.loads(json.dumps(inputs)))
         changed = [
@@ -166,6 +172,7 @@ class RunFolder:
                 f"({'; '.join(changed[:3])}"
                 f"{more}). Set another output, change the inputs back, or delete the folder."
             )
+        self.is_claimed = True
 
     def clear(self) -> None:
         """Deletes the results that a run left here, and nothing else; inputs and log stay."""

@@ -272,6 +272,7 @@ def _claimed(folder: RunFolder, inputs: dict[str, Any], *, writes: bool) -> RunF
             return RunFolder(folder.path / "new")
         folder.clear()
         folder.write_json("inputs.json", inputs)
+        folder.claim(inputs)
     return folder
 
 

@@ -105,8 +105,7 @@ class Record:
     def _write(self, state: str, error: str = "") -> None:
         self._written = time.monotonic()
         now = {"state": state, "error": error, "updated": time.time(), **self._progress.now}
-        # Before that the folder may be of another run, which this one is then refused for.
-        if self._known["measures"]:
+        if self._folder.is_claimed:  # else it may be of another run, and this one refused
             with contextlib.suppress(ArtifactError):
                 self._folder.write_json(SESSION, self._known | now)
 

@@ -245,8 +245,8 @@ def write_provisional(status: Status) -> tuple[Path, Path]:
     measures = session.get("measures")
     if measures is None:
         raise ArtifactError(
-            f"The run {folder.path} does not say what it measures: it is still being loaded, or "
-            "was made by an earlier version. Ask again in a moment, or run it again."
+            f"The run {folder.path} has nothing to report yet: it has not been loaded, or was made "
+            "by an earlier version. Run it, or ask again in a moment."
         )
     columns = {name: _column(folder, name, measures) for name in ("base", "pruned")}
     trials = stored_trials(folder.path / "study.db", "search")

@@ -61,7 +61,7 @@ def test_a_run_file_stands_for_its_folder_and_json_for_people(finished_copy, fin
         "ranks": list(best.allocation.ranks),
         "settings": {},
     }
-    assert shown["seconds"] == pytest.approx(sum(finished.report["cost"]["stages"].values()), abs=3)
+    assert shown["seconds"] > finished.report["cost"]["fine_tuning"]
 
 
 def test_a_run_that_works_shows_what_goes_on_inside(changed, command):
@@ -108,6 +108,15 @@ def test_the_next_session_is_loading_until_it_says_more(changed, command):
             lines = printed(command, folder.path)
         assert lines["state"] == "running, load"
         assert lines["trials"].startswith("5 of 5, best")
+
+
+def test_a_run_that_cannot_be_loaded_has_failed(tmp_path, write_run_file, command):
+    path = write_run_file(tmp_path / "small.toml", prune={"calibration_tokens": 64})
+    assert command("run", path).exit_code == 1
+    lines = printed(command, path)
+    assert lines["state"] == "failed, load"
+    assert lines["error"].startswith("The calibration text is too short")
+    assert "failed: The calibration text is too short" in lines["log"]
 
 
 def test_a_refused_command_leaves_the_state_of_the_run_alone(
@@ -178,7 +187,7 @@ def test_early_in_a_run_the_provisional_report_says_that_nothing_is_there(change
     changed(measures=None)
     result = command("status", folder.path, "--report")
     assert result.exit_code == 1
-    assert "still being loaded" in result.stderr
+    assert "has nothing to report yet" in result.stderr
 
 
 def test_the_report_takes_the_place_of_the_provisional_one(changed, finished_copy, command):
