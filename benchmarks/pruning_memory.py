@@ -2,8 +2,8 @@
 
     python benchmarks/pruning_memory.py
     python benchmarks/pruning_memory.py --device cuda --shape llama-7b --dtype bfloat16
-    OMP_NUM_THREADS=1 python benchmarks/pruning_memory.py --shape llama-7b --dtype bfloat16 \
-        --layers 2 3 --sequences 2 --tokens 2048 --scores mix second
+    OMP_NUM_THREADS=1 python benchmarks/pruning_memory.py --shape quarter --dtype bfloat16 \
+        --sequences 2 --tokens 2048 --scores mix second
 
 Llamas with random weights, by default with 10 sequences of 64 tokens. "whole" is one backward pass
 per sequence that leaves a gradient in every parameter of the layers, as LLM-Pruner does; the others
@@ -11,10 +11,10 @@ are `unit_scores` by their Taylor term. On the CPU the memory is the highest sum
 live tensors that torch operations made, counted at every operation: exact and the same each time,
 unlike the memory of the process, which allocators round up and keep; buffers inside of one
 operation are not seen. On a GPU it is what torch's allocator says. The weights, which are there
-before, do not count. Fewer layers than the shape has get their part of the limit on inputs of
-layers, so that as many sequences go through in one pass as in the whole model. Times are taken in a
-run without the counting. Prints a table and writes ``results/pruning_memory-DATE.json``; options
-other than the default become part of the name.
+before, do not count. Limits on what is kept are those of a 7B model, in proportion to widths and
+layers, so that as many sequences go through in one pass, and as many layers are added up over the
+passes. Times are taken in a run without the counting. Prints a table and writes
+``results/pruning_memory-DATE.json``; options other than the default become part of the name.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = {
     "small": {"hidden_size": 512, "heads": 8, "intermediate_size": 1408, "vocab_size": 32000},
+    "quarter": {"hidden_size": 1024, "heads": 8, "intermediate_size": 2752, "vocab_size": 32000},
     "llama-7b": {"hidden_size": 4096, "heads": 32, "intermediate_size": 11008, "vocab_size": 32000},
 }
-LAYERS = {"small": (4, 8, 16, 32), "llama-7b": (32,)}
+LAYERS = {"small": (4, 8, 16, 32), "quarter": (2, 4), "llama-7b": (32,)}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -181,8 +182,10 @@ def main() -> None:
     rows = []
     inputs, sums = calibration.LIMITS
     for layers in options.layers or LAYERS[options.shape]:
-        share = layers / max(layers, LAYERS[options.shape][-1])
-        calibration.LIMITS = calibration.Limits(int(inputs * share), sums)
+        width = SHAPES[options.shape]["hidden_size"] / SHAPES["llama-7b"]["hidden_size"]
+        part = layers / max(layers, LAYERS["llama-7b"][-1])
+        limits = calibration.Limits(int(inputs * width * part), int(sums * width**2))
+        calibration.LIMITS = limits
         model = build(options.shape, layers, options.device, options.dtype)
         kinds = units_of(model)
         weights = sum(p.nbytes for p in model.parameters())

@@ -79,10 +79,11 @@ def hidden_at(
         **options: Further arguments of the decoder.
 
     Returns:
-        Shape (n, hidden).
+        Shape (n, hidden), on the device of `input_ids`, wherever the last layer is.
     """
     states = model.get_decoder()(input_ids=input_ids, use_cache=False, **options)[0]
-    return cast("torch.Tensor", states.flatten(0, 1)[places.to(states.device)])
+    picked = states.flatten(0, 1)[places.to(states.device)]
+    return cast("torch.Tensor", picked.to(input_ids.device))
 
 
 def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
