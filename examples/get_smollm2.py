@@ -159,19 +159,21 @@ def sentences(text: str) -> list[str]:
 def task_rows(pairs: Sequence[tuple[str, str]], number: int) -> Iterator[dict[str, Any]]:
     """Yields documents that ask for one sentence of each answer, counted from 0.
 
-    The wrong choices are sentences at the same place of answers to the same question about other
-    topics.
+    The wrong choices stand at the same place in answers to the same question about other topics.
     """
     draw = random.Random(0)
-    cut = [(question, sentences(answer)) for question, answer in pairs]
-    whole = [(index, q, parts) for index, (q, parts) in enumerate(cut) if len(parts) > number]
-    for index, question, parts in whole:
-        others = [p[number] for i, _, p in whole if i != index and i % 8 == index % 8]
-        choices = draw.sample(sorted(set(others) - {parts[number]}), CHOICES - 1)
-        gold = draw.randrange(CHOICES)
-        choices.insert(gold, parts[number])
-        text = " ".join([f"Question: {question}\nAnswer:", *parts[:number]])
-        yield {"text": text, "choices": choices, "gold": gold}
+    for kind in range(len(QUESTIONS)):
+        cut = [(q, sentences(answer)) for q, answer in pairs[kind :: len(QUESTIONS)]]
+        whole = [(question, parts) for question, parts in cut if len(parts) > number]
+        for question, parts in whole:
+            others = {other[number] for _, other in whole} - {parts[number]}
+            if len(others) < CHOICES - 1:
+                continue
+            choices = draw.sample(sorted(others), CHOICES - 1)
+            gold = draw.randrange(CHOICES)
+            choices.insert(gold, parts[number])
+            text = " ".join([f"Question: {question}\nAnswer:", *parts[:number]])
+            yield {"text": text, "choices": choices, "gold": gold}
 
 
 def write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:
@@ -187,7 +189,10 @@ def main() -> None:
         get_model(folder / "model")
     (folder / "tasks").mkdir(parents=True, exist_ok=True)
     questions = [question.format(topic) for topic in TOPICS for question in QUESTIONS]
-    pairs = list(zip(questions, answers(folder / "model", questions), strict=True))
+    written = folder / "answers.json"
+    if not written.exists():
+        written.write_text(json.dumps([*answers(folder / "model", questions)]), "utf-8")
+    pairs = list(zip(questions, json.loads(written.read_text("utf-8")), strict=True))
     asked = ASKED * len(QUESTIONS)
     conversations = (
         {
