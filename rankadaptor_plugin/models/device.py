@@ -181,6 +181,13 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Lets `peak_memory_bytes` of a GPU begin anew; that of a process cannot."""
+    if device.type == "cuda":
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
+
+
 def free_memory_bytes(device: torch.device) -> int | None:
     """Returns the memory that is free on a device, in bytes; None where the system does not tell.
 

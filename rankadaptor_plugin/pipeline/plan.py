@@ -61,6 +61,7 @@ weights: forward, again forward, and back through all of it; or forward alone.""
 _FORWARD = 0.4  # of a pass of a fine-tune
 _WRITTEN = 200e6  # bytes of weights that are written or read in a second
 _REPORT_SECONDS = 3.0
+_SURE = 0.9  # of what a pass is predicted to take, before a run is refused for it
 _TOKENS = 3  # written to time them
 _LOGITS = 2**24  # most of an evaluation that are held in float32 at once
 
@@ -150,14 +151,21 @@ class _Timed:
     token: float
 
     @classmethod
-    def of(cls, model: PreTrainedModel, prepared: Prepared, scale: float) -> _Timed:
-        """Times a model; `scale` is how many times as long the pruned one takes."""
+    def of(cls, model: PreTrainedModel, prepared: Prepared, scale: float, rows: int) -> _Timed:
+        """Times a model.
+
+        Args:
+            model: The model.
+            prepared: The run.
+            scale: How many times as long the pruned model takes.
+            rows: Sequences per pass.
+        """
         context, config = prepared.context, prepared.context.config
         pace = fine_tune_pace(
             model,
             prepared.tokenizer,
             context.corpus,
-            config.recovery,
+            replace(config.recovery, per_device_train_batch_size=rows),
             config.rank_space.default_rank,
             config.seed,
         )
@@ -172,8 +180,8 @@ class _Timed:
                 float(model(input_ids=ids).logits[0, 0, 0])
         return cls(
             begin=scale * pace.begin,
-            step=scale * pace.step,
-            per_token=scale * pace.step / (config.recovery.batch_size * pace.mean_tokens),
+            step=scale * pace.per_token * pace.tokens * config.recovery.batch_size,
+            per_token=scale * pace.per_token,
             search=search,
             report=report,
             token=scale * (time.perf_counter() - began) / _TOKENS,
@@ -221,6 +229,8 @@ class Planner:
                     check_ranks(shape, config)
                 self._pruned = shape.model
         self._costs_of = {"base": footprint(self._base), "pruned": footprint(self._pruned)}
+        # What another package's recovery stage takes is not known.
+        self._is_foreign = len(prepared.context.hook.rankadaptor_post_prune.get_hookimpls()) > 1
         self._rows = config.recovery.per_device_train_batch_size
         self._tokens = max(len(s.tokens) for s in prepared.context.corpus.sequences)
         self._widest = max(max(p.shape) for p in decoder_layers(self._base)[0].parameters())
@@ -246,10 +256,10 @@ class Planner:
         settings = [f"[corpus] max_length below {self._tokens}"]
         if not self._config.recovery.gradient_checkpointing:
             settings.insert(0, "[recovery] gradient_checkpointing = true")
-        least = pruned + self._training(rows=1)
-        if least > self._free:
+        training = self._training(rows=1)
+        if pruned + _SURE * training > self._free:
             what = f"the pruned model and one training sequence of {self._tokens} tokens"
-            self._refuse(what, least, settings)
+            self._refuse(what, pruned + training, settings)
 
     def _refuse(self, what: str, needed: int, settings: list[str]) -> NoReturn:
         device = self._prepared.device.type
@@ -273,9 +283,20 @@ class Planner:
         mapped = self._costs_of[name].parameters * self._mapped
         return self._resident + self._weights(name) + mapped
 
-    def _training(self, rows: int) -> int:
+    def _training(self, rows: int, name: str = "pruned") -> int:
+        model = self._base if name == "base" else self._pruned
         rank = self._config.rank_space.default_rank
-        return training_bytes(self._pruned, self._config.recovery, rank, rows, self._tokens)
+        return training_bytes(model, self._config.recovery, rank, rows, self._tokens)
+
+    def _timed_rows(self) -> int:
+        """Returns the sequences per pass that are timed: fewer where only the base model is there.
+
+        It is larger than what will be trained, and memory should not run out for its sake.
+        """
+        if self.is_pruned or self._free is None:
+            return self._rows
+        room = self._free - self._weights("base")
+        return max(1, min(self._rows, int(self._rows * room / self._training(self._rows, "base"))))
 
     def _evaluating(self, name: str, cost: Cost) -> int:
         """Returns the bytes of an evaluation beside the weights: a layer, the cache, and logits."""
@@ -320,7 +341,7 @@ class Planner:
         scale = 1.0
         if not self.is_pruned:
             scale = self._costs_of["pruned"].parameters / self._costs_of["base"].parameters
-        timed = _Timed.of(model, self._prepared, scale)
+        timed = _Timed.of(model, self._prepared, scale, self._timed_rows())
         before = self._before(timed)
         costs = Costs(
             fine_tune=timed.fine_tune(self._prepared),
@@ -330,11 +351,14 @@ class Planner:
             after=self._texts(timed) + _REPORT_SECONDS,
         )
         budget = self._prepared.context.budget or Budget(config)
-        fitting = cut(config, costs, budget.left, done)
+        fitting: Size | None = Size.of(config)
+        if not self._is_foreign:
+            fitting = cut(config, costs, budget.left, done)
         if fitting is None:
             raise ConfigError(_too_long(config, costs, budget, done))
+        counts = {} if self._is_foreign else fine_tunes(config, fitting, done)
         return Plan(
-            stages=self._stages(before, costs, fine_tunes(config, fitting, done), timed),
+            stages=self._stages(before, costs, counts, timed),
             costs=costs,
             size=fitting,
             cuts=tuple(_cuts(config, fitting, budget)),

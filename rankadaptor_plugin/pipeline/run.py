@@ -18,6 +18,7 @@ from rankadaptor_plugin.models.checkpoints import load_model
 from rankadaptor_plugin.models.device import (
     device_name,
     faster_attention,
+    forget_peak_memory,
     peak_memory_bytes,
     set_attention,
     threads,
@@ -182,6 +183,7 @@ class _Session:
             return
         with self.folder.timed("plan"):
             plan = self.plan()
+        forget_peak_memory(self.prepared.device)
         budget = self.context.budget and self.context.budget.planned(plan.costs, plan.size)
         self.context = replace(self.context, budget=budget)
         self.context.hook.rankadaptor_on_plan(plan=plan.to_json())

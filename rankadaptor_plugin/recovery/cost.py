@@ -44,13 +44,13 @@ class Pace:
 
     Attributes:
         begin: Seconds before the first step.
-        step: Seconds of an optimizer step.
-        mean_tokens: Tokens of a sequence, in the mean.
+        per_token: Seconds of one token of a step.
+        tokens: Tokens of a sequence, in the mean.
     """
 
     begin: float
-    step: float
-    mean_tokens: float
+    per_token: float
+    tokens: float
 
 
 class _EnoughError(Exception):
@@ -100,7 +100,7 @@ def fine_tune_pace(
     tokens = sum(len(sequence.tokens) for batch in timed for sequence in batch)
     mean = sum(len(sequence.tokens) for sequence in rows.sequences) / len(rows.sequences)
     per_token = (marks[-1] - marks[first]) / tokens
-    return Pace(begin=marks[0] - began, step=per_token * mean * config.batch_size, mean_tokens=mean)
+    return Pace(begin=marks[0] - began, per_token=per_token, tokens=mean)
 
 
 def training_bytes(

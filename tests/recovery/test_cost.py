@@ -75,9 +75,9 @@ def test_timing_leaves_the_model_as_it_was(make_llama, corpus):
     with watched(lambda **told: seen.append(told)):
         pace = fine_tune_pace(model, None, corpus, CONFIG, RANK, seed=0)
         advance("steps", 1, 2)
-    assert pace.step > 0
+    assert pace.per_token > 0
     assert pace.begin > 0
-    assert pace.mean_tokens == 47 / 8
+    assert pace.tokens == 47 / 8
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
@@ -87,4 +87,4 @@ def test_timing_leaves_the_model_as_it_was(make_llama, corpus):
 
 def test_a_fine_tune_of_one_step_is_timed_by_it(make_llama, corpus):
     one = RecoveryConfig(**CONFIG.__dict__ | {"max_steps": 1})
-    assert fine_tune_pace(make_llama(), None, corpus, one, RANK, seed=0).step > 0
+    assert fine_tune_pace(make_llama(), None, corpus, one, RANK, seed=0).per_token > 0
