@@ -17,7 +17,7 @@ import torch
 
 from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.models.checkpoints import meta_model
-from rankadaptor_plugin.models.device import devices, free_memory_bytes, resident_bytes
+from rankadaptor_plugin.models.device import attending, devices, free_memory_bytes, resident_bytes
 from rankadaptor_plugin.models.footprint import footprint, on_meta
 from rankadaptor_plugin.models.structures import decoder_layers
 from rankadaptor_plugin.oracle.oracle import Cost, evaluation_cost
@@ -151,24 +151,28 @@ class _Timed:
     token: float
 
     @classmethod
-    def of(cls, model: PreTrainedModel, prepared: Prepared, scale: float, rows: int) -> _Timed:
+    def of(
+        cls, model: PreTrainedModel, prepared: Prepared, scale: float, rows: int, attention: str
+    ) -> _Timed:
         """Times a model.
 
         Args:
             model: The model.
             prepared: The run.
             scale: How many times as long the pruned model takes.
-            rows: Sequences per pass.
+            rows: Sequences per pass of a fine-tune.
+            attention: Attention kernels of a fine-tune; empty for those of the model.
         """
         context, config = prepared.context, prepared.context.config
-        pace = fine_tune_pace(
-            model,
-            prepared.tokenizer,
-            context.corpus,
-            replace(config.recovery, per_device_train_batch_size=rows),
-            config.rank_space.default_rank,
-            config.seed,
-        )
+        with attending(model, attention):
+            pace = fine_tune_pace(
+                model,
+                prepared.tokenizer,
+                context.corpus,
+                replace(config.recovery, per_device_train_batch_size=rows),
+                config.rank_space.default_rank,
+                config.seed,
+            )
         search, report = (
             replace(cost, seconds=scale * cost.seconds)
             for cost in (evaluation_cost(context.oracle, model, p) for p in ("search", "report"))
@@ -328,11 +332,12 @@ class Planner:
 
     # ---------------------------------------------------------------------------------------- time
 
-    def plan(self, model: PreTrainedModel) -> Plan:
+    def plan(self, model: PreTrainedModel, attention: str = "") -> Plan:
         """Times a few passes and says what is left.
 
         Args:
             model: The pruned model if `is_pruned`, else the base model; it is left as it was.
+            attention: Attention kernels of the fine-tunes; empty for those that it has.
 
         Raises:
             ConfigError: If not even the smallest run fits into its time.
@@ -341,7 +346,7 @@ class Planner:
         scale = 1.0
         if not self.is_pruned:
             scale = self._costs_of["pruned"].parameters / self._costs_of["base"].parameters
-        timed = _Timed.of(model, self._prepared, scale, self._timed_rows())
+        timed = _Timed.of(model, self._prepared, scale, self._timed_rows(), attention)
         before = self._before(timed)
         costs = Costs(
             fine_tune=timed.fine_tune(self._prepared),

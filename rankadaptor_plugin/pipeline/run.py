@@ -197,8 +197,11 @@ class _Session:
         self._progress("plan", 0)
         planner = Planner(self.prepared, self.folder, self.model)
         planner.check_memory()
-        model = self.pruned().model if planner.is_pruned else self.base_model()
-        plan = planner.plan(model)
+        if planner.is_pruned:
+            plan = planner.plan(self.pruned().model, self.context.attention)
+        else:
+            base = self.base_model()
+            plan = planner.plan(base, self._faster_attention(base))
         self._progress("plan", 1)
         return plan
 
@@ -364,11 +367,16 @@ class _Session:
         """Returns the faster attention kernels, chosen once for all fine-tunes of a run."""
         chosen = self.folder.read_json("attention.json")
         if chosen is None:
-            order = batches(self.context.corpus.sequences, 2, self.config.seed)
-            name = faster_attention(model, padded(next(order)).input_ids)
-            chosen = {"attention": name}
+            chosen = {"attention": self._faster_attention(model)}
             self.folder.write_json("attention.json", chosen)
         return str(chosen["attention"])
+
+    def _faster_attention(self, model: PreTrainedModel) -> str:
+        """Returns the kernels to train a model with; empty for those that the run file names."""
+        if self.config.attention != "auto":
+            return ""
+        order = batches(self.context.corpus.sequences, 2, self.config.seed)
+        return faster_attention(model, padded(next(order)).input_ids)
 
     def _progress(self, stage: str, done: int) -> None:
         self.context.hook.rankadaptor_on_progress(stage=stage, done=done, total=1)
