@@ -46,7 +46,7 @@ from rankadaptor_plugin.pipeline.preparation import prepare
 from rankadaptor_plugin.pipeline.stage import given_entrants, trained_parameters
 from rankadaptor_plugin.plugins import plugin_manager
 from rankadaptor_plugin.recovery import recover
-from rankadaptor_plugin.recovery.batches import passes
+from rankadaptor_plugin.recovery.batches import padded
 from rankadaptor_plugin.recovery.files import without_old_name
 from rankadaptor_plugin.recovery.slots import rank_space
 from rankadaptor_plugin.verdict.statistics import Model, compare, mean_interval, model_of
@@ -124,9 +124,9 @@ class Measured:
 def logits(model: Any, prepared: Prepared) -> torch.Tensor:
     """Returns the logits of all tokens of a few training sequences, shape (n, vocabulary)."""
     sequences = prepared.context.corpus.sequences[:_SEQUENCES]
-    (given,) = passes(sequences, "padded", len(sequences))
-    found: torch.Tensor = model(**given.inputs, use_cache=False).logits
-    return found[given.inputs["attention_mask"].bool()]
+    given = padded(sequences)
+    found: torch.Tensor = model(input_ids=given.input_ids, use_cache=False).logits
+    return found[torch.arange(found.shape[1]) < given.lengths[:, None]]
 
 
 def reloaded(recovered: RecoveredAdapter, pruned: Path, folder: Path) -> Any:

@@ -251,7 +251,7 @@ def _gradients(
     model = tuned.model.get_base_model()
     count = trained_tokens(batch)
     total = torch.zeros((), device=model.device)
-    for part in passes(batch, micro.size):
+    for part in passes(batch, micro.size, model.device):
         given = part.to(model.device)
         with mixed_precision(model):
             loss = pass_loss(
@@ -284,7 +284,7 @@ def mean_loss(
 
     def add_up() -> float:
         total = 0.0
-        for part in passes(sequences, micro.size):
+        for part in passes(sequences, micro.size, model.device):
             given = part.to(model.device)
             with mixed_precision(model):
                 total += float(pass_loss(model, given))

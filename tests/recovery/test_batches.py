@@ -134,6 +134,21 @@ def test_passes_are_sorted_by_length():
     assert [given_.lengths.tolist() for given_ in passes(batch, 2)] == [[12, 11], [3, 2]]
 
 
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([128] * 5 + [100, 60], [[128] * 5, [100, 60]]),  # 512 tokens are enough
+        ([128] * 4 + [113, 111], [[128] * 4 + [113], [111]]),  # rows that are nearly alike stay
+        ([16] * 30 + [5] * 2, [[16] * 30 + [5] * 2]),  # a small pass is not cut
+    ],
+)
+def test_on_a_cpu_a_pass_with_work_enough_ends_before_much_padding(lengths, expected):
+    batch = [sequence(length) for length in lengths]
+    assert [one.lengths.tolist() for one in passes(batch, 32)] == expected
+    (whole,) = passes(batch, 32, torch.device("cuda"))
+    assert whole.lengths.tolist() == lengths
+
+
 def test_batches_are_a_new_order_of_all_sequences_in_every_pass_over_them():
     sequences = [sequence(3, seed=i) for i in range(6)]
     number = {id(s): i for i, s in enumerate(sequences)}

@@ -90,10 +90,10 @@ def test_the_global_random_states_are_left_as_they_were(make_llama, corpus):
 def test_all_allocations_see_the_same_batches_and_dropout(make_llama, corpus, monkeypatch):
     seen, masks = [], []
 
-    def noting(batch, size):
+    def noting(batch, size, device):
         seen[-1].append([s.tokens.tolist() for s in batch])
         masks[-1].append(torch.get_rng_state())
-        return passes(batch, size)
+        return passes(batch, size, device)
 
     monkeypatch.setattr(training, "passes", noting)
     base = make_llama()
