@@ -47,7 +47,9 @@ def rendered(progress, console):
 
 @pytest.mark.parametrize("layers", [8, 32, 80])
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
-def test_scores_and_seconds_are_whole_at_every_width(width, layers):
+def test_scores_and_seconds_are_whole_at_every_width(width, layers, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
     console = terminal(width)
     progress = Progress(CONFIG, console)
     for position in range(99, 120):
@@ -56,6 +58,7 @@ def test_scores_and_seconds_are_whole_at_every_width(width, layers):
         )
     progress.rankadaptor_on_progress("search", 120, 120)
     progress.rankadaptor_on_step("steps", 0, 2000, {})
+    now[0] = 60.0
     progress.rankadaptor_on_step("steps", 120, 2000, {"loss": 2.3112, "tokens_per_second": 1840.0})
     lines = rendered(progress, console)
     assert max(map(len, lines)) <= width
@@ -79,7 +82,7 @@ def test_scores_and_seconds_are_whole_at_every_width(width, layers):
     assert "search" in stage
     assert "120/120" in stage
     inside = " ".join(line.strip() for line in work)
-    assert inside == "120 of 2,000 steps, loss 2.311, 1,840 tokens/s, 0:00 left"
+    assert inside == "120 of 2,000 steps, loss 2.311, 1,840 tokens/s, 15:40 left"
     assert (" iter" in rows[0]) == (width >= 60)
 
 
