@@ -377,9 +377,9 @@ class OracleConfig:
     )
     objective: str = _f(
         "",
-        "metric to maximize in the search: choice_logprob (log-probability of the right choice "
-        "among the choices), margin, gold_logprob or accuracy (paper); empty: choice_logprob, or "
-        "the oracle's first metric",
+        "metric to maximize in the search: gold_logprob (log-likelihood of the right choice per "
+        "byte), choice_logprob, margin or accuracy (paper); empty: gold_logprob, or the oracle's "
+        "first metric",
     )
     target: str = _f("", "single task to optimize; empty: the weighted mean of all tasks")
     weights: dict[str, float] = field(

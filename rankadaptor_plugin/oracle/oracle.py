@@ -114,7 +114,7 @@ def evaluation_cost(oracle: Oracle, model: PreTrainedModel, documents: str) -> C
 OracleFactory = Callable[[OracleSettings], Oracle]
 
 
-PREFERRED = "choice_logprob"
+PREFERRED = "gold_logprob"
 """Objective of an oracle that has it and whose run file names none."""
 
 

@@ -84,7 +84,7 @@ REFUSED = [
         TASKS + "[recovery]\nlora_alpha = 16\n[rank_space]\nalpha_over_rank = [1.0, 2.0]",
         "[rank_space] alpha_over_rank is searched, but [recovery] lora_alpha 16 overrides it.",
     ),
-    ('model = ""', "model is empty or missing. Name the folder of a Hugging Face causal LM, or"),
+    ('model = ""', "model is empty or missing. Name a folder, a model on the Hub"),
     ('model = "m"\n[corpus]\npath = "c.txt"', "output is empty or missing. Name a folder of its"),
     ('output = ""', "output is empty or missing. Name a folder of its own for the run."),
     ('model = "m"\noutput = "o"', "corpus.path is empty or missing. Set it to a JSON, JSONL or"),

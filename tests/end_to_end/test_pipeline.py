@@ -225,12 +225,12 @@ def test_a_single_target_is_searched_and_judged_alone(tmp_path, write_run_file, 
     result = command("run", path)
     assert result.exit_code == 0, result.stderr
     report = report_of(tmp_path / "out")
-    assert report["objective"] == {"metric": "choice_logprob", "target": "tiny_piqa"}
+    assert report["objective"] == {"metric": "gold_logprob", "target": "tiny_piqa"}
     for trial in report["trials"]:
-        assert trial["objective"] == trial["score"]["tiny_piqa"]["values"]["choice_logprob"]
-    comparison = report["verdict"]["comparisons"]["choice_logprob"]
+        assert trial["objective"] == trial["score"]["tiny_piqa"]["values"]["gold_logprob"]
+    comparison = report["verdict"]["comparisons"]["gold_logprob"]
     cells = [
-        report["scores"][n]["tiny_piqa"]["choice_logprob"]["mean"] for n in ("searched", "uniform")
+        report["scores"][n]["tiny_piqa"]["gold_logprob"]["mean"] for n in ("searched", "uniform")
     ]
     assert comparison["estimate"] == pytest.approx(cells[0] - cells[1])
     assert comparison["documents"] == 20

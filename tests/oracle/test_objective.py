@@ -42,9 +42,9 @@ def test_a_target_counts_alone():
     assert objective(score(a=[1.0], b=[2.0])) == 2.0
 
 
-def test_the_metric_is_choice_logprob_or_what_the_oracle_has():
+def test_the_metric_is_gold_logprob_or_what_the_oracle_has():
     config = OracleConfig(tasks=("a",))
-    assert objective_metric(config, oracle("accuracy", "choice_logprob")) == "choice_logprob"
+    assert objective_metric(config, oracle("accuracy", "gold_logprob")) == "gold_logprob"
     assert objective_metric(config, oracle("log_likelihood")) == "log_likelihood"
 
 
