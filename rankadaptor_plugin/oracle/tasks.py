@@ -157,7 +157,8 @@ class Tasks:
         reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
         raise OracleError(
             f"The data of the task {name!r} cannot be loaded: {reason}. Check the task's data "
-            "files, or the connection if they lie on a hub."
+            "files. Data on the Hub can be downloaded where there is a network: hf download "
+            "OWNER/NAME --repo-type dataset; if it is gated, accept its terms and hf auth login."
         ) from failure
 
 

@@ -24,6 +24,7 @@ from rankadaptor_plugin.models.device import (
     threads,
 )
 from rankadaptor_plugin.models.pruned_model import load_pruned
+from rankadaptor_plugin.models.sources import quantized_before
 from rankadaptor_plugin.pipeline.base_model import BaseModel
 from rankadaptor_plugin.pipeline.context import Recovered, Summary
 from rankadaptor_plugin.pipeline.plan import Plan, Planner
@@ -219,6 +220,7 @@ class _Session:
             evaluation_seconds=self.evaluation_seconds,
             peak_memory_bytes=peak_memory_bytes(self.prepared.device),
             device=device_name(self.prepared.device),
+            quantization=quantized_before(self.prepared.source),
         )
         data = report_data(pruned, summary, self.context, measured)
         write_report(self.folder.path, data)

@@ -299,6 +299,7 @@ class Measured:
         evaluation_seconds: Seconds of these evaluations.
         peak_memory_bytes: Most memory in use.
         device: Name of the device.
+        quantization: What the base model went through before; empty for nothing.
     """
 
     scores: Mapping[str, Sequence[Score]]
@@ -308,6 +309,7 @@ class Measured:
     evaluation_seconds: float
     peak_memory_bytes: int | None
     device: str
+    quantization: str
 
 
 def report_data(
@@ -377,6 +379,7 @@ def report_data(
         "generation": list(measured.generation),
         "config": run_file.to_dict(config),
         "device": measured.device,
+        "quantization": measured.quantization,
         "slots": summary.slots,
         "settings": summary.settings,
         "methods": summary.methods,

@@ -203,6 +203,8 @@ class ReportData(TypedDict):
         generation: Texts of the models.
         config: The run file's values, tables as dictionaries.
         device: Name of the device, such as ``cpu`` or ``cuda:0 (NVIDIA H100)``.
+        quantization: What the base model went through before the run, such as ``Q4_1`` of a GGUF
+            file; absent or empty for nothing.
         weights: Weight per task in the mean; equal if absent.
         settings: Searched settings by allocation; those of the run file where absent.
         slots: What each rank of an allocation belongs to; the layers in order if absent.
@@ -240,6 +242,7 @@ class ReportData(TypedDict):
     generation: list[Entry]
     config: dict[str, Any]
     device: str
+    quantization: NotRequired[str]
     weights: NotRequired[dict[str, float]]
     slots: NotRequired[list[str]]
     settings: NotRequired[dict[str, dict[str, float]]]

@@ -273,6 +273,8 @@ def footprint(data: ReportData) -> Table:
         for label, (was, now) in group.items()
     ]
     caption = f"what the model costs, without adapter; bytes in {data['dtype']}"
+    if quantization := data.get("quantization"):
+        caption += f"; the base model had been quantized ({quantization}), which its scores include"
     return Table(caption, ("", "base", "pruned", "% of base"), tuple(rows))
 
 

@@ -198,6 +198,7 @@ def report_data(
             "search": {"method": "paper", "n_trials": 30},
         },
         "device": "cuda:0 (NVIDIA H100)",
+        "quantization": "Q4_1",
     }
 
 
@@ -483,6 +484,11 @@ def test_everything_is_escaped() -> None:
     width = len(tables.scores(data, "accuracy").header) + 1
     row = next(line for line in outside.splitlines() if "a\\|b" in line)
     assert len(re.findall(r"(?<!\\)\|", row)) == width
+
+
+def test_a_base_model_that_was_quantized_is_told() -> None:
+    assert "the base model had been quantized (Q4_1), which its scores" in markdown(report_data())
+    assert "quantized" not in markdown(report_data() | {"quantization": ""})
 
 
 def test_underscores_in_names_stay_readable() -> None:
