@@ -289,8 +289,8 @@ def check_config(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ConfigError(
-            f"The model folder {folder} does not exist. Set model to a local folder with "
-            "config.json and safetensors weights."
+            f"The model folder {folder} does not exist. Set model to a Hugging Face "
+            "folder, a name on the Hub such as owner/name, or a GGUF file."
         )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
