@@ -48,7 +48,9 @@ def test_a_whole_folder_loads_as_it_was_saved(tmp_path, make_llama, make_tokeniz
 
 
 def test_a_missing_folder_is_a_config_error(tmp_path):
-    with pytest.raises(ConfigError, match=r"none does not exist\. Set model to a Hugging Face folder"):
+    with pytest.raises(
+        ConfigError, match=r"none does not exist\. Set model to a Hugging Face folder"
+    ):
         check_folder(tmp_path / "none")
 
 
