@@ -301,7 +301,10 @@ def report(options: argparse.Namespace) -> None:
         "machine": f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
-        "options": {key: str(value) for key, value in vars(options).items() if key != "data"},
+        "options": {
+            key: value.name if isinstance(value, Path) else value
+            for key, value in vars(options).items()
+        },
         "models": rows,
     }
     RESULTS.mkdir(exist_ok=True)

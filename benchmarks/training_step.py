@@ -352,7 +352,10 @@ def main() -> None:
         "machine": machine,
         "load_average": os.getloadavg(),
         "versions": {package: version(package) for package in PACKAGES},
-        "options": {key: str(value) for key, value in vars(options).items()},
+        "options": {
+            key: value.name if isinstance(value, Path) else value
+            for key, value in vars(options).items()
+        },
         **found,
     }
     RESULTS.mkdir(exist_ok=True)

@@ -100,6 +100,7 @@ def kept_bytes(model: PreTrainedModel, tokens: int) -> int:
             kept[id(storage)] = storage  # held, so that no other one takes its place
         return tensor
 
+    model.config.pad_token_id = None  # for which transformers would look at the tokens
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     AttentionInterface.register(_FUSED, _fused_attention)
     model.set_attn_implementation(_FUSED)

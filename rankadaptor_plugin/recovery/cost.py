@@ -21,6 +21,7 @@ from rankadaptor_plugin.recovery.adapters import bare_model
 from rankadaptor_plugin.recovery.batches import batches
 from rankadaptor_plugin.recovery.fine_tune import recover
 from rankadaptor_plugin.recovery.fused_lora import adapted_product
+from rankadaptor_plugin.recovery.methods.methods import LORA
 from rankadaptor_plugin.recovery.slots import module_ranks
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def fine_tune_pace(
     allocation = RankAllocation((rank,) * len(decoder_layers(model)))
     began = time.perf_counter()
     with watched(observe), contextlib.suppress(_EnoughError):
-        recover(model, tokenizer, allocation, rows, one_pass, seed)
+        recover(model, tokenizer, allocation, rows, one_pass, seed, method=LORA)
     bare_model(model)
     first = 1 if len(marks) > 2 else 0  # noqa: PLR2004 - the beginning, the step that warms up
     timed = islice(batches(rows.sequences, size, seed), first, len(marks) - 1)

@@ -142,7 +142,7 @@ def test_the_command_leaves_the_pruned_model_and_the_fine_tunes_and_no_search(me
     names = {path.name for path in measured.folder.iterdir()}
     assert names == {
         *("inputs.json", "pruned", "noise", "noise.json", "timings.json", ".lock"),
-        *("session.json", "run.log"),
+        *("session.json", "run.log", "attention.json"),
     }
     files = sorted(path.suffix for path in (measured.folder / "noise").iterdir())
     assert files == [".json"] * FINE_TUNES + [".parquet"] * FINE_TUNES

@@ -226,7 +226,7 @@ def test_search_tasks_that_are_report_tasks_are_cut(run, tmp_path):
         "report": {"rankadaptor_arc_easy": 10, "rankadaptor_boolq": 16 - 10},
     }
     for trial in report["trials"]:
-        arc, boolq = (trial["score"][task]["values"]["choice_logprob"] for task in COMMONSENSE)
+        arc, boolq = (trial["score"][task]["values"]["gold_logprob"] for task in COMMONSENSE)
         assert trial["objective"] == pytest.approx((2 * arc + boolq) / 3)
 
 

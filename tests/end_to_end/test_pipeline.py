@@ -59,7 +59,7 @@ def test_every_artefact_is_there_and_nothing_half_written(finished):
     assert names == {
         *("inputs.json", "pruned", "evaluations", "study.db", "adapters", "adapter"),
         *("report.json", "report.md", "report.html", "timings.json", ".lock"),
-        *("session.json", "run.log"),
+        *("session.json", "run.log", "attention.json"),
     }
     assert not [p for p in finished.folder.rglob("*") if p.name.endswith((".partial", ".tmp"))]
     assert len(list((finished.folder / "evaluations").iterdir())) == 2 * (2 + 3 * 2)

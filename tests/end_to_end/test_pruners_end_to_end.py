@@ -63,6 +63,7 @@ def test_a_run_prunes_recovers_and_reports(name, tmp_path, write_run_file, comma
         model="model",
         device_map="auto",  # accelerate's hooks, though on a single device
         prune=prune,
+        corpus={"path": "embedded"},
         oracle={"tasks": ["tiny_boolq"]},
         search={"n_startup_trials": 2, "n_trials": 2},
     )

@@ -161,6 +161,8 @@ def test_choice_logprob_and_margin_follow_from_the_logged_log_likelihoods(ours, 
         for number in ids[task]:
             likelihoods = np.array([r[0][0] for r in logged[number]["resps"]])
             gold = int(logged[number]["target"])
+            if "acc_norm" in logged[number]:  # choices that differ in length
+                likelihoods /= [len(r[1].strip().encode()) for r in logged[number]["arguments"]]
             choice_logprob.append(likelihoods[gold] - np.logaddexp.reduce(likelihoods))
             margin.append(likelihoods[gold] - np.delete(likelihoods, gold).max())
         for score in ours:

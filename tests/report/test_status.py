@@ -40,7 +40,7 @@ def test_a_finished_run_shows_its_verdict(finished, command, tmp_path):
     best = max(finished.trials, key=lambda trial: trial.objective)
     assert lines["state"] == "finished"
     assert lines["trials"] == (
-        f"5 of 5, best: trial {best.position + 1}, choice_logprob {best.objective:.4f}, "
+        f"5 of 5, best: trial {best.position + 1}, gold_logprob {best.objective:.4f}, "
         f"ranks {best.allocation}"
     )
     assert lines["verdict"] == finished.report["verdict"]["sentence"]
