@@ -23,6 +23,9 @@ LIMIT = 120.0  # seconds until a test gives up; a session takes about ten
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 
 
+ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
 class Session:
     """A run in a process of its own, which can be waited for and killed."""
 
@@ -131,6 +134,18 @@ def weights(folder):
     }
 
 
+@pytest.fixture
+def heard():
+    """Processes hear signals, also where the tests run in the background, which ignores some."""
+    ignored = [n for n in ENDS if signal.getsignal(n) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.mark.usefixtures("heard")
 def test_a_run_ended_by_signals_says_how_to_go_on_and_does(
     finished, tmp_path, write_run_file, command
 ):
