@@ -24,7 +24,7 @@ def hub_problem(kind: str, name: str, error: BaseException, revision: str = "") 
     def among(*kinds: type[BaseException]) -> bool:
         return any(isinstance(one, kinds) for one in chain)
 
-    if among(errors.GatedRepoError) or "gated" in str(error):
+    if among(errors.GatedRepoError) or "gated dataset" in str(error):
         return (
             f"The {kind} {name} on the Hub is gated. Accept its terms on its page, then log in "
             "with: hf auth login (or set HF_TOKEN)."

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -101,22 +102,26 @@ def _dequantized(file: Path, dtype: torch.dtype) -> Path:
         )
     name = str(dtype).removeprefix("torch.")
     folder = cache_folder("gguf") / f"{file.stem}-{digest(file)}-{name}"
-    if not (folder / _RECORD).is_file():
-        quantization = _check_gguf(file)
-        logger.warning(
-            "%s is dequantized (%s) to %s once: quantization came before pruning, and what it "
-            "cost is part of the base model's scores",
-            file,
-            quantization,
-            name,
-        )
-        try:
-            write_folder(folder, lambda partial: _convert(file, dtype, quantization, partial))
-        except OSError as error:
-            raise ConfigError(
-                f"The dequantized model cannot be written to {folder}: {error}. Make room, or set "
-                "XDG_CACHE_HOME to a folder with enough."
-            ) from error
+    if (folder / _RECORD).is_file():
+        return folder
+    quantization = _check_gguf(file)
+    logger.warning(
+        "%s is dequantized (%s) to %s once: quantization came before pruning, and what it cost is "
+        "part of the base model's scores",
+        file,
+        quantization,
+        name,
+    )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):  # another run may be at it
+            if not (folder / _RECORD).is_file():
+                write_folder(folder, lambda partial: _convert(file, dtype, quantization, partial))
+    except OSError as error:
+        raise ConfigError(
+            f"The dequantized model cannot be written to {folder}: {error}. Make room, or set "
+            "XDG_CACHE_HOME to a folder with enough."
+        ) from error
     return folder
 
 

@@ -35,7 +35,7 @@ from rankadaptor_plugin.pipeline.budget import (
 from rankadaptor_plugin.pipeline.stage import check_ranks
 from rankadaptor_plugin.pipeline.texts import prompts
 from rankadaptor_plugin.pruning.calibration import LIMITS, micro_batches
-from rankadaptor_plugin.pruning.dry import shape_after
+from rankadaptor_plugin.pruning.checks import shape_after
 from rankadaptor_plugin.recovery.cost import fine_tune_pace, training_bytes
 from rankadaptor_plugin.recovery.slots import rank_costs
 from rankadaptor_plugin.report.words import duration, size

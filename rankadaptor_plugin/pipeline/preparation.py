@@ -122,8 +122,7 @@ def prepare(
     plugin_list.check_names(registries, config)
     device = pruned.model.device if pruned else resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    source = model_source(config)
-    check(config, registries, source, pruned)
+    source = check(config, registries, pruned)
     tokenizer = (
         pruned.tokenizer
         if pruned
@@ -174,24 +173,29 @@ def prepare(
     return prepared
 
 
-def check(
-    config: RunConfig, registries: Registries, source: Path, pruned: PrunedModel | None
-) -> None:
+def check(config: RunConfig, registries: Registries, pruned: PrunedModel | None) -> Path:
     """Lets every package check its tables of the run file; no weight is loaded.
+
+    What can be known without the model comes first, as that may have to be downloaded.
+
+    Returns:
+        Folder of the base model.
 
     Raises:
         RankAdaptorError: If anything is wrong with them.
     """
     verdict.check(config)
     oracle.check(config)
+    recovery_corpus.check(config)
+    source = model_source(config)
     models.check(config, source, in_memory=pruned is not None)
     base = _config_of(config, source)
     if pruned is None:
         pruning.check(config.prune, registries.pruners.get(config.prune.method), base)
-    recovery_corpus.check(config)
     learns = pruned is not None and config.recovery.distill_weight
     recovery.check(config, *((base, pruned.model.config) if pruned and learns else ()))
     search.check(config, *_shape(config, base, pruned))
+    return source
 
 
 def _config_of(config: RunConfig, source: Path) -> PreTrainedConfig:
@@ -298,7 +302,8 @@ def _inputs(
     plain, corpus_path = run_file.to_dict(config), corpus_file(config.corpus.path)
     # A run may move to another machine or device.
     # What the noise step and the texts show may be asked again in another way.
-    for key in ("output", "model", "device", "device_map", "threads", "noise", "generation"):
+    where = ("output", "model", "revision", "device", "device_map", "threads")
+    for key in (*where, "noise", "generation"):
         del plain[key]
     for table, names in _FREE.items():
         for key in names:

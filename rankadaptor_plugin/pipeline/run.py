@@ -33,8 +33,10 @@ from rankadaptor_plugin.pipeline.record import recorded
 from rankadaptor_plugin.pipeline.stage import measure_noise
 from rankadaptor_plugin.pipeline.summary import Measured, foreign_summary, report_data
 from rankadaptor_plugin.pipeline.texts import sample_texts
+from rankadaptor_plugin.recovery.adapters import base_of
 from rankadaptor_plugin.recovery.batches import batches, padded
 from rankadaptor_plugin.recovery.files import load as load_adapter
+from rankadaptor_plugin.recovery.fused_lora import fused
 from rankadaptor_plugin.recovery.teacher import LiveTeacher, with_teacher
 from rankadaptor_plugin.report.report import write_report
 
@@ -136,7 +138,8 @@ def plan(config: RunConfig, manager: pluggy.PluginManager, *, began: float | Non
     with threads(config.threads):
         began = began or time.perf_counter()
         prepared = prepare(config, manager, folder, None, began, claims=False)
-        return _Session(prepared, RunFolder(prepared.context.folder), None).plan()
+        folder = RunFolder(prepared.context.folder)
+        return _Session(prepared, folder, None, writes=False).plan()
 
 
 def noise(
@@ -169,8 +172,15 @@ def noise(
 class _Session:
     """One session of a run: its stages, and what they share."""
 
-    def __init__(self, prepared: Prepared, folder: RunFolder, model: PrunedModel | None) -> None:
-        self.prepared, self.folder, self.model = prepared, folder, model
+    def __init__(
+        self,
+        prepared: Prepared,
+        folder: RunFolder,
+        model: PrunedModel | None,
+        *,
+        writes: bool = True,
+    ) -> None:
+        self.prepared, self.folder, self.model, self.writes = prepared, folder, model, writes
         self.context = prepared.context
         self.config = prepared.context.config
         spread = bool(self.config.device_map)
@@ -275,7 +285,8 @@ class _Session:
             with self.folder.timed("evaluate"):
                 loaded = model()
                 began = time.perf_counter()
-                score = self.context.oracle.score(loaded, "report")
+                with fused(base_of(loaded)):  # the adapter of a foreign stage
+                    score = self.context.oracle.score(loaded, "report")
                 seconds = time.perf_counter() - began
             self.folder.write_score(f"{file}.parquet", score)
             content = {"score": score.to_json(), "seconds": seconds}
@@ -370,7 +381,8 @@ class _Session:
         chosen = self.folder.read_json("attention.json")
         if chosen is None:
             chosen = {"attention": self._faster_attention(model)}
-            self.folder.write_json("attention.json", chosen)
+            if self.writes:
+                self.folder.write_json("attention.json", chosen)
         return str(chosen["attention"])
 
     def _faster_attention(self, model: PreTrainedModel) -> str:

@@ -1,19 +1,26 @@
-"""Checks of the ``[prune]`` table that need no weights."""
+"""What can be known of pruning without weights: errors in its table, and the shape it leaves."""
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.pruning.depth import check_importance
 from rankadaptor_plugin.pruning.importance import check_names
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from rankadaptor_plugin.config.tables import PruneConfig
+    from rankadaptor_plugin.models.pruned_model import PrunedModel
     from rankadaptor_plugin.pruning.cutting import Pruner
+
+_BUILT_IN = ("width", "channel", "depth")
 
 
 def check(config: PruneConfig, pruner: Pruner, model_config: PreTrainedConfig) -> None:
@@ -42,3 +49,35 @@ def check(config: PruneConfig, pruner: Pruner, model_config: PreTrainedConfig) -
         config.layers(model_config.get_text_config().num_hidden_layers)
     if plugin_check := getattr(pruner, "check", None):
         plugin_check(config, model_config)
+
+
+def shape_after(
+    pruner: Pruner,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PruneConfig,
+) -> PrunedModel | None:
+    """Prunes a model on the meta device, at random: as much goes as in earnest.
+
+    Args:
+        pruner: The pruner that the table names.
+        model: The base model on the meta device; it is changed.
+        tokenizer: Its tokenizer.
+        config: The ``[prune]`` table.
+
+    Returns:
+        The pruned model, on the meta device; None for a plugin's pruner, which may need weights.
+
+    Raises:
+        RankAdaptorError: If the table does not fit the model, as the pruner says it.
+    """
+    if config.method not in _BUILT_IN:
+        return None
+    log = logging.getLogger("rankadaptor_plugin.pruning")
+    before = log.level
+    log.setLevel(logging.ERROR)  # the pruner will say it again
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return pruner(model, tokenizer, [], replace(config, importance="random"))
+    finally:
+        log.setLevel(before)

@@ -77,7 +77,7 @@ def fine_tune_pace(
         seed: Seed of the batches.
 
     Raises:
-        RecoveryError: If memory does not suffice for a single sequence.
+        RecoveryError: If memory runs out with a single sequence.
     """
     marks: list[float] = []
 

@@ -166,6 +166,13 @@ def test_a_run_folder_in_use_is_refused(tmp_path, write_run_file, command):
     assert_error(result, 1, "is in use by another process", "Wait for it")
 
 
+def test_a_missing_corpus_is_told_before_a_model_is_downloaded(tmp_path, write_run_file, command):
+    run_file = write_run_file(
+        tmp_path / "r.toml", model="owner/name", corpus={"path": "missing.jsonl"}
+    )
+    assert_error(command("run", run_file), 2, "missing.jsonl cannot be read")
+
+
 def test_a_diverging_loss_is_reported_and_a_lower_learning_rate_goes_on(
     tmp_path, write_run_file, command, observer
 ):

@@ -14,7 +14,7 @@ from rankadaptor_plugin.models.checkpoints import load_model, load_tokenizer, me
 from rankadaptor_plugin.oracle.oracle import Cost
 from rankadaptor_plugin.pipeline import plan as plan_module
 from rankadaptor_plugin.pipeline.plan import _Timed
-from rankadaptor_plugin.pruning.dry import shape_after
+from rankadaptor_plugin.pruning.checks import shape_after
 from rankadaptor_plugin.report.console import plan_text
 
 SECONDS = _Timed(
@@ -130,6 +130,16 @@ def test_what_is_done_is_not_planned_again(tmp_path, write_run_file, command, ti
     # With other settings and nothing to lose a run would begin anew.
     other = write_run_file(tmp_path / "run.toml", **changes, prune={"pruning_ratio": 0.3})
     assert "prune" in stages(json.loads(command("plan", other, "--json").stdout))
+
+
+def test_a_plan_that_times_the_pruned_model_writes_nothing(finished_copy, write_run_file, command):
+    out = finished_copy.parent / "out"
+    for name in ("report.json", "attention.json"):
+        (out / name).unlink()
+    before = {path.name for path in out.iterdir()}
+    result = command("plan", write_run_file(finished_copy), "--json")
+    assert result.exit_code == 0, result.stderr
+    assert {path.name for path in out.iterdir()} == before
 
 
 def test_a_run_that_does_not_fit_its_hours_is_cut_and_said(planned, timed):
