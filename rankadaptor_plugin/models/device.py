@@ -79,7 +79,7 @@ def faster_attention(model: PreTrainedModel, tokens: torch.Tensor) -> str:
     """Returns the attention kernels that train a model faster.
 
     In bfloat16 on a CPU, eager attention has the faster backward pass on short rows and the slower
-    one on long rows, so both are run here, in turns. Elsewhere it is ``sdpa``.
+    one on long rows, so both are run here, in turns. Elsewhere the model's own stay.
 
     Args:
         model: The model.

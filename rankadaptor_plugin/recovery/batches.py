@@ -121,8 +121,9 @@ def trained_tokens(batch: Sequence[TrainingSequence]) -> int:
 def passes(batch: Sequence[TrainingSequence], size: int, device: torch.device = _CPU) -> list[Pass]:
     """Cuts the sequences of an optimizer step, longest first, into passes.
 
-    A CPU computes a few rows as fast as many. So there a pass that has work enough ends before a
-    much shorter row, which would mostly be padding: a quarter of all tokens of 16 Alpaca rows.
+    A CPU needs no more than a few rows to be busy. So there a pass that has work enough ends before
+    a much shorter row, which would mostly be padding: a quarter of all tokens of 16 Alpaca rows.
+    That saves time in float32, and memory in bfloat16 as well.
 
     Args:
         batch: The sequences.

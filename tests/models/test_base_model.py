@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM
 
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError, UnsupportedModelError
 from rankadaptor_plugin.models.checkpoints import (
@@ -14,7 +14,15 @@ from rankadaptor_plugin.models.checkpoints import (
     load_model,
     load_tokenizer,
 )
-from rankadaptor_plugin.models.device import resolve_device, resolve_dtype
+from rankadaptor_plugin.models.device import (
+    attending,
+    faster_attention,
+    resolve_device,
+    resolve_dtype,
+    set_attention,
+    threads,
+)
+from rankadaptor_plugin.models.transformers_internals import attention_of
 
 CPU = torch.device("cpu")
 
@@ -144,6 +152,47 @@ def test_a_tokenizer_without_padding_pads_with_its_end(folder, make_tokenizer):
 def test_a_device_that_does_not_exist_is_a_config_error(device):
     with pytest.raises(ConfigError, match=r"Allowed: auto, cpu, cuda, cuda:0 and so on"):
         resolve_device(device)
+
+
+def test_attention_is_set_and_put_back(make_llama):
+    model = make_llama()
+    set_attention(model, "auto")
+    assert attention_of(model) == "sdpa"
+    with attending(model, "eager"):
+        assert attention_of(model) == "eager"
+    assert attention_of(model) == "sdpa"
+    with attending(model, ""):
+        assert attention_of(model) == "sdpa"
+    set_attention(model, "eager")
+    assert attention_of(model) == "eager"
+
+
+def test_attention_that_a_model_lacks_is_a_config_error():
+    config = BloomConfig(n_layer=1, hidden_size=16, n_head=2, vocab_size=40)
+    with pytest.raises(ConfigError, match='attention is "sdpa", which BloomForCausalLM does not'):
+        set_attention(BloomForCausalLM(config), "sdpa")
+
+
+def test_the_faster_attention_is_looked_for_in_bfloat16_alone(make_llama):
+    tokens = torch.arange(3, 19).reshape(2, 8)
+    model = make_llama()
+    assert faster_attention(model, tokens) == "sdpa"
+    model.set_attn_implementation("eager")
+    assert faster_attention(model.to(torch.bfloat16), tokens) == "eager"  # as it was asked for
+    model.set_attn_implementation("sdpa")
+    assert faster_attention(model, tokens) in {"sdpa", "eager"}
+    assert attention_of(model) == "sdpa"
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_threads_keep_to_the_cores_at_hand(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    with threads(0):
+        assert torch.get_num_threads() == 1
+    with threads(2):
+        assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "cuda:200"])
