@@ -135,7 +135,7 @@ def measure(loaded: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
     for arm in arms(options):
         recovery = dataclasses.replace(
             config.recovery,
-            distill_weight=arm.weight,
+            distill_weight=arm.weight or 1.0,
             distill_temperature=arm.temperature,
             distill_top_k=arm.top_k,
         )
@@ -162,6 +162,7 @@ def measure(loaded: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
                 taught,
                 recovery,
                 seed=seed,
+                method="distill" if arm.weight else "lora",
                 teacher=teacher,
             )
             model = recovered.model

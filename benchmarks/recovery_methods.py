@@ -156,7 +156,9 @@ def measure(config: RunConfig, seeds: int) -> dict[str, Any]:
     oracle, corpus = prepared.context.oracle, prepared.context.corpus
     saved = RunFolder(Path(config.output)).pruned
     space = rank_space(pruned.model, pruned.pruned_layers, config.rank_space, config.recovery)
-    allocations = {name: given_entrants([name], space)[0].allocation for name in METHODS}
+    allocations = {
+        name: given_entrants([name], space, space.uniform())[0].allocation for name in METHODS
+    }
     before, bare = oracle.score(pruned.model, "report"), logits(pruned.model, prepared)
     found: dict[str, Measured] = defaultdict(Measured)
     model: Any = pruned.model

@@ -50,10 +50,10 @@ from rankadaptor_plugin.models.device import attending, faster_attention
 from rankadaptor_plugin.pipeline.preparation import prepare
 from rankadaptor_plugin.plugins import plugin_manager
 from rankadaptor_plugin.recovery.batches import batches, passes, trained_tokens
+from rankadaptor_plugin.recovery.memory import MicroBatch
 from rankadaptor_plugin.recovery.methods import methods as recovery_methods
 from rankadaptor_plugin.recovery.slots import rank_space
 from rankadaptor_plugin.recovery.training import (
-    MicroBatch,
     learning_rate_factor,
     mixed_precision,
     train,

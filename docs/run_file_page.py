@@ -40,7 +40,7 @@ def _section(title: str, config: Any) -> str:
         default = field.default if made is dataclasses.MISSING else made()
         cells = (
             f"`{field.name}`",
-            _type(hints[field.name]),
+            _type(hints[field.name], field.metadata),
             f"`{toml_value(default)}`",
             _allowed(field.metadata),
             field.metadata["help"],
@@ -49,8 +49,10 @@ def _section(title: str, config: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _type(hint: Any) -> str:
+def _type(hint: Any, rule: Any = ()) -> str:
     items = typing.get_args(hint)
+    if "word" in rule:
+        return f"`{rule['word']}`, or {_type(items[-1])}"
     if typing.get_origin(hint) is tuple:
         return "list of " + {int: "whole numbers", float: "numbers", str: "texts"}[items[0]]
     if typing.get_origin(hint) is dict:

@@ -8,11 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rankadaptor_plugin import hookimpl
+from rankadaptor_plugin.config.tables import LEAST_SQUARES
 from rankadaptor_plugin.models.registration import BUILT_IN
 from rankadaptor_plugin.tasks import task_dir
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    import torch
+    from transformers import PreTrainedModel
 
     from rankadaptor_plugin.core.registry import Registry
     from rankadaptor_plugin.models.modeling_rankadaptor import Structure
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.oracle.oracle import OracleFactory
     from rankadaptor_plugin.pipeline.commands import CommandGroup
     from rankadaptor_plugin.pipeline.context import Recovered, RunContext
+    from rankadaptor_plugin.pruning.compensation import Compensation
     from rankadaptor_plugin.pruning.cutting import Pruner
     from rankadaptor_plugin.search.samplers import PerformanceModelFactory, SamplerFactory
 
@@ -79,6 +85,25 @@ def rankadaptor_register_commands(cli: CommandGroup) -> None:
 
     for command in COMMANDS:
         cli.add_command(command)
+
+
+@hookimpl(trylast=True)
+def rankadaptor_compensate(
+    method: str, base: PreTrainedModel, pruned: PrunedModel, sequences: Sequence[torch.Tensor]
+) -> Compensation | None:
+    """Refits the matrices that write into the residual stream, by least squares."""
+    if method != LEAST_SQUARES:
+        return None
+    from rankadaptor_plugin.pruning.compensation import compensate
+
+    spread = hasattr(base, "hf_device_map")
+    return compensate(
+        base,
+        pruned.model,
+        sequences,
+        kept_layers=pruned.kept_layers,
+        device=None if spread else pruned.model.device,
+    )
 
 
 @hookimpl(trylast=True)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    import torch
+    from transformers import PreTrainedModel
+
+    from rankadaptor_plugin.config.tables import RunConfig
     from rankadaptor_plugin.core.registry import Registry
     from rankadaptor_plugin.core.trials import Trial
     from rankadaptor_plugin.models.modeling_rankadaptor import Structure
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.oracle.oracle import OracleFactory
     from rankadaptor_plugin.pipeline.commands import CommandGroup
     from rankadaptor_plugin.pipeline.context import Recovered, RunContext
+    from rankadaptor_plugin.pruning.compensation import Compensation
     from rankadaptor_plugin.pruning.cutting import Pruner
     from rankadaptor_plugin.search.samplers import PerformanceModelFactory, SamplerFactory
 
@@ -91,6 +96,23 @@ def rankadaptor_register_commands(cli: CommandGroup) -> None:
     """Adds commands to the ``rankadaptor-plugin`` command line.
 
     Called once at startup; import heavy modules inside the command.
+    """
+
+
+@hookspec(firstresult=True)
+def rankadaptor_compensate(
+    method: str,
+    base: PreTrainedModel,
+    pruned: PrunedModel,
+    sequences: Sequence[torch.Tensor],
+    config: RunConfig,
+) -> Compensation | None:
+    """Fits a pruned model to the unpruned one, without training: the stage ``compensate``.
+
+    Called once per run, if a fine-tune may start from such weights. ``method`` is ``[prune]
+    compensate``; return None for a name that is not yours. ``sequences`` are token ids of shape
+    (t,) in random order, on the CPU. Both models have to be left as they were; ``base`` may lie in
+    main memory. The weights in the result are parameters of ``pruned.model``.
     """
 
 

@@ -77,9 +77,11 @@ SMALL = {
     "output": "out",
     "dtype": "float32",
     "threads": 1,
+    "tune": {"learning_rates": []},
     "prune": {"keep_first": 0, "keep_last": 0, "calibration_samples": 8, "calibration_tokens": 7},
     "corpus": {"template": "plain", "max_length": 32},
     "recovery": {
+        "stack": [],
         "max_steps": 3,
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 1,

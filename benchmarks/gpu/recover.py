@@ -42,9 +42,9 @@ from rankadaptor_plugin.models.structures import decoder_layers, structure_of
 from rankadaptor_plugin.pruning.width import prune_width
 from rankadaptor_plugin.recovery import training
 from rankadaptor_plugin.recovery.batches import batches
+from rankadaptor_plugin.recovery.memory import MicroBatch
 from rankadaptor_plugin.recovery.methods import methods as recovery_methods
 from rankadaptor_plugin.recovery.slots import module_ranks
-from rankadaptor_plugin.recovery.training import MicroBatch
 from rankadaptor_plugin.testing.families import tiny_tokenizer
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.config.recipes import with_preset
-from rankadaptor_plugin.config.tables import EMBEDDED, SOURCE, RunConfig
+from rankadaptor_plugin.config.tables import EMBEDDED, GENERATE, SOURCE, RunConfig
 from rankadaptor_plugin.config.values import build, checked, merged
 from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.core.run_folder import RunFolder
@@ -182,7 +182,16 @@ def _located(data: dict[str, Any], folder: Path, cls: type = RunConfig) -> dict[
     for key, value in data.items():
         if isinstance(value, dict) and dataclasses.is_dataclass(hints.get(key)):
             located[key] = _located(value, folder, hints[key])
-        elif kinds.get(key) and value and isinstance(value, str):
-            is_name = kinds[key] == SOURCE and is_named(value, folder)
-            located[key] = value if is_name else str(folder / value)
+        elif kinds.get(key) and isinstance(value, list):
+            located[key] = [_at(item, kinds[key], folder) for item in value]
+        elif kinds.get(key):
+            located[key] = _at(value, kinds[key], folder)
     return located
+
+
+def _at(value: Any, kind: str | None, folder: Path) -> Any:
+    """Returns a path as seen from `folder`; what is a name, or no text, stays as it is."""
+    if not value or not isinstance(value, str):
+        return value
+    is_name = value == GENERATE or (kind == SOURCE and is_named(value, folder))
+    return value if is_name else str(folder / value)

@@ -56,12 +56,16 @@ def _key(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
         value["enum"] = list(rules["choices"])
     if "needed" in rules:
         value["minLength"] = 1
+    word = rules.get("word")
+    hint = hint if word is None else typing.get_args(hint)[-1]
     origin, items = typing.get_origin(hint), typing.get_args(hint)
     value["type"] = _TYPES[items[-1] if origin is dict else items[0] if origin else hint]
     default: Any = field.default
     kind = value
     if origin is tuple:
-        kind, default = {"type": "array", "items": value}, list(default)
+        kind = {"type": "array", "items": value}
+        kind = kind if word is None else {"anyOf": [{"const": word}, kind]}
+        default = default if word is not None else list(default)
     elif origin is dict:
         kind, default = {"type": "object", "additionalProperties": value}, {}
     return {"description": rules["help"], **kind, "default": default}

@@ -26,6 +26,15 @@ SEARCHED_RANKS, UNIFORM_LORA = "rankadaptor", "lora"
 FILE, SOURCE = "file", "source"
 """Settings that are paths: a file or folder, or one that can also be EMBEDDED or on the Hub."""
 
+INITS = ("random", "gradient", "eva", "pissa")
+"""First weights of an adapter (``[recovery] init``)."""
+
+NO_COMPENSATION, LEAST_SQUARES, GENERATE = "none", "least-squares", "generate"
+"""Values of ``[prune] compensate``; the word in ``[compensate] text`` for text of the model."""
+
+AUTO = "auto"
+"""Value of ``[tune] learning_rates``: rates around that of the recipe."""
+
 PATTERN = "pattern:"
 """Prefix of recovery methods that list the rank of each layer."""
 
@@ -39,6 +48,7 @@ def _f(default: Any, help_: str, **rule: Any) -> Any:
       rejected with an error that suggests the name of the setting.
     - ``path``: FILE, or SOURCE where it can also be a name. Relative ones become absolute.
     - ``needed``: what to do if the text is empty, which it must not be.
+    - ``word``: the one text that may stand for a list of numbers.
     - ``overrules``, another key of the table that has no effect beside this one.
     """
     return field(default=default, metadata={"help": help_, **rule})
@@ -112,6 +122,11 @@ class PruneConfig:
     )
     calibration_samples: int = _f(10, "calibration sequences (paper: 10 or 50)", low=1)
     calibration_tokens: int = _f(64, "tokens per calibration sequence", low=2)
+    compensate: str = _f(
+        LEAST_SQUARES,
+        "refits what is left to the unpruned model, without training: none, least-squares, or one "
+        "of a plugin",
+    )
 
     def layers(self, count: int) -> range:
         """Returns the layers to prune in a model with `count` layers.
@@ -126,6 +141,48 @@ class PruneConfig:
                 f"of the {count} layers to prune. Lower one of them."
             )
         return range(first, last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompensateConfig:
+    """The text that compensation is fitted to: half the recovery corpus, half general text."""
+
+    text: tuple[str, ...] = _f(
+        (GENERATE,),
+        'text, JSON or JSONL files of general text; "generate": text that the unpruned model '
+        "writes; []: the recovery corpus alone",
+        path=FILE,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """The learning rate of LoRA and the parts of the stack, chosen on search documents."""
+
+    learning_rates: str | tuple[float, ...] = _f(
+        AUTO,
+        "learning rates to try: auto (around that of [recovery], one decade up), or a list; []: "
+        "no tuning",
+        above=0.0,
+        word=AUTO,
+    )
+    seeds: int = _f(2, "fine-tunes of each", low=1)
+    methods: tuple[str, ...] = _f(
+        (), "recovery methods that get a rate of their own; the others take LoRA's"
+    )
+
+    def __post_init__(self) -> None:
+        rates = self.learning_rates
+        if isinstance(rates, tuple) and tuple(sorted(set(rates))) != rates:
+            raise ConfigError(
+                f"[tune] learning_rates {list(rates)} are not ascending and distinct. Sort them "
+                "and remove duplicates."
+            )
+        if not rates and self.methods:
+            raise ConfigError(
+                f"[tune] methods {list(self.methods)} have no rates to try: learning_rates is "
+                'empty. Set learning_rates = "auto", or methods = [].'
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,9 +290,9 @@ class RecoveryConfig:
 
     methods: tuple[str, ...] = _f(
         ("rankadaptor",),
-        "compared with uniform LoRA: rankadaptor (searched ranks), adalora, eva, lora-fa, "
-        'dora, rslora, pissa, none, or ranks such as "pattern:4-6-10-12"; ["lora"]: uniform LoRA '
-        "alone",
+        "raced beside LoRA: rankadaptor (searched ranks), adalora, eva, squeeze, lora-fa, dora, "
+        "rslora, gradient, pissa, distill, compensate, none, or ranks such as "
+        '"pattern:4-6-10-12"; ["lora"]: no others',
     )
     max_steps: int = _f(600, "optimizer steps", low=1, aliases=("steps",))
     num_train_epochs: float = _f(
@@ -287,12 +344,17 @@ class RecoveryConfig:
     use_rslora: bool = _f(
         False, "use rsLoRA (scaling alpha / sqrt(r)) in every fine-tune", aliases=("rslora",)
     )
-    init_lora_weights: str = _f(
-        "default",
-        "initial weights in every fine-tune: default (A random, B zero) or pissa (principal "
-        "singular vectors)",
-        choices=("default", "pissa"),
-        aliases=("pissa",),
+    init: str = _f(
+        INITS[0],
+        "first weights in every fine-tune: random, gradient (directions of the first gradients), "
+        "eva (principal components of the inputs) or pissa (of the weights)",
+        choices=INITS,
+        aliases=("init_lora_weights", "pissa"),
+    )
+    stack: tuple[str, ...] = _f(
+        ("compensate", "distill", "gradient"),
+        "parts to try on top of LoRA, in this order: compensate, distill, an initialization, dora, "
+        "rslora; those that help on the search documents make the stack; []: none",
     )
     eval_steps: int = _f(
         0,
@@ -306,9 +368,9 @@ class RecoveryConfig:
         aliases=("keep_best",),
     )
     distill_weight: float = _f(
-        0.0,
-        "weight of the distillation loss against the unpruned model, 0 to 1; 0: no distillation",
-        low=0.0,
+        1.0,
+        "weight of the loss against the unpruned model's predictions, in fine-tunes that distill",
+        above=0.0,
         high=1.0,
     )
     distill_temperature: float = _f(2.0, "distillation temperature", above=0.0)
@@ -628,11 +690,13 @@ class RunConfig:
     threads: int = _f(0, "CPU threads for torch; 0: one per core at hand", low=0)
     trust_remote_code: bool = _f(False, "run Python code that comes with the model folder")
     prune: PruneConfig = field(default_factory=PruneConfig)
+    compensate: CompensateConfig = field(default_factory=CompensateConfig)
     rank_space: RankSpaceConfig = field(default_factory=RankSpaceConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     oracle: OracleConfig = field(default_factory=OracleConfig)
     performance_model: PerformanceModelConfig = field(default_factory=PerformanceModelConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     confirm: ConfirmConfig = field(default_factory=ConfirmConfig)
@@ -650,6 +714,7 @@ class RunConfig:
                 'tasks = ["tiny_boolq"].'
             )
         self._check_methods()
+        self._check_tuning()
         if self.recovery.lora_alpha and self.rank_space.alpha_over_rank:
             raise ConfigError(
                 f"[rank_space] alpha_over_rank is searched, but [recovery] lora_alpha "
@@ -687,10 +752,49 @@ class RunConfig:
                 "allocation out."
             )
 
+    def _check_tuning(self) -> None:
+        tune, rates = self.tune, self.tune.learning_rates
+        for method in tune.methods:
+            if method not in self.recovery.methods:
+                raise ConfigError(
+                    f"[tune] methods names {method!r}, which is not raced: [recovery] methods is "
+                    f"{list(self.recovery.methods)}. Add it there, or leave it out."
+                )
+        if rates == AUTO and not self.recovery.learning_rate:
+            raise ConfigError(
+                "[recovery] learning_rate is 0, which there are no rates around. Set it above 0, "
+                "or [tune] learning_rates."
+            )
+        if rates and self.rank_space.learning_rate:
+            raise ConfigError(
+                "[rank_space] learning_rate is searched along with the ranks, and [tune] chooses "
+                "it beforehand. Set [tune] learning_rates = [], or leave the other out."
+            )
+
     @property
     def races_ranks(self) -> bool:
         """True if a rank allocation, searched or fixed, is among the recovery methods."""
         return SEARCHED_RANKS in self.recovery.methods
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the stack that this run can try."""
+        able = self.prune.compensate != NO_COMPENSATION and not self.quantize
+        return tuple(p for p in self.recovery.stack if able or p != "compensate")
+
+    @property
+    def distills(self) -> bool:
+        """True if some fine-tune learns from the unpruned model."""
+        return self._uses("distill")
+
+    @property
+    def compensates(self) -> bool:
+        """True if some fine-tune starts from compensated weights."""
+        return self._uses("compensate")
+
+    def _uses(self, switch: str) -> bool:
+        methods = (*self.recovery.methods, *self.tune.methods)
+        return switch in self.parts or any(switch in m.lower().split("+") for m in methods)
 
     @property
     def searches(self) -> bool:
@@ -705,19 +809,19 @@ class RunConfig:
         return space.budget == "uniform" and not limited and not self.search.is_fixed
 
     @property
-    def competitors(self) -> int:
-        """Maximum number of competitors of LoRA of equal size; 1 where it runs alone."""
-        return max(1, self._allocations + len(self._raced_methods))
+    def levers(self) -> int:
+        """Most fine-tunes per seed beside the recipe's: tuned LoRA, and the stack."""
+        return bool(self.tune.learning_rates) + bool(self.parts)
+
+    @property
+    def comparisons(self) -> int:
+        """Most comparisons of the race that share its error rate; at least 1."""
+        return max(1, bool(self.levers) + self._allocations + len(self._raced_methods))
 
     @property
     def _raced_methods(self) -> tuple[str, ...]:
-        """The recovery methods that are compared with LoRA; LoRA itself where sizes differ."""
-        differs = bool(self._allocations) and not self.common_baseline
-        return tuple(
-            m
-            for m in self.recovery.methods
-            if m != SEARCHED_RANKS and (m != UNIFORM_LORA or differs)
-        )
+        """The recovery methods that are raced beside LoRA and the searched ranks."""
+        return tuple(m for m in self.recovery.methods if m not in (SEARCHED_RANKS, UNIFORM_LORA))
 
     @property
     def _allocations(self) -> int:
@@ -727,9 +831,10 @@ class RunConfig:
 
     @property
     def race_fine_tunes(self) -> int:
-        """Maximum number of fine-tunes in the race."""
-        methods = [m for m in self._raced_methods if m != UNIFORM_LORA]
+        """Most fine-tunes in the race."""
+        methods = self._raced_methods
         baselines = 0 if self.common_baseline else self._allocations
         baselines += sum(PATTERN in method for method in methods)
-        # LoRA of the default rank always runs.
-        return self.confirm.seeds * (self._allocations + len(methods) + baselines + 1)
+        # LoRA by the recipe always runs.
+        arms = 1 + self.levers + self._allocations + len(methods) + baselines
+        return self.confirm.seeds * arms

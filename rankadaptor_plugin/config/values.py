@@ -61,7 +61,7 @@ def checked(
                 raise ConfigError(f"{name} is {value!r}; it must be a table, written as [{name}].")
             values[key] = checked(typing.cast("type", hints[key]), value, name, root)
         else:
-            values[key] = _value(name, value, hints[key])
+            values[key] = _word_or_value(name, value, hints[key], fields[key].metadata)
             _check_range(name, values[key], fields[key].metadata)
     return values
 
@@ -123,6 +123,16 @@ def _tables(root: type) -> dict[str, tuple[dataclasses.Field[Any], ...]]:
     return {"": plain} | {name: dataclasses.fields(cls) for name, cls in inner.items()}
 
 
+def _word_or_value(name: str, value: Any, hint: Any, rule: Any) -> Any:
+    """Returns the value in its type, where a certain word may take the place of a list."""
+    word = rule.get("word")
+    if word is None:
+        return _value(name, value, hint)
+    if isinstance(value, str) and value != word:
+        raise ConfigError(f'{name} is {value!r}; it must be "{word}" or a list, as in [1, 2].')
+    return value if value == word else _value(name, value, typing.get_args(hint)[-1])
+
+
 def _value(name: str, value: Any, hint: Any) -> Any:
     """Returns the value in its annotated type, or says what type it must have."""
     origin = typing.get_origin(hint)
@@ -150,6 +160,8 @@ def _value(name: str, value: Any, hint: Any) -> Any:
 
 
 def _check_range(name: str, value: Any, rule: Any) -> None:
+    if value == rule.get("word", math.nan):
+        return
     if value == "" and "needed" in rule:
         raise ConfigError(f"{name} is empty or missing. {rule['needed']}")
     items = value.values() if isinstance(value, dict) else value

@@ -2,6 +2,8 @@
 
     inputs.json       what the run was made from; another run may not continue it
     pruned/           the pruned model
+    compensated/      the same, refitted to the unpruned one; compensation.json says how well
+    tune.json         learning rate and parts of the stack; tune/ the scores behind them
     evaluations/      scores, one JSON file per evaluated model and seed; beside it, as Parquet,
                       the values per document
     noise/            scores of the fine-tunes before the search; noise.json what they say
@@ -26,6 +28,7 @@ import json
 import shutil
 import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
@@ -37,7 +40,6 @@ from rankadaptor_plugin.core.files import write_file, write_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from rankadaptor_plugin.core.scores import Score
 
@@ -56,6 +58,9 @@ _FILES = (
     "report.json",
     "report.html",
     "noise.json",
+    "tune.json",
+    "compensation.json",
+    "compensation.safetensors",
     "generations.json",
     "study.db",
     "timings.json",
@@ -73,9 +78,19 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.pruned = path / "pruned"
+        self.compensated = path / "compensated"
         self.adapter = path / "adapter"
         self.is_claimed = False
         self.study_url = f"sqlite:///{(path / 'study.db').resolve().as_posix()}"
+
+    def base_of(self, adapter: Path) -> Path:
+        """Returns the folder of the model that an adapter of the run was trained on."""
+        try:
+            config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+            name = Path(config["base_model_name_or_path"]).name
+        except (OSError, ValueError, TypeError, KeyError):
+            name = ""  # what reads the adapter says what is wrong with it
+        return self.compensated if name == self.compensated.name else self.pruned
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
@@ -176,7 +191,15 @@ class RunFolder:
 
     def clear(self) -> None:
         """Deletes the results that a run left here, and nothing else; inputs and log stay."""
-        for name in ("pruned", "noise", "evaluations", "adapters", "adapter"):
+        for name in (
+            "pruned",
+            "compensated",
+            "tune",
+            "noise",
+            "evaluations",
+            "adapters",
+            "adapter",
+        ):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)

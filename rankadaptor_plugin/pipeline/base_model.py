@@ -59,6 +59,12 @@ class BaseModel:
         self.rest()
         return copy.deepcopy(self._kept).to(self._device)
 
+    def at_rest(self) -> PreTrainedModel:
+        """Returns it where it takes no room on its device, if it is kept there."""
+        model = self()
+        self.rest()
+        return model
+
     def rest(self) -> None:
         """Makes room for others on its device."""
         if self._kept is not None:

@@ -9,12 +9,14 @@ that a run on a slower machine than forecast ends in time as well.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rankadaptor_plugin.core.errors import RecoveryError
+from rankadaptor_plugin.pipeline import tune_step
 from rankadaptor_plugin.search.search import LEAST_TRIALS, StopReason
 from rankadaptor_plugin.verdict.race import LEAST_SEEDS
 
@@ -31,6 +33,7 @@ class Size:
     """Size of a run.
 
     Attributes:
+        tune: Fine-tunes for learning rate and stack; 0: neither is tuned.
         noise_seeds: Fine-tunes of each allocation of the noise floor; 0: it is not measured.
         trials: Trials of the search; 0 where nothing is searched.
         seeds: Fine-tunes of each competitor.
@@ -39,6 +42,7 @@ class Size:
     noise_seeds: int
     trials: int
     seeds: int
+    tune: int = 0
 
     @classmethod
     def of(cls, config: RunConfig) -> Size:
@@ -47,6 +51,7 @@ class Size:
             noise_seeds=config.noise.seeds if config.searches else 0,
             trials=config.search.n_trials if config.searches else 0,
             seeds=config.confirm.seeds,
+            tune=tune_step.fine_tunes(config),
         )
 
 
@@ -54,6 +59,7 @@ class Size:
 class Done:
     """What earlier sessions have left in the run folder: numbers of fine-tunes by stage."""
 
+    tune: int = 0
     noise: int = 0
     search: int = 0
     random: int = 0
@@ -92,7 +98,8 @@ class Costs:
 def fine_tunes(config: RunConfig, size: Size, done: Done | None = None) -> dict[str, int]:
     """Returns the most fine-tunes of each stage that are still to be made.
 
-    Those of the noise floor with the search's seed are the first trials as well.
+    Those of the noise floor with the search's seed are the first trials as well, and those of the
+    tuned stack serve the noise floor too.
 
     Args:
         config: The run file.
@@ -101,11 +108,13 @@ def fine_tunes(config: RunConfig, size: Size, done: Done | None = None) -> dict[
     """
     done = done or Done()
     noise = size.noise_seeds * config.noise.allocations
+    shared = min(size.noise_seeds, config.tune.seeds) if size.tune else 0
     begun = max(done.search, config.noise.allocations if noise else 0)
     again = size.trials if config.confirm.best_random else 0
     race = size.seeds * (config.race_fine_tunes // config.confirm.seeds)
     return {
-        "noise": max(0, noise - done.noise),
+        "tune": max(0, size.tune - done.tune),
+        "noise": max(0, noise - max(shared, done.noise)),
         "search": max(0, size.trials - begun),
         "random": max(0, again - done.random),
         "confirm": max(0, race - done.race),
@@ -122,7 +131,8 @@ def seconds_of(config: RunConfig, size: Size, costs: Costs, done: Done | None = 
 def cut(config: RunConfig, costs: Costs, seconds: float, done: Done | None = None) -> Size | None:
     """Returns the largest size of a run that fits, None if not even the smallest does.
 
-    Seeds of the comparison go before those of the noise floor, and these before trials.
+    Trials are cut before seeds of the noise floor, these before seeds of the comparison, and the
+    tuning goes last.
 
     Args:
         config: The run file.
@@ -131,11 +141,12 @@ def cut(config: RunConfig, costs: Costs, seconds: float, done: Done | None = Non
         done: What has been made; nothing if left out.
     """
     whole = Size.of(config)
-    for seeds in _down(whole.seeds, LEAST_SEEDS):
+    tunes, every = dict.fromkeys((whole.tune, 0)), _down(whole.seeds, LEAST_SEEDS)
+    for tune, seeds in itertools.product(tunes, every):
         for noise in (n for n in _down(whole.noise_seeds, 0) if n != 1):
             fewest = config.noise.allocations if noise else LEAST_TRIALS  # which are trials as well
             for trials in _down(whole.trials, min(whole.trials, fewest)):
-                size = Size(noise_seeds=noise, trials=trials, seeds=seeds)
+                size = Size(noise_seeds=noise, trials=trials, seeds=seeds, tune=tune)
                 if seconds_of(config, size, costs, done) <= seconds:
                     return size
     return None
@@ -225,7 +236,7 @@ class Budget:
         """True if more fine-tunes of a stage leave time for what must follow.
 
         Args:
-            stage: ``noise``, ``search``, ``random`` or ``confirm``.
+            stage: ``tune``, ``noise``, ``search``, ``random`` or ``confirm``.
             runs: Fine-tunes.
             trials: Trials that the search has with them, of which as many random ones may follow.
             needed: True if the run cannot do without them; only the end of time stops them.
@@ -243,7 +254,7 @@ class Budget:
                     "s. Raise it and run the same command again; what is done is kept."
                 )
             return True
-        if stage in ("noise", "search") and self._config.confirm.best_random:
+        if stage in ("tune", "noise", "search") and self._config.confirm.best_random:
             seconds += max(LEAST_TRIALS, trials) * costs.trial
         if stage != "confirm":
             seconds += fine_tunes(self._config, self._size)["confirm"] * costs.race_run

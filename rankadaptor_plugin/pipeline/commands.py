@@ -103,7 +103,7 @@ def run(
     if quiet:
         click.echo(result.verdict)
         return
-    click.echo(f"Verdict: {result.verdict}")
+    click.echo("Verdict: " + result.verdict.replace("\n", "\n         "))
     click.echo(f"Report:  {_near(result.folder / 'report.html')} (also .md, .json)")
     click.echo(f"Adapter: {_near(result.adapter)}")
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 import importlib.metadata
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankadaptor_plugin.core.errors import PluginError
-from rankadaptor_plugin.core.registry import Registry
+from rankadaptor_plugin.config.tables import GENERATE, LEAST_SQUARES, NO_COMPENSATION
+from rankadaptor_plugin.core.errors import ConfigError, PluginError, UnknownNameError
+from rankadaptor_plugin.core.registry import Registry, suggestion
 from rankadaptor_plugin.oracle import task_names
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import pluggy
 
     from rankadaptor_plugin.config.tables import (
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.models.modeling_rankadaptor import Structure
     from rankadaptor_plugin.oracle.oracle import Oracle, OracleFactory
     from rankadaptor_plugin.pipeline.budget import Budget
+    from rankadaptor_plugin.pruning.compensation import Compensation
     from rankadaptor_plugin.pruning.cutting import Pruner
     from rankadaptor_plugin.recovery.teacher import LiveTeacher
     from rankadaptor_plugin.report.schema import (
@@ -79,6 +80,7 @@ class Summary:
     front: list[dict[str, Any]] = field(default_factory=list)
     knowledge: list[dict[str, Any]] = field(default_factory=list)
     noise: dict[str, Any] | None = None
+    tune: dict[str, Any] | None = None
     fine_tuning_seconds: float = 0.0
     evaluation_seconds: float = 0.0
     seconds_per_trial: float | None = None
@@ -127,6 +129,7 @@ class RunContext:
         teacher: The unpruned model, where it predicts on the way; None otherwise.
         budget: The time that the run may take; None where nothing is known of it.
         attention: Attention kernels of the fine-tunes; empty for those that the model has.
+        compensation: Weights that fine-tunes with ``compensate`` start from; None where none do.
     """
 
     config: RunConfig
@@ -138,6 +141,7 @@ class RunContext:
     teacher: LiveTeacher | None = None
     budget: Budget | None = None
     attention: str = ""
+    compensation: Compensation | None = None
 
 
 def registries(manager: pluggy.PluginManager) -> Registries:
@@ -161,6 +165,7 @@ def check_early(manager: pluggy.PluginManager, config: RunConfig) -> None:
     found = registries(manager)
     for registry, name in _named(found, config):
         registry.check(name)
+    check_compensation(manager, config)
     task_names.check(config.oracle, manager.hook.rankadaptor_lm_eval_task_paths())
 
 
@@ -173,6 +178,28 @@ def _named(found: Registries, config: RunConfig) -> list[tuple[Registry[Any], st
         *([] if config.search.is_fixed else [(found.samplers, config.search.method)]),
         (found.performance_models, config.performance_model.name),
     ]
+
+
+def check_compensation(manager: pluggy.PluginManager, config: RunConfig) -> None:
+    """Checks ``[prune] compensate``; a plugin's hook may know other names than the built-in one.
+
+    Raises:
+        UnknownNameError: If it is not built in, and no other plugin has the hook.
+        ConfigError: If a file of calibration text is missing.
+    """
+    name, known = config.prune.compensate, [NO_COMPENSATION, LEAST_SQUARES]
+    others = [i for i in manager.hook.rankadaptor_compensate.get_hookimpls() if not i.trylast]
+    if name not in known and not others:
+        raise UnknownNameError(
+            f"[prune] compensate names {name!r}, which no plugin knows.{suggestion(name, known)} "
+            f"Known: {', '.join(known)}."
+        )
+    for text in config.compensate.text:
+        if text != GENERATE and not Path(text).is_file():
+            raise ConfigError(
+                f"The calibration text {text} does not exist. Correct [compensate] text; it names "
+                f'files, or "{GENERATE}".'
+            )
 
 
 def check_names(found: Registries, config: RunConfig) -> None:

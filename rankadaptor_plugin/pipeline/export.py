@@ -90,7 +90,11 @@ def _check_finished(folder: RunFolder) -> None:
         raise ArtifactError(
             f"{folder.path} is not a run folder. Give one that rankadaptor-plugin run has written."
         )
-    parts = [folder.pruned, folder.adapter / _ADAPTER_CONFIG, folder.adapter / _ADAPTER_WEIGHTS]
+    parts = [
+        folder.base_of(folder.adapter),
+        folder.adapter / _ADAPTER_CONFIG,
+        folder.adapter / _ADAPTER_WEIGHTS,
+    ]
     for part in (*parts, folder.path / "report.json"):
         if not part.exists():
             raise ArtifactError(
@@ -109,17 +113,18 @@ def _fill(partial: Path, run: RunFolder, format_: Format) -> PreTrainedModel:
     Returns:
         The exported model, on the meta device.
     """
-    check_checkpoint(run.pruned)  # says what is wrong with the run, not with the export
-    read_record(run.pruned)
+    source = run.base_of(run.adapter)
+    check_checkpoint(source)  # says what is wrong with the run, not with the export
+    read_record(source)
     if format_ == "merged":
-        pruned = load_pruned(run.pruned)
+        pruned = load_pruned(source)
         pruned.model = merged(pruned.model, run.adapter)
         pruned.provenance = {**pruned.provenance, "merged_adapter": True}
         pruned.save(partial)
     else:
         # Code beside a base model of the Hub serves an auto_map that is left out below.
         without_code = shutil.ignore_patterns("*.py")
-        shutil.copytree(run.pruned, partial, ignore=without_code, dirs_exist_ok=True)
+        shutil.copytree(source, partial, ignore=without_code, dirs_exist_ok=True)
         _copy_adapter(run.adapter, partial / "adapter")
     model = check_checkpoint(partial)
     _write_code(partial, model, with_code=format_ != "hf" and is_pruned(model))

@@ -11,16 +11,19 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.core.trials import Outcome
 from rankadaptor_plugin.models.device import attending
+from rankadaptor_plugin.pipeline.tune_step import Tuned
 from rankadaptor_plugin.recovery.adapters import bare_model, base_of
 from rankadaptor_plugin.recovery.fine_tune import recover
 from rankadaptor_plugin.recovery.fused_lora import fused
-from rankadaptor_plugin.recovery.methods.methods import LORA
-from rankadaptor_plugin.verdict.race import run_name
+from rankadaptor_plugin.recovery.methods.methods import parse_method
+from rankadaptor_plugin.verdict.race import is_stored, run_name, stored_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from rankadaptor_plugin.core.ranks import RankAllocation
     from rankadaptor_plugin.core.run_folder import RunFolder
@@ -42,6 +45,9 @@ class FineTuner:
         objective: What the search maximizes.
         delivered_seed: Seed of the fine-tunes whose adapters are kept.
         budget: Told how long each takes.
+
+    Attributes:
+        tuned: The stack and the learning rates, which an allocation does not name.
     """
 
     def __init__(
@@ -59,6 +65,9 @@ class FineTuner:
         self._objective, self._delivered_seed = objective, delivered_seed
         self._resident: Any = pruned.model  # wrapped by PEFT from the first adapter on
         self._last: RecoveredAdapter  # the last fine-tune, whose adapter is on the model
+        self._applied = contextlib.ExitStack()  # holds compensated weights in the model
+        self._is_compensated = False
+        self.tuned = Tuned.untuned(context.config)
 
     @contextlib.contextmanager
     def cleared(self) -> Iterator[None]:
@@ -66,11 +75,40 @@ class FineTuner:
         try:
             yield
         finally:
-            self._resident = bare_model(self._resident)
+            self._start_from(compensated=False)
+
+    def _start_from(self, *, compensated: bool) -> None:
+        """Leaves the model without adapter, as it was pruned or compensated."""
+        self._resident = bare_model(self._resident)
+        if compensated and not self._is_compensated:
+            compensation = self._context.compensation
+            if compensation is None:
+                raise ConfigError(
+                    "A method starts from compensated weights, but the run has none. Set [prune] "
+                    'compensate = "least-squares", or leave compensate out of [recovery] stack and '
+                    "methods."
+                )
+            self._applied.enter_context(compensation.applied(self._resident))
+        elif self._is_compensated and not compensated:
+            self._applied.close()
+        self._is_compensated = compensated
 
     def search_run(self, allocation: RankAllocation, seed: int) -> Outcome:
-        """Fine-tunes an allocation and scores it on the search documents."""
-        searched: dict[str, Any] = dict(allocation.settings)
+        """Fine-tunes an allocation and scores it on the search documents.
+
+        What the tune stage has made already is not made again.
+        """
+        name = f"tune/{run_name(self.tuned.resolved(allocation), seed)}"
+        if is_stored(self._folder, name):
+            made = stored_run(self._folder, name, lambda: self._run(allocation, seed), "search")
+            return replace(made, seconds={})  # which count there
+        return self._run(allocation, seed)
+
+    def _run(self, allocation: RankAllocation, seed: int) -> Outcome:
+        resolved = self.tuned.resolved(allocation)
+        method, settings = parse_method(resolved.method), dict[str, Any](resolved.settings)
+        if method.compensate != self._is_compensated:
+            self._start_from(compensated=method.compensate)
         try:
             with attending(base_of(self._resident), self._context.attention):
                 recovered = recover(
@@ -78,9 +116,9 @@ class FineTuner:
                     self._tokenizer,
                     allocation,
                     self._context.corpus,
-                    replace(self._settings, **searched),
+                    replace(self._settings, **settings),
                     seed,
-                    method=allocation.method or LORA,
+                    method=str(replace(method, compensate=False)),
                     teacher=self._context.teacher,
                 )
         except BaseException:
@@ -109,7 +147,7 @@ class FineTuner:
 
     def report_run(self, allocation: RankAllocation, seed: int) -> Outcome:
         """Fine-tunes and scores on both sets of documents; one seed's adapter is kept."""
-        run = self.search_run(allocation, seed)
+        run = self._run(allocation, seed)
         began = time.perf_counter()
         report = self._score("report")
         report_seconds = time.perf_counter() - began
@@ -118,10 +156,14 @@ class FineTuner:
             # The model was pruned in memory; PEFT needs telling where its base lies on disk.
             self._last.save(
                 self._folder.path / self.adapter_name(allocation),
-                base=str(self._folder.pruned.resolve()),
+                base=str(self._base().resolve()),
             )
         seconds = {**run.seconds, "oracle": run.seconds["oracle"] + report_seconds}
         return replace(run, report=report, seconds=seconds)
+
+    def _base(self) -> Path:
+        """Returns the folder of the model that is resident."""
+        return self._folder.compensated if self._is_compensated else self._folder.pruned
 
     def _score(self, documents: str) -> Score:
         """Scores the model with its adapter, which computes as it did in the training."""

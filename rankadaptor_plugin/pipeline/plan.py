@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from rankadaptor_plugin.config.tables import GENERATE
 from rankadaptor_plugin.core.errors import ConfigError
 from rankadaptor_plugin.models.checkpoints import meta_model
 from rankadaptor_plugin.models.device import attending, devices, free_memory_bytes, resident_bytes
 from rankadaptor_plugin.models.footprint import footprint, on_meta
 from rankadaptor_plugin.models.structures import decoder_layers
 from rankadaptor_plugin.oracle.oracle import Cost, evaluation_cost
+from rankadaptor_plugin.pipeline import compensation_step
 from rankadaptor_plugin.pipeline.base_model import has_room
 from rankadaptor_plugin.pipeline.budget import (
     Budget,
@@ -59,6 +61,8 @@ _PASSES = {"taylor": 2.0, "wanda": 0.4, "ppl": 0.4}
 """What a pruner does with its sequences, in passes of a fine-tune, which knows no gradients of
 weights: forward, again forward, and back through all of it; or forward alone."""
 _FORWARD = 0.4  # of a pass of a fine-tune
+_FITTED = 4.0  # forward passes of the pruned model, while it is fitted, and its products
+_GENERATED = 25.0  # texts written one by one, in the time of those that compensation reads
 _WRITTEN = 200e6  # bytes of weights that are written or read in a second
 _REPORT_SECONDS = 3.0
 _SURE = 0.9  # of what a pass is predicted to take, before a run is refused for it
@@ -381,13 +385,14 @@ class Planner:
         base, kept = self._in_use("base"), self._kept()
         scored = self._evaluating("pruned", timed.report)
         recovery = self._config.recovery
-        is_live = recovery.distill_weight and not recovery.distill_top_k
+        is_live = self._config.distills and not recovery.distill_top_k
         beside = self._weights("base") if is_live else kept
         tuned = self._in_use("pruned") + max(self._training(self._rows), scored) + beside
         memory = {
             "prune": base + kept + self._pruning(),
             "evaluate": base + self._evaluating("base", timed.report),
             "teacher": base + self._evaluating("base", timed.report),
+            "compensate": base + self._in_use("pruned") + self._evaluating("base", timed.report),
         }
         stages = [
             StagePlan(name=name, fine_tunes=0, seconds=seconds, memory=memory[name])
@@ -417,16 +422,24 @@ class Planner:
         missing = [r for n, r in evaluations.items() if not _is_evaluated(folder, n)]
         if missing:
             left["evaluate"] = sum(missing) * timed.report.seconds
-        if config.recovery.distill_weight and config.recovery.distill_top_k:
-            tokens = sum(len(s.tokens) for s in self._prepared.context.corpus.sequences)
+        sequences = self._prepared.context.corpus.sequences
+        tokens = sum(len(sequence.tokens) for sequence in sequences)
+        if config.distills and config.recovery.distill_top_k:
             left["teacher"] = tokens * _FORWARD * ratio * timed.per_token
+        if config.compensates and not (folder.path / compensation_step.RECORD).exists():
+            read = tokens * min(2.0, compensation_step.MOST / len(sequences))
+            left["compensate"] = read * (ratio + _FITTED) * _FORWARD * timed.per_token
+            if GENERATE in config.compensate.text:
+                left["compensate"] += _GENERATED * ratio * config.corpus.max_length * timed.token
         return left
 
     def _texts(self, timed: _Timed) -> float:
         table = self._config.generation
         if not table.max_new_tokens or (self._folder.path / "generations.json").exists():
             return 0.0
-        models = 3 + self._config.competitors  # base, pruned, uniform LoRA
+        models = (
+            4 + self._config.race_fine_tunes // self._config.confirm.seeds
+        )  # base, pruned, compensated
         return 2 * models * len(prompts(self._config)) * table.max_new_tokens * timed.token
 
     def _disk(self) -> int:
@@ -457,9 +470,12 @@ def _done(folder: RunFolder, config: RunConfig) -> Done:
     if race:
         whole = Size.of(config)
         noise = whole.noise_seeds * config.noise.allocations
-        return Done(noise=noise, search=whole.trials, random=whole.trials, race=race)
-    noise = len(list(folder.path.glob("noise/*.json")))
-    return Done(noise=noise, search=trials("search"), random=trials("random"))
+        searches = {"search": whole.trials, "random": whole.trials}
+        return Done(tune=whole.tune, noise=noise, race=race, **searches)
+    tune, noise = (len(list(folder.path.glob(f"{stage}/*.json"))) for stage in ("tune", "noise"))
+    if (folder.path / "tune.json").exists():
+        tune = max(tune, Size.of(config).tune)
+    return Done(tune=tune, noise=noise, search=trials("search"), random=trials("random"))
 
 
 def _cuts(config: RunConfig, fitting: Size, budget: Budget) -> Iterator[str]:
@@ -467,6 +483,7 @@ def _cuts(config: RunConfig, fitting: Size, budget: Budget) -> Iterator[str]:
     whole = Size.of(config)
     limit = f"{budget.stop} {getattr(config.search, budget.stop):g}"
     for name, part, all_, what in (
+        ("tuning", fitting.tune, whole.tune, "fine-tunes"),
         ("noise floor", fitting.noise_seeds, whole.noise_seeds, "seeds"),
         ("search", fitting.trials, whole.trials, "trials"),
         ("comparison", fitting.seeds, whole.seeds, "seeds"),
@@ -480,7 +497,7 @@ def _too_long(config: RunConfig, costs: Costs, budget: Budget, done: Done) -> st
     least = smallest(config)
     counts = fine_tunes(config, least, done)
     needed, limit = seconds_of(config, least, costs, done), getattr(config.search, budget.stop)
-    trials = sum(counts[stage] for stage in ("noise", "search", "random"))
+    trials = sum(counts[stage] for stage in ("tune", "noise", "search", "random"))
     parts = [
         f"{duration(costs.before)} for pruning and evaluations" if costs.before else "",
         f"{trials} trials of {duration(costs.trial)}" if trials else "",

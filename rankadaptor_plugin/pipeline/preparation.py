@@ -18,6 +18,7 @@ from rankadaptor_plugin import corpus as recovery_corpus
 from rankadaptor_plugin import models, oracle, pruning, recovery, search, verdict
 from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.run_file import corpus_file
+from rankadaptor_plugin.config.tables import GENERATE
 from rankadaptor_plugin.core.errors import ArtifactError
 from rankadaptor_plugin.core.run_folder import RunFolder, digest
 from rankadaptor_plugin.core.trials import TrialState
@@ -120,6 +121,7 @@ def prepare(
     spent = sum(folder.timings().values())
     registries = plugin_list.registries(manager)
     plugin_list.check_names(registries, config)
+    plugin_list.check_compensation(manager, config)
     device = pruned.model.device if pruned else resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     source = check(config, registries, pruned)
@@ -192,7 +194,7 @@ def check(config: RunConfig, registries: Registries, pruned: PrunedModel | None)
     base = _config_of(config, source)
     if pruned is None:
         pruning.check(config.prune, registries.pruners.get(config.prune.method), base)
-    learns = pruned is not None and config.recovery.distill_weight
+    learns = pruned is not None and config.distills
     recovery.check(config, *((base, pruned.model.config) if pruned and learns else ()))
     search.check(config, *_shape(config, base, pruned))
     return source
@@ -310,6 +312,7 @@ def _inputs(
             del plain[table][key]
     plain["recovery"]["batch_size"] = config.recovery.batch_size
     calibration, meta = plain["prune"].pop("calibration"), plain["search"].pop("meta")
+    texts = plain["compensate"].pop("text")
     return {
         "config": plain,
         "model": digest(source),
@@ -317,6 +320,7 @@ def _inputs(
         # What lies on the hub may change under its name.
         "corpus": digest(corpus_path) if corpus_path.exists() else corpus.digest(),
         "calibration": digest(Path(calibration)) if calibration and not pruned else None,
+        "compensation": [t if t == GENERATE else digest(Path(t)) for t in texts],
         "documents": oracle.describe()["digest"],
         "meta-knowledge": digest(Path(meta)) if meta else None,
     }

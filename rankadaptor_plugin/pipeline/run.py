@@ -26,6 +26,7 @@ from rankadaptor_plugin.models.device import (
 from rankadaptor_plugin.models.pruned_model import load_pruned
 from rankadaptor_plugin.models.sources import quantized_before
 from rankadaptor_plugin.pipeline.base_model import BaseModel
+from rankadaptor_plugin.pipeline.compensation_step import compensated, needs_compensation
 from rankadaptor_plugin.pipeline.context import Recovered, Summary
 from rankadaptor_plugin.pipeline.plan import Plan, Planner
 from rankadaptor_plugin.pipeline.preparation import Prepared, prepare
@@ -39,6 +40,7 @@ from rankadaptor_plugin.recovery.files import load as load_adapter
 from rankadaptor_plugin.recovery.fused_lora import fused
 from rankadaptor_plugin.recovery.teacher import LiveTeacher, with_teacher
 from rankadaptor_plugin.report.report import write_report
+from rankadaptor_plugin.report.words import verdict_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
     from rankadaptor_plugin.config.tables import RunConfig
     from rankadaptor_plugin.models.pruned_model import PrunedModel
+    from rankadaptor_plugin.pruning.compensation import Compensation
     from rankadaptor_plugin.report.schema import Entry, ReportData, Result
 
 
@@ -59,7 +62,8 @@ class RunResult:
     """Result of a run.
 
     Attributes:
-        verdict: The sentence that the report opens with.
+        verdict: What the report opens with: what is recovered, what was gained over LoRA by the
+            recipe, what the ranks alone gave, and what else it cost; a line each.
         folder: The run folder.
         adapter: The delivered adapter, a PEFT folder.
         report: All of report.json.
@@ -100,6 +104,9 @@ def run(
         session.distill()
         model = session.pruned()
         scores = {"base": [base], "pruned": [session.evaluated("pruned", lambda: model.model)]}
+        if compensation := session.compensate(model):
+            with compensation.applied(model.model):
+                scores["compensated"] = [session.evaluated("compensated", lambda: model.model)]
         with session.recovery_timed():
             recovered = session.context.hook.rankadaptor_post_prune(
                 pruned=model, context=session.context
@@ -115,7 +122,7 @@ def run(
             summary = foreign_summary(recovered, session.context)
         data = session.report(model, summary, scores)
         return RunResult(
-            verdict=data["verdict"]["sentence"],
+            verdict="\n".join(verdict_lines(data)),
             folder=folder.path,
             adapter=recovered.adapter,
             report=dict(data),
@@ -166,7 +173,9 @@ def noise(
         session = _Session(prepared, folder, None)
         session.prune()
         session.distill()
-        return measure_noise(session.pruned(), session.context)
+        model = session.pruned()
+        session.compensate(model)
+        return measure_noise(model, session.context)
 
 
 class _Session:
@@ -316,16 +325,27 @@ class _Session:
                     self.base_model,
                     self.prepared.tokenizer,
                     self.config,
+                    self._weights_of,
                 )
             kept = {"asked": asked, "entries": found}
             self.folder.write_json("generations.json", kept)
         self._progress("texts", 1)
         return list(kept["entries"])
 
+    @contextlib.contextmanager
+    def _weights_of(self, adapter: Path) -> Iterator[None]:
+        """Gives the pruned model the weights that an adapter was trained on."""
+        compensation, model = self.context.compensation, self.pruned().model
+        if compensation is None or self.folder.base_of(adapter) != self.folder.compensated:
+            yield
+        else:
+            with compensation.applied(model):
+                yield
+
     def distill(self) -> None:
         """Lets the unpruned model predict the corpus, if the fine-tunes are to learn from it."""
         table, corpus = self.config.recovery, self.context.corpus
-        if not table.distill_weight:
+        if not self.config.distills:
             return
         self._progress("teacher", 0)
         with self.folder.timed("teacher"):
@@ -342,6 +362,17 @@ class _Session:
             else:
                 self.context = replace(self.context, teacher=LiveTeacher(self.base_model()))
         self._progress("teacher", 1)
+
+    def compensate(self, pruned: PrunedModel) -> Compensation | None:
+        """Fits the pruned model to the unpruned one, if some fine-tune may start from that."""
+        if not needs_compensation(self.config):
+            return None
+        self._progress("compensate", 0)
+        with self.folder.timed("compensate"):
+            found = compensated(pruned, self.base_model, self.context, self.folder)
+        self.context = replace(self.context, compensation=found)
+        self._progress("compensate", 1)
+        return found
 
     def prune(self) -> None:
         """Leaves the pruned model on disk."""

@@ -20,15 +20,19 @@ from rankadaptor_plugin.pipeline.context import Recovered, RunContext
 from rankadaptor_plugin.pipeline.fine_tuning import FineTuner
 from rankadaptor_plugin.pipeline.search_step import SearchStep, given_ranks, own_seconds
 from rankadaptor_plugin.pipeline.summary import StageResults, stage_summary
+from rankadaptor_plugin.pipeline.tune_step import TuneStep
 from rankadaptor_plugin.recovery.files import adapter_parameters
 from rankadaptor_plugin.recovery.methods.methods import Method, parse_method, pattern_allocation
 from rankadaptor_plugin.recovery.slots import rank_space
+from rankadaptor_plugin.search.search import StopReason
 from rankadaptor_plugin.search.study import TrialStore
 from rankadaptor_plugin.verdict.noise import Noise, Question, measure
 from rankadaptor_plugin.verdict.race import (
     BEST_RANDOM,
     FINALIST,
     RECOVERED,
+    STACK,
+    TUNED,
     Confirmation,
     Entrant,
     Rules,
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.config.tables import RecoveryConfig, RunConfig
     from rankadaptor_plugin.core.ranks import RankSpace
     from rankadaptor_plugin.models.pruned_model import PrunedModel
+    from rankadaptor_plugin.pipeline.tune_step import Tuned
     from rankadaptor_plugin.search.search import SearchResult
     from rankadaptor_plugin.verdict.race import Confirmed
 
@@ -53,8 +58,10 @@ def measure_noise(pruned: PrunedModel, context: RunContext) -> dict[str, Any] | 
         What `Noise.to_json` returns; None if too few allocations can be fine-tuned.
     """
     stage = _Stage(pruned, context)
-    with stage.tuner.cleared(), stage.progressing("noise") as on_run:
-        noise = stage.noise(on_run)
+    with stage.tuner.cleared():
+        stage.tune()
+        with stage.progressing("noise") as on_run:
+            noise = stage.noise(on_run)
     return noise.to_json() if noise else None
 
 
@@ -70,6 +77,7 @@ def recover_pruned(pruned: PrunedModel, context: RunContext) -> Recovered:
     stage = _Stage(pruned, context)
     config, folder = context.config, stage.folder
     with stage.tuner.cleared():
+        stage.tune()
         noise = None
         if config.searches and config.noise.seeds:
             with stage.progressing("noise") as on_run:
@@ -95,7 +103,7 @@ def check_ranks(pruned: PrunedModel, config: RunConfig) -> None:
         ConfigError: If a target is not a matrix of the model.
     """
     space = rank_space(pruned.model, pruned.pruned_layers, config.rank_space, config.recovery)
-    given_entrants(config.recovery.methods, space)
+    given_entrants(config.recovery.methods, space, space.limited_uniform())
     if config.search.is_fixed:
         given_ranks(config, space, pruned.model.config.hidden_size)
 
@@ -111,7 +119,6 @@ class _Stage:
         self.space = rank_space(
             pruned.model, pruned.pruned_layers, self.config.rank_space, self.config.recovery
         )
-        self.methods = given_entrants(self.config.recovery.methods, self.space)
         self.seeds = fresh_seeds(self.config.seed, self.config.confirm.seeds)
         self.verdict_metric = context.oracle.metrics("report")[0]
         self.objective = self._objective()
@@ -133,6 +140,22 @@ class _Stage:
                 self.context.hook.rankadaptor_on_progress(stage=name, done=done, total=total)
 
             yield progress
+
+    def tune(self) -> None:
+        """Chooses the learning rate and the parts of the stack."""
+        if not self.config.tune.learning_rates:
+            return
+        with self.progressing("tune") as on_run:
+            step = TuneStep(
+                self.tuner.search_run,
+                self.folder,
+                self.config,
+                self.objective,
+                self.space.limited_uniform(),
+                on_run=on_run,
+                allows=partial(self.budget.allows, "tune"),
+            )
+            self.tuner.tuned = step.run()
 
     @property
     def noise(self) -> Callable[[Callable[[int, int], None]], Noise | None]:
@@ -169,21 +192,14 @@ class _Stage:
     ) -> Confirmed:
         confirm, config = self.config.confirm, self.config
 
-        def baseline_for(allocation: RankAllocation) -> RankAllocation:
-            uniform = self.space.uniform()
-            if config.common_baseline or allocation == uniform:
-                return uniform
-            return self.space.evenly(
-                self.space.parameters(allocation), everywhere=config.search.is_fixed
-            )
-
+        seeds = fresh_seeds(config.seed, confirm.seeds + self._more_seeds(found))
         on_run(0, config.race_fine_tunes)
         race = Confirmation(
             run=self.tuner.report_run,
             folder=self.folder,
             store=store,
             rules=Rules(
-                seeds=self.seeds,
+                seeds=seeds,
                 confidence=confirm.confidence,
                 metric=self.verdict_metric,
                 weights=self._verdict_weights(),
@@ -192,17 +208,21 @@ class _Stage:
             is_whole=self.tuner.is_whole,
             allows=partial(self.budget.allows, "confirm"),
         )
-        finalists = found.finalists(confirm.finalists if found.is_searched else 1)
-        ranks = [(FINALIST, allocation) for allocation in finalists if config.races_ranks]
-        ranks += [(BEST_RANDOM, others.best.allocation)] if others else []
-        entrants = [
-            Entrant(label=label, allocation=allocation, baseline=baseline_for(allocation))
-            for label, allocation in ranks
-        ]
-        methods, reference = list(self.methods), self.space.limited_uniform()
-        if entrants:
-            methods += found_entrants(config.recovery.methods, entrants[0], reference)
-        return race.confirm([*entrants, *methods], reference)
+        reference, entrants = race_entrants(
+            config, self.space, self.tuner.tuned, found, others.best.allocation if others else None
+        )
+        return race.confirm(entrants, reference)
+
+    def _more_seeds(self, found: SearchResult) -> int:
+        """Returns the seeds that the fine-tunes of a skipped search pay for, at most as many again.
+
+        Of a search that could not rise above the noise, that is: the race then tells smaller gains.
+        """
+        if found.stop is not StopReason.NOISE:
+            return 0
+        saved = self.config.search.n_trials - len(found.trials)
+        arms = 1 + self.config.levers + len(self.config.recovery.methods) - 1
+        return max(0, min(self.config.confirm.seeds, saved // arms))
 
     def _verdict_weights(self) -> dict[str, float]:
         if target := reported_target(self.config.oracle, self.context.oracle):
@@ -230,6 +250,7 @@ class _Stage:
             seconds=[*own_seconds(noise, found.trials), *(t.seconds for t in others_trials)],
             trained=self._trained,
             random=len(others_trials),
+            tuned=self.tuner.tuned,
             cut=self.budget.refused,
             adapters={
                 name: self.tuner.adapter_name(allocation)
@@ -242,15 +263,62 @@ class _Stage:
 
     def _trained(self, allocation: RankAllocation) -> int:
         adapter = self.folder.path / self.tuner.adapter_name(allocation)
-        return trained_parameters(allocation, self.space, self.config.recovery, adapter)
+        resolved = self.tuner.tuned.resolved(allocation)
+        return trained_parameters(resolved, self.space, self.config.recovery, adapter)
 
 
-def given_entrants(methods: Sequence[str], space: RankSpace) -> list[Entrant]:
+def race_entrants(
+    config: RunConfig,
+    space: RankSpace,
+    tuned: Tuned,
+    found: SearchResult,
+    random: RankAllocation | None = None,
+) -> tuple[RankAllocation, list[Entrant]]:
+    """Returns LoRA by the recipe, and what races beside it.
+
+    Args:
+        config: The run file.
+        space: The rank space.
+        tuned: Learning rate and stack.
+        found: The search.
+        random: The best random allocation, if it races.
+    """
+    finalists = found.finalists(config.confirm.finalists if found.is_searched else 1)
+    ranks = [(FINALIST, allocation) for allocation in finalists if config.races_ranks]
+    ranks += [(BEST_RANDOM, random)] if random else []
+    uniform = space.limited_uniform()
+    reference, plain = tuned.by_recipe(uniform), tuned.plain(uniform)
+    levers = [Entrant(label=STACK, allocation=uniform, baseline=reference)] if tuned.parts else []
+    levers.append(Entrant(label=TUNED, allocation=plain, baseline=reference))
+    entrants = [entrant for entrant in levers if entrant.allocation != reference]
+    entrants += [
+        Entrant(label=label, allocation=a, baseline=_even(a, space, config), is_ranks=True)
+        for label, a in ranks
+    ]
+    entrants += given_entrants(config.recovery.methods, space, reference)
+    if ranks:
+        entrants += found_entrants(config.recovery.methods, ranks[0][1], reference)
+    return reference, entrants
+
+
+def _even(allocation: RankAllocation, space: RankSpace, config: RunConfig) -> RankAllocation:
+    """Returns even ranks of the same size, on the same stack and with the same settings."""
+    uniform = space.uniform()
+    if config.common_baseline or allocation.ranks == uniform.ranks:
+        even = uniform
+    else:
+        even = space.evenly(space.parameters(allocation), everywhere=config.search.is_fixed)
+    return replace(even, settings=allocation.settings)
+
+
+def given_entrants(
+    methods: Sequence[str], space: RankSpace, reference: RankAllocation
+) -> list[Entrant]:
     """Returns the fine-tunes of each recovery method, and their baselines.
 
-    A method has the ranks of uniform LoRA and is compared with it; one that gives the ranks by
-    layer is compared with the most even allocation of as many parameters. The searched ranks,
-    what takes them, and uniform LoRA itself are left out (`found_entrants`).
+    A method has the ranks of uniform LoRA and is compared with LoRA by the recipe; a pattern, which
+    gives the ranks by layer, with the most even allocation of as many parameters on the same stack.
+    The searched ranks, what takes them, and uniform LoRA itself are left out.
 
     Raises:
         ConfigError: If a method is unknown.
@@ -259,60 +327,49 @@ def given_entrants(methods: Sequence[str], space: RankSpace) -> list[Entrant]:
     parsed = map(parse_method, methods)
     plain = parse_method(UNIFORM_LORA)
     return [
-        _entrant(method, space)
+        _entrant(method, space, reference)
         for method in parsed
         if method.name != SEARCHED_RANKS and method != plain
     ]
 
 
 def found_entrants(
-    methods: Sequence[str], best: Entrant, reference: RankAllocation
+    methods: Sequence[str], best: RankAllocation, reference: RankAllocation
 ) -> list[Entrant]:
-    """Returns the same for the methods that depend on the best finalist.
-
-    Those such as ``rankadaptor+dora`` take its ranks. ``lora`` is LoRA of the default rank; where
-    it is another allocation than the finalist's baseline, it is compared with that.
-
-    Args:
-        methods: The recovery methods.
-        best: The best finalist.
-        reference: LoRA of the default rank.
+    """Returns the same for methods such as ``rankadaptor+dora``, which take the best ranks.
 
     Raises:
         ConfigError: If a method is unknown.
     """
-    entrants = []
-    for method in map(parse_method, methods):
-        allocation = best.allocation if method.name == SEARCHED_RANKS else reference
-        if method == parse_method(UNIFORM_LORA):
-            if reference == best.baseline:
-                continue
-        elif method.name != SEARCHED_RANKS or method == parse_method(SEARCHED_RANKS):
-            continue
-        entrants.append(
-            Entrant(label=str(method), allocation=_with(allocation, method), baseline=best.baseline)
-        )
-    return entrants
+    return [
+        Entrant(label=str(method), allocation=_with(best, method), baseline=reference)
+        for method in map(parse_method, methods)
+        if method.name == SEARCHED_RANKS and method != parse_method(SEARCHED_RANKS)
+    ]
 
 
 def _with(allocation: RankAllocation, method: Method) -> RankAllocation:
-    """Returns ranks with what is left of a method beside its ranks."""
+    """Returns ranks with what is left of a method beside its ranks; the stack if nothing is."""
     rest = str(replace(method, name=UNIFORM_LORA, ranks=()))
     return replace(allocation, method="" if rest == UNIFORM_LORA else rest)
 
 
-def _entrant(method: Method, space: RankSpace) -> Entrant:
+def _entrant(method: Method, space: RankSpace, reference: RankAllocation) -> Entrant:
     text, uniform = str(method), space.limited_uniform()
-    if not method.ranks:
-        return Entrant(label=text, allocation=replace(uniform, method=text), baseline=uniform)
+    if method.name != "pattern":
+        allocation = replace(uniform, method=text)
+        return Entrant(label=text, allocation=allocation, baseline=reference)
     by_layer = pattern_allocation(method.ranks, space.layers).ranks
     ranks = tuple(rank for rank in by_layer for _ in space.groups)
     plain = space.with_defaults(RankAllocation(ranks))
     space.check_limits(plain, f'[recovery] methods: "{text}"')
+    allocation = _with(plain, method)
+    even = space.evenly(space.parameters(plain), everywhere=True)
     return Entrant(
         label=text,
-        allocation=_with(plain, method),
-        baseline=space.evenly(space.parameters(plain), everywhere=True),
+        allocation=allocation,
+        baseline=replace(even, method=allocation.method),
+        is_ranks=True,
     )
 
 

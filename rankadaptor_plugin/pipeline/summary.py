@@ -19,16 +19,19 @@ from rankadaptor_plugin.core.ranks import WHOLE_LAYER
 from rankadaptor_plugin.core.trials import TrialState
 from rankadaptor_plugin.oracle.oracle import objective_metric, reported_target
 from rankadaptor_plugin.pipeline.context import Summary
+from rankadaptor_plugin.pipeline.tune_step import fine_tunes
 from rankadaptor_plugin.recovery.files import adapter_parameters
+from rankadaptor_plugin.recovery.methods.methods import parse_method
 from rankadaptor_plugin.report import words
 from rankadaptor_plugin.search.search import StopReason, pareto_front
 from rankadaptor_plugin.search.space import slot_names
 from rankadaptor_plugin.verdict.race import (
     BEST_RANDOM,
-    DEFAULT_RANK,
+    FINALIST,
     RECOVERED,
     SEARCHED,
-    UNIFORM,
+    STACK,
+    TUNED,
     baseline_label,
     run_name,
 )
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.models.pruned_model import PrunedModel
     from rankadaptor_plugin.oracle.oracle import Objective
     from rankadaptor_plugin.pipeline.context import Recovered, RunContext
+    from rankadaptor_plugin.pipeline.tune_step import Tuned
     from rankadaptor_plugin.report.schema import (
         Confirm,
         Entry,
@@ -53,7 +57,8 @@ if TYPE_CHECKING:
     )
     from rankadaptor_plugin.search.search import SearchResult
     from rankadaptor_plugin.verdict.noise import Noise
-    from rankadaptor_plugin.verdict.race import Confirmed
+    from rankadaptor_plugin.verdict.race import Competitor, Confirmed
+    from rankadaptor_plugin.verdict.statistics import Difference
 
 PACKAGES = (
     "rankadaptor-plugin",
@@ -83,6 +88,7 @@ class StageResults:
         adapters: Folders of the adapters by name of the model, relative to the run folder.
         cut: Stages that were cut to the time of the run.
         random: Trials of random allocations beside the search.
+        tuned: Learning rate and stack.
     """
 
     search: SearchResult
@@ -92,6 +98,7 @@ class StageResults:
     seconds: Sequence[Mapping[str, float]]
     trained: Callable[[RankAllocation], int]
     adapters: Mapping[str, str]
+    tuned: Tuned
     cut: Collection[str] = ()
     random: int = 0
 
@@ -105,7 +112,13 @@ def stage_summary(
     models = confirmed.models
     complete = [t for t in search.trials if t.state is TrialState.COMPLETE]
     runs = [run for several in confirmed.runs.values() for run in several]
-    seconds = [*results.seconds, *(t.seconds for t in search.trials), *(r.seconds for r in runs)]
+    seconds = [
+        *results.tuned.seconds,
+        *results.seconds,
+        *(t.seconds for t in search.trials),
+        *(r.seconds for r in runs),
+    ]
+    timed = [sum(t.seconds.values()) for t in complete if t.seconds.get("recovery")]
     metrics, weights = oracle.metrics("report"), oracle.weights("report")
     return Summary(
         verdict=_verdict(results, context),
@@ -126,12 +139,13 @@ def stage_summary(
             for name, allocation in models.items()
         },
         noise=noise.to_json() if noise else None,
+        tune=results.tuned.to_json(),
         methods=list(confirmed.methods),
         labels=confirmed.labels,
         allocations={
             name: list(allocation.ranks)
             for name, allocation in models.items()
-            if name == DEFAULT_RANK or name not in confirmed.methods
+            if name not in confirmed.methods
         },
         settings={name: dict(a.settings) for name, a in models.items() if a.settings},
         slots=[] if space.groups == WHOLE_LAYER else slot_names(space),
@@ -153,10 +167,11 @@ def stage_summary(
         confirm=cast("Confirm", confirmed.to_json(results.trained)),
         fine_tuning_seconds=sum(s.get("recovery", 0.0) for s in seconds),
         evaluation_seconds=sum(s.get("oracle", 0.0) for s in seconds),
-        seconds_per_trial=fmean(sum(t.seconds.values()) for t in complete) if complete else None,
+        seconds_per_trial=fmean(timed) if timed else None,
         seeds={
             "run": config.seed,
             "search": config.seed,
+            "tune": list(results.tuned.seeds),
             "noise": list(noise.seeds) if noise else [],
             "confirm": list(confirmed.rules.seeds),
         },
@@ -169,6 +184,7 @@ def _cuts(results: StageResults, config: RunConfig) -> list[str]:
     """Says what was left out for want of time."""
     noise = results.noise
     made = {
+        "tune": ("tuning", len(results.tuned.seconds), fine_tunes(config), "fine-tunes"),
         "noise": ("noise floor", len(noise.seeds) if noise else 0, config.noise.seeds, "seeds"),
         "search": ("search", len(results.search.trials), config.search.n_trials, "trials"),
         "random": ("random search", results.random, len(results.search.trials), "trials"),
@@ -187,31 +203,108 @@ def _cuts(results: StageResults, config: RunConfig) -> list[str]:
 
 
 def _verdict(results: StageResults, context: RunContext) -> Verdict:
-    search, confirmed = results.search, results.confirmed
-    metrics = context.oracle.metrics("report")
-    target = reported_target(context.config.oracle, context.oracle)
-    differences = confirmed.differences(metrics)
-    chosen, ranks = confirmed.chosen, confirmed.baseline.ranks
-    method = chosen.label if chosen is not None and chosen.is_method else None
-    sentence = words.alone_sentence(ranks)
-    if confirmed.competitors:
-        sentence = words.verdict_sentence(
-            differences.get(metrics[0]),
-            ranks,
-            target,
-            metrics[0],
-            searched=search.stop is not StopReason.NOISE or method is not None,
-            subject=_subject(search, confirmed),
-            parameters=_parameters(confirmed, results.trained),
+    confirmed, oracle = results.confirmed, context.oracle
+    metrics = oracle.metrics("report")
+    target = reported_target(context.config.oracle, oracle)
+    differences, of_ranks = (
+        confirmed.differences(metrics),
+        confirmed.differences_of_ranks(metrics),
+    )
+    delivered = confirmed.delivered
+    names = {a: n for n, a in reversed(confirmed.models.items()) if n != RECOVERED}
+    place = {"task": target, "metric": metrics[0]}
+    label = _label(confirmed.reference, results)
+    sentence = f"nothing was compared with {label}, which is delivered"
+    if differences and confirmed.chosen is not None:
+        sentence = words.gain_sentence(
+            differences[metrics[0]],
+            _subject(confirmed.chosen, results),
+            label,
+            parameters=_parameters(confirmed.chosen.allocation, confirmed.reference, results),
+            **place,
         )
-    is_baseline = confirmed.delivered == confirmed.baseline
+        if delivered == confirmed.reference:
+            sentence += f"; {label} is delivered"
     return {
         "sentence": sentence,
-        "delivered": UNIFORM if is_baseline else method or SEARCHED,
-        "baseline": baseline_label(ranks),
+        "ranks": _ranks_sentence(results, of_ranks.get(metrics[0]), place),
+        "costs": _extra_costs(results),
+        "delivered": names.get(delivered, SEARCHED),
+        "method": results.tuned.resolved(delivered).method,
+        "baseline": label,
         "comparisons": {metric: d.to_json() for metric, d in differences.items()},
+        "comparisons_of_ranks": {metric: d.to_json() for metric, d in of_ranks.items()},
         "target": target,
     }
+
+
+def _label(allocation: RankAllocation, results: StageResults) -> str:
+    """Names LoRA by its ranks, and, unless it is all that there is, that it is the recipe's."""
+    only = not results.tuned.curves and not results.tuned.parts
+    return baseline_label(allocation.ranks) + ("" if only else " by the recipe")
+
+
+def _subject(competitor: Competitor, results: StageResults) -> str:
+    """Names what the first sentence is about."""
+    tuned = results.tuned
+    if competitor.label == STACK:
+        parts = tuned.stack.replace("+", " + ")
+        return f"the stack ({parts}, learning rate {tuned.learning_rate:g})"
+    if competitor.label == TUNED:
+        return f"learning rate {tuned.learning_rate:g} in place of {tuned.recipe:g}"
+    if competitor.label in (FINALIST, BEST_RANDOM):
+        return _ranks_subject(competitor, results) + (" on the stack" if tuned.parts else "")
+    return competitor.label
+
+
+def _ranks_subject(competitor: Competitor, results: StageResults) -> str:
+    if competitor.label == BEST_RANDOM:
+        return "the best random allocation"
+    if results.search.stop is StopReason.FIXED:
+        return "the allocation of the run file"
+    return "the searched ranks" if competitor.label == FINALIST else competitor.label
+
+
+def _ranks_sentence(
+    results: StageResults, difference: Difference | None, place: Mapping[str, str]
+) -> str:
+    """Says what the ranks alone gave."""
+    search, confirmed = results.search, results.confirmed
+    ranks = confirmed.ranks
+    if ranks is not None and difference is not None:
+        even = f"even ranks ({baseline_label(ranks.baseline.ranks)})"
+        if results.tuned.parts:
+            even += " on the same stack"
+        sentence = words.gain_sentence(difference, _ranks_subject(ranks, results), even, **place)
+        return f"ranks alone: {sentence}"
+    if failed := next((c for c in confirmed.competitors if c.is_ranks and c.detail), None):
+        return f"ranks alone: not compared, as a fine-tune failed: {failed.detail}"
+    if search.stop is StopReason.NOISE:
+        return "ranks alone: no search, as no plausible gain rises above the noise"
+    if search.stop is StopReason.METHODS:
+        return ""
+    return "ranks alone: the search found nothing better than even ranks"
+
+
+def _extra_costs(results: StageResults) -> str:
+    """Says what the delivered model took that LoRA by the recipe does not."""
+    confirmed = results.confirmed
+    delivered = confirmed.delivered
+    if delivered == confirmed.reference:
+        return ""
+    method = parse_method(results.tuned.resolved(delivered).method)
+    extra = []
+    if method.compensate:
+        extra.append("its frozen weights were refitted to the unpruned model (compensated/)")
+    if method.distill:
+        extra.append("it learned from the unpruned model's predictions")
+    seconds = [
+        fmean(run.seconds["recovery"] for run in confirmed.runs[a])
+        for a in (delivered, confirmed.reference)
+    ]
+    if extra and seconds[1] > 0:
+        extra.append(f"a fine-tune took {seconds[0] / seconds[1]:.2g} times as long")
+    return f"at equal optimizer steps; {', '.join(extra)}" if extra else ""
 
 
 def foreign_summary(recovered: Recovered, context: RunContext) -> Summary:
@@ -220,7 +313,7 @@ def foreign_summary(recovered: Recovered, context: RunContext) -> Summary:
     confidence = config.confirm.confidence
     return Summary(
         verdict={
-            "sentence": "recovered by another stage; it was not compared with uniform LoRA",
+            "sentence": "recovered by another stage; it was not compared with LoRA by the recipe",
             "delivered": "foreign",
             "baseline": "none",
             "comparisons": {},
@@ -255,27 +348,12 @@ def foreign_summary(recovered: Recovered, context: RunContext) -> Summary:
     )
 
 
-def _subject(search: SearchResult, confirmed: Confirmed) -> str:
-    """Names what the verdict is about."""
-    chosen = confirmed.chosen
-    if chosen is not None and chosen.is_method:
-        return chosen.label
-    if search.stop is StopReason.FIXED:
-        return "the allocation of the run file"
-    if chosen is not None and chosen.label == BEST_RANDOM:
-        return "the best random allocation"
-    return words.METHODS if search.stop is StopReason.METHODS else words.SEARCHED
-
-
-def _parameters(confirmed: Confirmed, trained: Callable[[RankAllocation], int]) -> str:
-    """Says how the numbers of parameters compare that the chosen one and its baseline train."""
-    chosen = confirmed.chosen
-    if chosen is None or not chosen.is_method:
-        return words.EQUAL
-    count, other = trained(chosen.allocation), trained(chosen.baseline)
+def _parameters(one: RankAllocation, other: RankAllocation, results: StageResults) -> str:
+    """Says how the numbers of parameters compare that two fine-tunes train."""
+    count, reference = results.trained(one), results.trained(other)
     if not count:
         return "without any fine-tune"
-    more = count / other - 1
+    more = count / reference - 1
     if abs(more) <= _EQUAL:
         return words.EQUAL
     return f"with {100 * abs(more):.0f} % {'more' if more > 0 else 'fewer'} trainable parameters"
@@ -336,12 +414,19 @@ def report_data(
     dtype = pruned.model.dtype
     evaluation = summary.evaluation_seconds + measured.evaluation_seconds
     spent = summary.fine_tuning_seconds + evaluation
+    scores = columns | summary.scores
+    row, metric = summary.verdict.get("target") or "mean", metrics[0]
+    means = {name: column[row][metric]["mean"] for name, column in scores.items()}
+    base, cut, recovered = (cast("float", means[n]) for n in ("base", "pruned", RECOVERED))
+    headline = words.recovered_line(
+        base, cut, recovered, metric=metric, task=summary.verdict.get("target", "")
+    )
     return {
-        "verdict": summary.verdict,
+        "verdict": {**summary.verdict, "headline": headline},
         "tasks": list(weights),
         "metrics": list(metrics),
         "weights": dict(weights),
-        "scores": columns | summary.scores,
+        "scores": scores,
         "allocations": summary.allocations,
         "parameters": {
             "base": pruned.base_parameters,
@@ -385,6 +470,8 @@ def report_data(
         "methods": summary.methods,
         "labels": summary.labels,
         "cuts": summary.cuts,
+        "tune": summary.tune,
+        "compensation": context.compensation.record if context.compensation else None,
     }
 
 

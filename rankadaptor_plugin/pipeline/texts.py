@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import sys
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
@@ -128,6 +128,7 @@ def sample_texts(
     base: Callable[[], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
+    weights: Callable[[Path], AbstractContextManager[None]],
 ) -> list[Entry]:
     """Returns the texts of every model, judged by the base model.
 
@@ -137,6 +138,7 @@ def sample_texts(
         base: Loads the base model, once the pruned model has left the device.
         tokenizer: Tokenizer of both.
         config: The run file.
+        weights: Gives the pruned model the weights that an adapter was trained on, for a while.
 
     Returns:
         One entry per model, prompt and decoding, as `entries` returns them.
@@ -150,11 +152,12 @@ def sample_texts(
 
     texts = {"pruned": written(pruned.model)}
     for name, folder in adapters.items():
-        wrapped = load(pruned.model, folder)
-        try:
-            texts[name] = written(wrapped)
-        finally:
-            wrapped.unload()
+        with weights(folder):
+            wrapped = load(pruned.model, folder)
+            try:
+                texts[name] = written(wrapped)
+            finally:
+                wrapped.unload()
     device = pruned.model.device
     spread = hasattr(pruned.model, "hf_device_map")  # accelerate moves such a model itself
     if not spread:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig
 
 from rankadaptor_plugin.core.errors import CorpusError, RankAdaptorError, UnsupportedModelError
+from rankadaptor_plugin.core.progress import advance
 from rankadaptor_plugin.corpus.corpus import encode
 from rankadaptor_plugin.corpus.rows import prompt_and_response, read_rows
 from rankadaptor_plugin.models.device import is_out_of_memory
@@ -47,6 +49,8 @@ LIMITS = Limits(inputs=2**29, sums=3 * 2**29)
 """Room for one sequence of 2048 tokens of a 7B model in half precision, and two of its layers."""
 _LEAST = 2**16
 """Bytes of sums, which every model has memory for."""
+_WRITTEN_TOGETHER = 32
+"""Texts that a model writes at once."""
 
 
 class Batch(NamedTuple):
@@ -332,3 +336,108 @@ def calibration_samples(
         start = shifts[number] + place * tokens
         samples.append(documents[number][start : start + tokens])
     return samples
+
+
+def mixed_text(
+    corpus: Sequence[torch.Tensor],
+    general: Sequence[torch.Tensor],
+    *,
+    tokens: int,
+    most: int,
+    seed: int,
+) -> list[torch.Tensor]:
+    """Draws sequences from a corpus and from general text, about half of the tokens from each.
+
+    Args:
+        corpus: Its sequences, token ids of shape (t,) each, int64.
+        general: Documents, likewise; none leaves the corpus alone.
+        tokens: Longest sequence.
+        most: Most sequences.
+        seed: Seed of the draw.
+
+    Returns:
+        Token ids of shape (t,) each, in random order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def shuffled(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        order = torch.randperm(len(parts), generator=generator).tolist()
+        return [parts[i] for i in order]
+
+    cut = [piece for text in general for piece in torch.split(text, tokens) if len(piece) > 1]
+    sources = [shuffled([row[:tokens] for row in corpus]), shuffled(cut)]
+    chosen: list[torch.Tensor] = []
+    taken = [0, 0]
+    while len(chosen) < most:
+        # The source that is behind; once one is used up, the other would outweigh it.
+        source = int(bool(cut) and taken[1] < taken[0])
+        if not sources[source]:
+            break
+        chosen.append(sources[source].pop())
+        taken[source] += len(chosen[-1])
+    return shuffled(chosen)
+
+
+@torch.no_grad()
+def written_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    count: int,
+    tokens: int,
+    seed: int,
+) -> list[torch.Tensor]:
+    """Lets a model write texts by itself, which are about what it was trained on.
+
+    Sampled at temperature 1 from all tokens, behind the token that begins a text; where there is
+    none, behind a token drawn at random. So the text needs no file, as in Self-Calibration
+    (arXiv 2410.17170). Model and global random state are left as they were.
+
+    Args:
+        model: The unpruned model.
+        tokenizer: Its tokenizer.
+        count: Number of texts.
+        tokens: Tokens of each; fewer where it ends earlier.
+        seed: Seed of the sampling.
+
+    Returns:
+        Token ids of shape (t,) each, int64, on the CPU.
+    """
+    first = tokenizer.bos_token_id
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    device = model.get_input_embeddings().weight.device
+    vocabulary = len(tokenizer)
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=tokens - 1,
+        bos_token_id=first,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
+    )
+    texts: list[torch.Tensor] = []
+    devices = [device] if device.type == "cuda" else []
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        while len(texts) < count:
+            size = min(_WRITTEN_TOGETHER, count - len(texts))
+            begin = (
+                torch.randint(vocabulary, (size, 1))
+                if first is None
+                else torch.full((size, 1), first)
+            )
+            begin = begin.to(device)
+            written = model.generate(
+                begin, attention_mask=torch.ones_like(begin), generation_config=settings
+            )
+            for row in written.cpu():
+                stops = [at for at, token in enumerate(row.tolist()) if at and token in ends]
+                texts.append(row[: stops[0] + 1] if stops else row)
+            advance("texts", len(texts), count)
+    model.train(was_training)
+    return texts

@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING
 
 from rankadaptor_plugin.config.tables import SEARCHED_RANKS, UNIFORM_LORA
 from rankadaptor_plugin.core.errors import ConfigError
+from rankadaptor_plugin.core.registry import suggestion
 from rankadaptor_plugin.recovery.batches import check_sequences
-from rankadaptor_plugin.recovery.methods.methods import Method, check_scaling, parse_method
+from rankadaptor_plugin.recovery.methods.methods import (
+    SWITCHES,
+    Method,
+    check_scaling,
+    parse_method,
+)
 from rankadaptor_plugin.recovery.teacher import check_teacher
 
 if TYPE_CHECKING:
@@ -37,7 +43,7 @@ def check(
             the teacher predicts other tokens.
     """
     check_methods(config.recovery)
-    if config.recovery.distill_weight and teacher is not None and student is not None:
+    if config.distills and teacher is not None and student is not None:
         check_teacher(teacher, student)
 
 
@@ -72,11 +78,19 @@ def check_methods(config: RecoveryConfig) -> None:
     """Checks the recovery methods of a run file.
 
     Raises:
-        ConfigError: If one is unknown or cannot have a switch of the run, or two are the same.
+        ConfigError: If one, or a part of the stack, is unknown or cannot have a switch of the run,
+            or two are the same.
     """
     methods = config.methods
     for text in (*methods, UNIFORM_LORA):
         check_scaling(parse_method(text).with_switches(config), config)
+    for part in config.stack:
+        if part not in SWITCHES:
+            raise ConfigError(
+                f"[recovery] stack names {part!r}, which is no part of a stack."
+                f"{suggestion(part, list(SWITCHES))} Parts: {', '.join(SWITCHES)}."
+            )
+    parse_method("+".join((UNIFORM_LORA, *config.stack))).with_switches(config)
     own = (SEARCHED_RANKS, UNIFORM_LORA)
     seen: dict[Method, str] = {parse_method(name).with_switches(config): name for name in own}
     for text in methods:

@@ -90,7 +90,7 @@ def fine_tune_pace(
     # One pass per step: a large batch is many of them.
     size = config.per_device_train_batch_size
     # A rate that diverges is for the trials to report.
-    one_pass = replace(config, gradient_accumulation_steps=1, distill_weight=0.0, learning_rate=0.0)
+    one_pass = replace(config, gradient_accumulation_steps=1, learning_rate=0.0)
     rows = Corpus(sequences=corpus.sequences, dropped=0)
     allocation = RankAllocation((rank,) * len(decoder_layers(model)))
     began = time.perf_counter()

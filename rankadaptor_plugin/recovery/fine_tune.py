@@ -32,9 +32,10 @@ from rankadaptor_plugin.recovery import training
 from rankadaptor_plugin.recovery.adapters import adapter_ranks, adapter_weights, restored_on_failure
 from rankadaptor_plugin.recovery.batches import batches, check_sequences
 from rankadaptor_plugin.recovery.files import save_adapter
+from rankadaptor_plugin.recovery.memory import MicroBatch
 from rankadaptor_plugin.recovery.methods import methods
 from rankadaptor_plugin.recovery.teacher import check_predictions
-from rankadaptor_plugin.recovery.training import HeldOut, MicroBatch
+from rankadaptor_plugin.recovery.training import HeldOut
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -157,14 +158,27 @@ def recover(
     spec = methods.parse_method(name).with_switches(config)
     steps = 0 if spec.name == methods.NONE else config.max_steps
     micro = MicroBatch(config.per_device_train_batch_size)
-    teacher = teacher if config.distill_weight else None
-    if config.distill_weight:
+    config = replace(config, distill_weight=config.distill_weight if spec.distill else 0.0)
+    teacher = teacher if spec.distill else None
+    if spec.compensate:
+        raise ConfigError(
+            f"The method {spec} trains a compensated model, which recover() is handed as it is. "
+            "Compensate it first (rankadaptor_plugin.pruning.compensate), and leave the switch out."
+        )
+    if spec.distill:
         check_predictions(model.config, corpus.sequences, teacher)
     held_out = HeldOut(corpus, config, steps, micro)
     with restored_on_failure(model), torch.random.fork_rng(devices=seeded_devices(model.device)):
         torch.manual_seed(seed)  # PEFT's own first weights draw from it
         tuned = methods.begin(
-            model, spec, allocation, config, seed=seed, steps=steps, sequences=corpus.sequences
+            model,
+            spec,
+            allocation,
+            config,
+            seed=seed,
+            steps=steps,
+            sequences=corpus.sequences,
+            teacher=teacher,
         )
         torch.manual_seed(seed)  # as many numbers as PEFT drew depend on the ranks
         order = batches(corpus.sequences, config.batch_size, seed)

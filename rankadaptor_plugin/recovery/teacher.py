@@ -81,8 +81,8 @@ def check_teacher(teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
     if theirs != ours:
         raise ConfigError(
             f"The teacher has a vocabulary of {theirs} tokens, the model that learns from it one "
-            f"of {ours}. Distill from the model that it was pruned from, or set [recovery] "
-            "distill_weight = 0."
+            f"of {ours}. Distill from the model that it was pruned from, or leave distill out of "
+            "[recovery] stack and methods."
         )
 
 
@@ -101,17 +101,16 @@ def check_predictions(
     for number, sequence in enumerate(sequences, start=1):
         if sequence.teacher is None:
             raise ConfigError(
-                f"[recovery] distill_weight is above 0, but training sequence {number} of "
-                f"{len(sequences)} has no predictions of a teacher. Add them with "
-                "rankadaptor_plugin.recovery.teacher.with_teacher, hand over a LiveTeacher, or set "
-                "distill_weight = 0."
+                f"The method distills, but training sequence {number} of {len(sequences)} has no "
+                "predictions of a teacher. Add them with rankadaptor_plugin.recovery.with_teacher, "
+                "hand over a LiveTeacher, or leave distill out."
             )
     greatest = max(int(s.teacher.indices.max()) for s in sequences if s.teacher is not None)
     if greatest >= size:
         raise ConfigError(
             f"The teacher predicts token {greatest}, but the model that learns from it has a "
-            f"vocabulary of {size}. Distill from the model that it was pruned from, or set "
-            "[recovery] distill_weight = 0."
+            f"vocabulary of {size}. Distill from the model that it was pruned from, or leave "
+            "distill out."
         )
 
 

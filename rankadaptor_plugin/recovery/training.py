@@ -10,7 +10,6 @@ import contextlib
 import logging
 import math
 import time
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,6 @@ import torch
 
 from rankadaptor_plugin.core.errors import RecoveryError
 from rankadaptor_plugin.core.progress import advance
-from rankadaptor_plugin.models.device import is_out_of_memory
 from rankadaptor_plugin.models.logits import replaced_forward
 from rankadaptor_plugin.models.structures import decoder_layers
 from rankadaptor_plugin.recovery.adapters import evaluated
@@ -28,6 +26,7 @@ from rankadaptor_plugin.recovery.batches import (
     trained_tokens,
 )
 from rankadaptor_plugin.recovery.fused_lora import fused
+from rankadaptor_plugin.recovery.memory import MicroBatch, mixed_precision, within_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -46,32 +45,6 @@ _KINDS = 256  # of layers that are compiled at most
 _HOPELESS = 5  # steps in a row
 _SKIPPED = 40  # steps in a row; float16 begins with a loss scale of 2 ** 16
 _FAR = 2.0  # times the loss of guessing, or of the first step where that is higher
-
-
-@dataclass
-class MicroBatch:
-    """Sequences that go through the model at once.
-
-    Attributes:
-        size: Most sequences per pass; halved when memory runs out, or, where it is odd, cut to its
-            greatest divisor, so that all passes of a step stay of equal size.
-    """
-
-    size: int
-
-    def halve(self) -> None:
-        """Makes room.
-
-        Raises:
-            RecoveryError: If a pass holds a single sequence already.
-        """
-        if self.size == 1:
-            raise RecoveryError(
-                "Out of memory with a single training sequence. Set [recovery] "
-                "gradient_checkpointing = true, lower [corpus] max_length, or quantize the model."
-            )
-        self.size = max(n for n in range(1, self.size // 2 + 1) if self.size % n == 0)
-        logger.warning("Out of memory: from now on %d sequences per pass", self.size)
 
 
 class Watch:
@@ -213,31 +186,7 @@ def _accumulated(
     def add_up() -> float:
         return _gradients(tuned, batch, config, micro, scaler, teacher)
 
-    return _within_memory(add_up, undo, tuned.model.device, micro)
-
-
-def _within_memory(
-    compute: Callable[[], float],
-    undo: Callable[[], None],
-    device: torch.device,
-    micro: MicroBatch,
-) -> float:
-    """Computes again with half as many sequences per pass, each time that memory runs out."""
-    state = torch.get_rng_state()
-    device_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    while True:
-        try:
-            return compute()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        undo()  # out here the error no longer holds on to the tensors of the last pass
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        micro.halve()
-        torch.set_rng_state(state)  # the same dropout again
-        if device_state is not None:
-            torch.cuda.set_rng_state(device_state, device)
+    return within_memory(add_up, undo, tuned.model.device, micro)
 
 
 def _gradients(
@@ -291,7 +240,7 @@ def mean_loss(
         return total / trained_tokens(sequences)
 
     with evaluated(model):
-        return _within_memory(add_up, lambda: None, model.device, micro)
+        return within_memory(add_up, lambda: None, model.device, micro)
 
 
 class HeldOut:
@@ -335,12 +284,6 @@ class HeldOut:
         """Puts the best weights back."""
         for parameter, weight in zip(tuned.parameters(), self._weights, strict=False):
             parameter.copy_(weight)
-
-
-def mixed_precision(model: PreTrainedModel) -> torch.autocast:
-    """Lets the float32 adapters of a half-precision base compute in its type."""
-    half = model.dtype in (torch.bfloat16, torch.float16)
-    return torch.autocast(model.device.type, model.dtype if half else None, enabled=half)
 
 
 @contextlib.contextmanager

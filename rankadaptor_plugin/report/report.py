@@ -265,7 +265,7 @@ def _difference(data: ReportData) -> str:
         return ""
     factor, _ = _scale(metric)
     middle, low, high = (factor * difference[name] for name in ("estimate", "low", "high"))
-    title = f"{tables.compared(data)} minus {data['verdict']['baseline']}"
+    title = tables.comparisons(data).caption.partition(",")[0]
     return svg.difference(middle, low, high, f"{unit_of_difference(metric)} of {metric}", title)
 
 

@@ -19,20 +19,29 @@ class Verdict(TypedDict):
     """The outcome.
 
     Attributes:
-        sentence: What `rankadaptor_plugin.report.words.verdict_sentence` returned.
-        delivered: ``uniform`` or ``searched``: the allocation of the delivered adapter; or the
-            name of a recovery method; or ``foreign``: that of a recovery stage from another
-            package.
-        baseline: Name of the decisive baseline, such as ``LoRA r=8``.
-        comparisons: Searched, or a recovery method, minus uniform by metric, as
+        headline: What `rankadaptor_plugin.report.words.recovered_line` returned.
+        sentence: What was gained over LoRA by the recipe.
+        ranks: What the ranks alone gave.
+        costs: What the delivered model took that LoRA by the recipe does not; empty for nothing.
+        delivered: Name of the delivered model among the results; or ``foreign``: that of a recovery
+            stage from another package.
+        method: The method that it was fine-tuned by.
+        baseline: Label of what the first sentence compares with, such as ``LoRA r=8``.
+        comparisons: What the first sentence is about minus LoRA by the recipe, by metric, as
             `Difference.to_json` writes it; empty where there was nothing to compare.
+        comparisons_of_ranks: The same of the second sentence.
         target: The one task that was compared; empty for the weighted mean.
     """
 
+    headline: NotRequired[str]
     sentence: str
+    ranks: NotRequired[str]
+    costs: NotRequired[str]
     delivered: str
+    method: NotRequired[str]
     baseline: str
     comparisons: dict[str, dict[str, Any]]
+    comparisons_of_ranks: NotRequired[dict[str, dict[str, Any]]]
     target: NotRequired[str]
 
 
@@ -79,7 +88,7 @@ class SearchSummary(TypedDict):
 
 
 class Confirm(TypedDict):
-    """The race of the finalists against uniform LoRA (`rankadaptor_plugin.verdict.race`).
+    """The race (`rankadaptor_plugin.verdict.race`).
 
     Attributes:
         error_rate: Rate of false gains, of all comparisons together.
@@ -90,11 +99,11 @@ class Confirm(TypedDict):
         fine_tunes: Fine-tunes that were scored.
         competitors: One entry each: ``label``, ``ranks``, ``settings``, ``method`` (absent for
             LoRA), ``model`` (its name in the results), ``baseline`` (the ranks),
-            ``baseline_settings``, ``baseline_label``, ``baseline_model``, ``chosen``, ``per_seed``
-            differences, ``reason`` and ``detail`` (if it was not compared), ``comparison``, and
-            ``search_objective``.
-        baselines: What they are compared with, and LoRA of the default rank: ``name`` in the
-            results, ``label``, ``ranks``, ``settings``, ``parameters``, ``is_default``.
+            ``baseline_settings``, ``baseline_label``, ``baseline_model``, ``is_ranks``, ``chosen``,
+            ``per_seed`` differences, ``reason`` and ``detail`` (if it was not compared),
+            ``comparison``, and ``search_objective``.
+        baselines: What they are compared with: ``name`` in the results, ``label``, ``ranks``,
+            ``settings``, ``parameters``, ``is_recipe``.
     """
 
     error_rate: float
@@ -174,11 +183,12 @@ class ReportData(TypedDict):
         verdict: The outcome.
         tasks: Task names in the order of the tables. None may be called ``mean``.
         metrics: Metrics on the report documents; the first decides the verdict.
-        scores: Column by model: ``base``, ``pruned``, ``uniform`` (the even ranks of equal size
-            that the verdict compares with), ``lora`` (the default rank, where that is another
-            allocation), ``searched``, ``recovered`` (what is delivered: one of the others), and by
-            recovery method. Absent ones are left out.
-        allocations: Ranks by ``uniform``, ``lora``, ``searched``, ``recovered``, likewise.
+        scores: Column by model: ``base``, ``pruned``, ``compensated`` (before any fine-tune),
+            ``recipe`` (LoRA by the recipe), ``lora`` (at the tuned rate), ``uniform`` (even ranks
+            on the stack, of the size of the searched ones), ``stack`` (where those of the default
+            rank are others), ``searched``, ``recovered`` (what is delivered: one of the others),
+            and by recovery method. Absent ones, and those that are another one, are left out.
+        allocations: Ranks by model, likewise.
         parameters: Numbers of parameters.
         dtype: Type of the weights, which the bytes are counted in.
         footprints: What the ``base`` and the ``pruned`` model cost.
@@ -209,8 +219,10 @@ class ReportData(TypedDict):
         settings: Searched settings by allocation; those of the run file where absent.
         slots: What each rank of an allocation belongs to; the layers in order if absent.
         methods: Recovery methods that were scored, in the order of the run file.
-        labels: Names with their ranks of the models that are LoRA: ``uniform``, the baseline of the
-            verdict, and ``lora``, that of the default rank, where it is another allocation.
+        labels: Names with their ranks of the models of even ranks.
+        tune: What `rankadaptor_plugin.pipeline.tune_step.Tuned.to_json` returned; absent if a stage
+            of another package recovered.
+        compensation: What was fitted without training, and how well; absent if nothing was.
         cuts: What was left out to keep within the time of the run, such as
             ``search: 12 of 30 trials``; nothing if absent.
     """
@@ -249,3 +261,5 @@ class ReportData(TypedDict):
     methods: NotRequired[list[str]]
     labels: NotRequired[dict[str, str]]
     cuts: NotRequired[list[str]]
+    tune: NotRequired[dict[str, Any] | None]
+    compensation: NotRequired[dict[str, Any] | None]

@@ -21,7 +21,7 @@ from rankadaptor_plugin.core.scores import Score
 from rankadaptor_plugin.report import report as pages
 from rankadaptor_plugin.report import tables
 from rankadaptor_plugin.report.progress import clock, work_text
-from rankadaptor_plugin.report.words import duration
+from rankadaptor_plugin.report.words import duration, verdict_lines
 from rankadaptor_plugin.search.study import stored_trials
 from rankadaptor_plugin.verdict.statistics import score_cells
 
@@ -183,12 +183,18 @@ def read_status(run: Path) -> Status:
         best=_best(trials),
         metric=(session.get("measures") or {}).get("objective"),
         noise=(folder.read_json("noise.json") or {}).get("sentence", ""),
-        verdict=report["verdict"]["sentence"] if report and state == FINISHED else "",
+        verdict="; ".join(verdict_lines(cast("ReportData", report)))
+        if report and state == FINISHED
+        else "",
         seconds=seconds,
         seconds_left=session.get("seconds_left"),
         updated=session.get("updated"),
         log=last_line(folder.path),
     )
+
+
+def _verdict(report: dict[str, Any] | None) -> str:
+    return "; ".join(verdict_lines(cast("ReportData", report))) if report else ""
 
 
 def _works(pid: int) -> bool:

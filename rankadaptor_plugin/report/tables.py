@@ -75,10 +75,10 @@ class Table:
 def models(data: ReportData) -> dict[str, str]:
     """Returns the label of each model in the order of the tables, the recovered one last.
 
-    LoRA is called by its ranks, and by its size where two of different sizes are shown.
+    LoRA is called by its ranks, and by its size where some of different sizes are shown.
     """
     labels, counts = dict(data.get("labels", {})), data["parameters"]["trainable"]
-    if "lora" in labels:
+    if len({counts[name] for name in labels if name in counts}) > 1:
         labels |= {n: f"{t}, {counts[n]:,} parameters" for n, t in labels.items() if n in counts}
     methods = {method: method for method in data.get("methods", [])}
     return {**MODELS, **{n: t for n, t in methods.items() if n not in MODELS}, **labels} | {
@@ -87,19 +87,14 @@ def models(data: ReportData) -> dict[str, str]:
 
 
 def delivered(data: ReportData) -> str:
-    """Names what was delivered."""
-    name = data["verdict"]["delivered"]
-    if name in (labels := data.get("labels", {})):
-        return labels[name]
+    """Names what was delivered, and the folder of the model that its adapter belongs on."""
+    verdict = data["verdict"]
+    name = verdict["delivered"]
     if name == "foreign":
         return "the adapter of another recovery stage"
-    return name if name in data.get("methods", []) else f"{name} allocation"
-
-
-def compared(data: ReportData) -> str:
-    """Names what the decisive comparison is about: ``searched``, or a recovery method."""
-    chosen = (entry["label"] for entry in data["confirm"]["competitors"] if entry["chosen"])
-    return next((label for label in chosen if label in data.get("methods", [])), "searched")
+    label = models(data).get(name, name)
+    base = "compensated/" if "compensate" in verdict.get("method", "") else "pruned/"
+    return f"{label}, an adapter of {base}"
 
 
 def allocations(data: ReportData) -> dict[str, list[int]]:
@@ -114,7 +109,7 @@ def allocations(data: ReportData) -> dict[str, list[int]]:
     uniform, best = ranks.get("uniform", []), data["verdict"]["delivered"]
     if best in data.get("methods", []) and ranks.get("recovered") != uniform:
         return {"uniform": uniform, best: ranks["recovered"]}
-    if "searched" not in ranks and data.get("methods"):
+    if "searched" not in ranks:
         return {"uniform": uniform}
     return {"uniform": uniform, "searched": ranks.get("searched", [])}
 
@@ -141,14 +136,11 @@ def scores(data: ReportData, metric: str) -> Table | None:
     named, best = models(data), data["verdict"]["delivered"]
     columns = data["scores"]
     shown = [m for m in named if any(metric in row for row in columns.get(m, {}).values())]
-    if best != "uniform" and "recovered" in shown:
-        # The recovered model is the searched one then, or a method's; one column is enough.
-        shown = [model for model in shown if model != best]
+    if best in shown and "recovered" in shown:  # the same model; one column is enough
+        shown.remove("recovered")
     if not shown:
         return None
-    names = [named[model] for model in shown]
-    if shown[-1] == "recovered":
-        names[-1] = f"recovered ({data.get('labels', {}).get(best, best)})"
+    names = [f"{named[m]} (delivered)" if m == best else named[m] for m in shown]
     confidence = f"{100 * data['confirm']['confidence']:g} %"
     return Table(
         f"{metric_title(metric)} on the report documents, "
@@ -162,12 +154,24 @@ def scores(data: ReportData, metric: str) -> Table | None:
 
 
 def comparisons(data: ReportData) -> Table:
-    """Tabulates the paired differences by metric."""
-    target = data["verdict"].get("target")
-    place = f", task {target} alone" if target else ""
+    """Tabulates what was gained over LoRA by the recipe, by metric."""
+    chosen = (e["label"] for e in data["confirm"]["competitors"] if e["chosen"])
+    baseline = data["verdict"]["baseline"]
+    return _differences(data, f"{next(chosen, 'delivered')} minus {baseline}", "comparisons")
+
+
+def comparisons_of_ranks(data: ReportData) -> Table:
+    """Tabulates what the ranks alone gave, by metric."""
+    caption = "ranks alone: minus even ranks of the same size on the same stack"
+    return _differences(data, caption, "comparisons_of_ranks")
+
+
+def _differences(data: ReportData, caption: str, key: str) -> Table:
+    verdict: Any = data["verdict"]
+    place = f", task {verdict['target']} alone" if verdict.get("target") else ""
     return Table.of(
-        f"{compared(data)} minus {data['verdict']['baseline']}, paired by seed and document{place}",
-        data["verdict"]["comparisons"].items(),
+        f"{caption}, paired by seed and document{place}",
+        verdict.get(key, {}).items(),
         {
             "metric": lambda pair: pair[0],
             "unit": lambda pair: unit_of_difference(pair[0]),
@@ -184,6 +188,45 @@ def comparisons(data: ReportData) -> Table:
     )
 
 
+def curve(data: ReportData) -> Table:
+    """Tabulates the objective by learning rate, as it was tuned."""
+    tuned: Any = data.get("tune") or {"curves": {}}
+    metric = data["objective"]["metric"]
+    return Table.of(
+        f"learning rates: {objective_label(data)}, on the search documents",
+        [(name, point) for name, points in tuned["curves"].items() for point in points],
+        {
+            "method": lambda pair: pair[0],
+            "learning rate": lambda pair: f"{pair[1]['learning_rate']:g}",
+            "mean": lambda pair: scored(pair[1]["mean"], metric),
+            "by seed": lambda pair: ", ".join(scored(v, metric) for v in pair[1]["values"]),
+            "end": lambda pair: pair[1]["reason"] or "ran to the end",
+        },
+        ("method", "by seed", "end"),
+    )
+
+
+def parts(data: ReportData) -> Table:
+    """Tabulates what each part of the stack added on top of those before it."""
+    tuned: Any = data.get("tune") or {"tried": []}
+    metric = data["objective"]["metric"]
+    return Table.of(
+        f"parts of the stack, each on top of those that stay: gain in {objective_label(data)}",
+        tuned["tried"],
+        {
+            "part": lambda entry: entry["part"],
+            "difference": lambda entry: (
+                UNKNOWN
+                if entry["difference"] is None
+                else scored(entry["difference"]["estimate"], metric)
+            ),
+            "by seed": lambda entry: ", ".join(scored(v, metric) for v in entry["by_seed"]),
+            "stays": lambda entry: "yes" if entry["stays"] else entry["reason"] or "no",
+        },
+        ("part", "by seed", "stays"),
+    )
+
+
 def _first(seeds: Any) -> Any:
     return seeds["first"] if isinstance(seeds, dict) else seeds  # a number in earlier reports
 
@@ -193,11 +236,11 @@ def race(data: ReportData) -> Table:
     metric = data["confirm"]["metric"]
     meaning, unit = described(metric).meaning, unit_of_difference(metric)
     return Table.of(
-        f"difference to LoRA of equal size in {metric}{f' ({meaning})' if meaning else ''}"
+        f"difference in {metric}{f' ({meaning})' if meaning else ''}"
         f"{f', in {unit}' if unit else ''}, paired by seed and document",
         data["confirm"]["competitors"],
         {
-            "competitor": lambda entry: entry["label"] + (", verdict" if entry["chosen"] else ""),
+            "competitor": lambda entry: entry["label"],
             "difference": lambda entry: interval(entry["comparison"], metric, "estimate"),
             "confidence": lambda entry: (
                 f"{100 * entry['comparison']['confidence']:g} %" if entry["comparison"] else UNKNOWN

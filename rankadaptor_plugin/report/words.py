@@ -16,7 +16,6 @@ from rankadaptor_plugin.core.scores import (
     metric_meanings,
     unit_of_difference,
 )
-from rankadaptor_plugin.verdict.race import baseline_label
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,16 +27,18 @@ UNKNOWN = "n/a"
 MODELS = {
     "base": "base",
     "pruned": "pruned",
-    "lora": "LoRA of the default rank",
+    "compensated": "compensated, not trained",
+    "recipe": "LoRA by the recipe",
+    "lora": "LoRA, tuned",
+    "stack": "LoRA on the stack",
     "uniform": "uniform LoRA",
-    "searched": "searched LoRA",
+    "searched": "searched ranks",
 }
 """Names of the models in the order of the tables; `ReportData.labels` knows the ranks of LoRA."""
 
 METHODS_ALONE = "recovery methods"
 """The reason to stop of a run that only fine-tunes given recovery methods."""
 
-SEARCHED, METHODS = "the searched allocation", "the recovery methods"
 EQUAL = "at equal parameters"
 
 MOST_DECIMALS = 6
@@ -52,10 +53,11 @@ READING = (
     ),
     (
         "What decides",
-        "the paired comparison in the first metric: the searched allocation, or another recovery "
-        "method, minus LoRA of the same size, with the same seeds on the same documents. Two "
-        "intervals in the score table may overlap although the paired one excludes zero. Unless "
-        "the paired one lies above zero, LoRA is delivered.",
+        "paired comparisons in the first metric, with the same seeds on the same documents. What "
+        "is gained: the stack, tuned LoRA or another method minus LoRA by the recipe. What ranks "
+        "alone give: searched ranks minus even ranks of the same size on the same stack, with the "
+        "same settings. Two intervals in the score table may overlap although the paired one "
+        "excludes zero. Unless a paired one lies above zero, LoRA by the recipe is delivered.",
     ),
     (
         "Search documents",
@@ -77,6 +79,12 @@ READING = (
         "the LoRA rank of each decoder layer; layer 0 is at the bottom. Equal parameters: the "
         "even allocation has as many trainable parameters as the searched one, as nearly as whole "
         "ranks allow.",
+    ),
+    (
+        "Stack",
+        "what is added to LoRA because it raised the score on the search documents: compensate "
+        "(refitted frozen weights), distill (the unpruned model's predictions), gradient (first "
+        "weights).",
     ),
 )
 
@@ -162,60 +170,69 @@ def _named(character: str) -> str:
     return f"⟨U+{ord(character):04X}⟩"
 
 
-def alone_sentence(uniform: Sequence[int]) -> str:
-    """Says that LoRA of even ranks was all there was."""
-    return f"nothing was compared: {baseline_label(uniform)} ran alone and is delivered"
+def recovered_line(
+    base: float, pruned: float, recovered: float, metric: str = "accuracy", task: str = ""
+) -> str:
+    """Says how much of what pruning cost is recovered.
+
+    Args:
+        base: Mean score of the unpruned model.
+        pruned: That of the pruned one.
+        recovered: That of what is delivered.
+        metric: What they are scores of.
+        task: The one task; empty for the mean of all.
+    """
+    factor, digits = (100, 1) if metric == "accuracy" else (1, 3)
+    unit = unit_of_difference(metric) or metric
+    place = f" on {task}" if task else ""
+    lost, gained = factor * (base - pruned), factor * (recovered - pruned)
+    cost = f"{number(lost, digits)} {unit}"
+    if float(number(lost, digits)) <= 0:
+        added = f"{number(gained, digits)} {unit}"
+        return f"pruning cost nothing{place} in {metric}; recovery adds {added}"
+    if float(number(gained, digits)) <= 0:
+        return f"recovered none of the {cost} that pruning cost{place}"
+    if gained >= lost:
+        more = number(gained - lost, digits)
+        return f"recovered all of the {cost} that pruning cost{place}, and {more} more"
+    return f"recovered {number(gained, digits)} of the {cost} that pruning cost{place}"
 
 
-def verdict_sentence(
-    comparison: Difference | None,
-    uniform: Sequence[int],
+def gain_sentence(
+    comparison: Difference,
+    subject: str,
+    reference: str,
+    *,
     task: str = "",
     metric: str = "accuracy",
-    *,
-    searched: bool = True,
-    subject: str = SEARCHED,
     parameters: str = EQUAL,
 ) -> str:
-    """Says in one sentence what the search, or another recovery method, gained.
+    """Says in one sentence what something gained over something else.
 
     Differences of accuracy are in points, with one decimal; more only where rounding would hide
     that an interval excludes zero.
 
     Args:
-        comparison: Searched minus even allocation in the metric; None where no finalist differs
-            from the even one.
-        uniform: Ranks of the baseline, one per layer.
+        comparison: The one minus the other in the metric.
+        subject: Names the one.
+        reference: Names the other.
         task: The one task that was compared; empty for the mean of all.
         metric: What was compared.
-        searched: False if noise left no reason to search.
-        subject: What was compared with the baseline.
         parameters: How their numbers of trainable parameters compare.
     """
-    label = baseline_label(uniform)
-    if not searched:
-        return f"no search: no plausible gain rises above the noise; {label} is delivered"
-    if comparison is None:
-        nothing = {
-            SEARCHED: "the search found nothing",
-            METHODS: "no recovery method is shown to be",
-        }
-        return f"{nothing.get(subject, f'{subject} is no')} better than {label}, which is delivered"
     factor, digits = (100, 1) if metric == "accuracy" else (1, 3)
     unit = unit_of_difference(metric) or metric
-    place = f" on {task}" if task else ""
-    where = f"{parameters}{place}{'' if subject == SEARCHED else f', by {subject}'}"
+    where = f"{parameters}{f' on {task}' if task else ''}"
     estimate, half = factor * comparison.estimate, factor * comparison.half_width
     if comparison.is_gain:
-        return f"gain of {_points(estimate, half, digits)} {unit} over {label} {where}"
+        gain = f"{_points(estimate, half, digits)} {unit}"
+        return f"gain of {gain} over {reference} {where}, by {subject}"
     if comparison.is_loss:
-        return (
-            f"no gain: {subject} is worse than {label} by "
-            f"{_points(-estimate, half, digits)} {unit}{place}; {label} is delivered"
-        )
+        worse = _points(-estimate, half, digits)
+        return f"no gain: {subject} is worse than {reference} by {worse} {unit} {where}"
     difference = f"{number(estimate, digits)} +- {number(half, digits)} {unit}"
     why = "no gain beyond noise" if comparison.has_verdict else "no verdict from so few seeds"
-    return f"{why}: {label} is delivered ({difference} over it {where})"
+    return f"{why}: {difference} over {reference} {where}, by {subject}"
 
 
 def _points(estimate: float, half: float, least: int) -> str:
@@ -242,6 +259,51 @@ def search_line(data: ReportData) -> str:
     ).rstrip()
 
 
+def verdict_lines(data: ReportData) -> list[str]:
+    """Returns what a report opens with: what is recovered, both sentences, what else it cost."""
+    verdict = data["verdict"]
+    keys = ("headline", "sentence", "ranks", "costs")
+    return [str(verdict[key]) for key in keys if verdict.get(key)]  # type: ignore[literal-required]
+
+
+def tune_line(data: ReportData) -> str:
+    """Says what the tune stage chose; empty where nothing was tuned."""
+    tuned = data.get("tune")
+    if not tuned or not tuned["curves"]:
+        return ""
+    rate, recipe = tuned["learning_rate"], tuned["recipe"]
+    chosen = (
+        f"the recipe's learning rate, {recipe:g}, was right"
+        if rate == recipe
+        else f"learning rate {rate:g} in place of the recipe's {recipe:g}"
+    )
+    edge = ", at the edge of those that were tried" if tuned["at_edge"] else ""
+    stack = " + ".join(tuned["parts"]) or ("no part of it helped" if tuned["tried"] else "none")
+    return (
+        f"Tuned on the search documents: {chosen}{edge}; stack: {stack}. {tuned['fine_tunes']} "
+        f"fine-tunes, {duration(tuned['seconds'])}."
+    )
+
+
+def compensation_line(data: ReportData) -> str:
+    """Says what was fitted without training; empty where nothing was."""
+    record = data.get("compensation")
+    if not record:
+        return ""
+    text = " and ".join(record.get("text", ())) or "calibration text"
+    return (
+        f"Compensation ({record.get('method', 'of a plugin')}): fitted to "
+        f"{record.get('sequences', UNKNOWN)} sequences of {text} in "
+        f"{duration(record.get('seconds'))}; a column of the scores shows what it does before any "
+        "fine-tune."
+    )
+
+
+def headline(data: ReportData) -> str:
+    """Returns the first line of a report."""
+    return (verdict_lines(data) or [""])[0]
+
+
 def cuts_line(data: ReportData) -> str:
     """Says what was left out to keep within the time of the run; empty if nothing was."""
     cuts = data.get("cuts")
@@ -259,12 +321,10 @@ def race_line(data: ReportData) -> str:
     count, seeds = len(race["competitors"]), len(race["seeds"])
     if not count:
         return "No race was run." + (f" LoRA ran alone, with {seeds} seeds." if seeds else "")
-    # Methods differ in what they train; the table of parameters has the numbers.
-    equal = "" if data.get("methods") else " of equal size"
     return (
-        f"{'1 competitor' if count == 1 else f'{count} competitors, each'} against LoRA{equal}, on "
-        f"the report documents; {seeds} fresh seeds each; {race['fine_tunes']} fine-tunes. Rate of "
-        f"false gains: {100 * race['error_rate']:g} %, all competitors together."
+        f"{'1 competitor' if count == 1 else f'{count} competitors'}, on the report documents; "
+        f"{seeds} fresh seeds each; {race['fine_tunes']} fine-tunes. Rate of false gains: "
+        f"{100 * race['error_rate']:g} %, all comparisons together."
     )
 
 

@@ -34,8 +34,9 @@ from rankadaptor_plugin.models.structures import (
     layer_widths,
     structure_of,
 )
-from rankadaptor_plugin.pruning.calibration import sequence_loss
+from rankadaptor_plugin.pruning.calibration import hidden_states, padded, sequence_loss
 from rankadaptor_plugin.pruning.channel import prune_channel
+from rankadaptor_plugin.pruning.compensation import compensate
 from rankadaptor_plugin.pruning.cutting import remove
 from rankadaptor_plugin.pruning.importance import unit_scores
 from rankadaptor_plugin.recovery.adapters import attach, trainable_parameters
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+_COMPENSATED = 0.99  # of the distance without; random weights leave little to mend
 _CLOSE = 1e-5
 
 
@@ -199,6 +201,31 @@ class FamilyConformance:
             torch.autograd.backward(torch.stack(losses).mean())
             for scores, kind in zip(found, kinds, strict=True):
                 torch.testing.assert_close(scores, first_order(kind), rtol=1e-3, atol=1e-7)
+
+    def test_compensation_follows_the_unpruned_model(self) -> None:
+        """Refitted matrices bring the last layer's output nearer to it, on other text too."""
+        base = self._model()
+        model = copy.deepcopy(base)
+        remove_units(model, choose_cuts(model))
+        pruned = PrunedModel.of(model, tiny_tokenizer()).model
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = base.get_input_embeddings().weight.shape[0]
+        drawn = torch.randint(vocabulary, (144, 8), generator=generator)
+        others, before = padded(list(drawn[128:])), copy.deepcopy(pruned.state_dict())
+
+        @torch.no_grad()
+        def distance() -> float:
+            one, other = (hidden_states(each, others) for each in (base, pruned))
+            return float((one - other).norm())
+
+        without = distance()
+        compensation = compensate(base, pruned, list(drawn[:128]))
+        with compensation.applied(pruned):
+            assert distance() < _COMPENSATED * without
+        for name, values in pruned.state_dict().items():
+            assert torch.equal(values, before[name]), name
+        unpruned = compensate(base, copy.deepcopy(base), list(drawn[:8]))
+        assert not unpruned.weights
 
     def test_the_output_layer_is_found_behind_the_decoder(self) -> None:
         """Logits of single tokens are those of the whole, with all that the family does to them."""

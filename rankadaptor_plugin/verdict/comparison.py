@@ -26,7 +26,14 @@ from rankadaptor_plugin.core.errors import ArtifactError, ConfigError, OracleErr
 from rankadaptor_plugin.core.registry import suggestion
 from rankadaptor_plugin.core.run_folder import RunFolder, flat
 from rankadaptor_plugin.core.scores import metric_suggestion
-from rankadaptor_plugin.verdict.race import DEFAULT_RANK, RECOVERED, SEARCHED, UNIFORM
+from rankadaptor_plugin.verdict.race import (
+    DEFAULT_RANK,
+    RECIPE,
+    RECOVERED,
+    SEARCHED,
+    STACK,
+    UNIFORM,
+)
 from rankadaptor_plugin.verdict.statistics import LEAST_SEEDS, compare
 
 if TYPE_CHECKING:
@@ -292,10 +299,10 @@ def _notes_on_confidence(models: Sequence[RunModel]) -> Iterator[str]:
 Results = Mapping[int | None, Mapping[str, "TaskDocuments"]]
 """Documents by seed and task."""
 
-SEEDLESS = ("base", "pruned")
+SEEDLESS = ("base", "pruned", "compensated")
 """Models that no seed changes."""
 
-MODELS = (*SEEDLESS, UNIFORM, DEFAULT_RANK, SEARCHED, RECOVERED)
+MODELS = (*SEEDLESS, RECIPE, UNIFORM, DEFAULT_RANK, STACK, SEARCHED, RECOVERED)
 """Models that runs have, ``recovered`` being the delivered one; others are methods."""
 
 
@@ -456,7 +463,7 @@ def _report(folder: Path) -> dict[str, Any]:
 def _distinct(report: Mapping[str, Any]) -> list[str]:
     """Returns the recovered models of a run, each once, and what others are compared with last."""
     results = report["results"]
-    names = [SEARCHED, *report.get("methods", []), DEFAULT_RANK, UNIFORM]
+    names = [SEARCHED, *report.get("methods", []), STACK, UNIFORM, DEFAULT_RANK, RECIPE]
     names = [name for name in names if name in results]
     if RECOVERED in results and results[RECOVERED] not in [results[name] for name in names]:
         names.insert(0, RECOVERED)

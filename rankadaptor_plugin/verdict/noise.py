@@ -238,7 +238,7 @@ def assessed(
         design = Design(
             seeds=confirm.seeds,
             # The race's intervals hold for all comparisons together.
-            confidence=1 - (1 - confirm.confidence) / config.competitors,
+            confidence=1 - (1 - confirm.confidence) / config.comparisons,
             document_sd=document_sd(tried, decisive, weights, report_documents),
         )
         floor = assess(

@@ -1,13 +1,16 @@
 """The race of a run: what enters, what each fine-tune scored, and what all of them say together.
 
-Each competitor is compared with LoRA of the same number of parameters, its baseline, fine-tuned
-with the same seeds and scored on the same documents. LoRA of the default rank, which most people
-would train, is always among the models.
+Two questions are asked. What is recovered beyond the public recipe: uniform LoRA at the tuned rate,
+the stack, and other recovery methods are compared with LoRA by the recipe, the reference. And what
+the ranks alone give: a rank allocation is compared with even ranks of the same size, on the same
+stack, with the same settings. Whatever is compared was fine-tuned with the same seeds and scored on
+the same documents.
 
-`Confirmation` runs it. The best allocations of the search, perhaps the best of as many random ones,
-recovery methods, and LoRA at the same parameters run with fresh seeds, one seed after the other,
-and are scored on the *report* documents. Neither the seeds nor the documents chose the finalists,
-and the intervals hold for all that entered together, so the verdict is not biased by any choice.
+`Confirmation` runs it. All that enters runs with fresh seeds, one seed after the other, and is
+scored on the *report* documents. Neither the seeds nor the documents chose what enters, and the
+intervals hold for all comparisons together, so the verdict is not biased by any choice. Where the
+tune stage has chosen a stack, that is what is compared with the recipe; tuned LoRA without it can
+only be delivered where the stack is shown to gain, and so costs no part of the error rate.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import enum
 import hashlib
 import json
 import logging
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,9 +40,14 @@ if TYPE_CHECKING:
 FINALIST, BEST_RANDOM = "finalist", "best random"
 """Labels of the competitors that are rank allocations; a recovery method has its name."""
 
-UNIFORM, DEFAULT_RANK, SEARCHED, RECOVERED = "uniform", "lora", "searched", "recovered"
-"""Names of models in reports and comparisons: the baseline of the verdict, LoRA of the default
-rank, the best rank allocation that was searched or given, and what is delivered."""
+TUNED, STACK = "LoRA, tuned", "stack"
+"""Labels of uniform LoRA at the tuned rate, and of uniform ranks with the parts of the stack."""
+
+RECIPE, UNIFORM, DEFAULT_RANK, SEARCHED = "recipe", "uniform", "lora", "searched"
+RECOVERED = "recovered"
+"""Names of models in reports and comparisons: LoRA by the public recipe; even ranks on the stack,
+which rank allocations are compared with; LoRA of the default rank at the tuned rate, without the
+stack; the best rank allocation that was searched or given; and what is delivered."""
 
 
 Runs = tuple[Outcome, ...]  # one per seed
@@ -117,14 +126,16 @@ class Entrant:
     """One entrant of the race.
 
     Attributes:
-        label: `FINALIST`, `BEST_RANDOM`, or the name of a recovery method.
+        label: `FINALIST`, `BEST_RANDOM`, `TUNED`, `STACK`, or the name of a recovery method.
         allocation: What is fine-tuned.
-        baseline: LoRA that it is compared with; the same where there is nothing to compare.
+        baseline: What it is compared with; the same where there is nothing to compare.
+        is_ranks: True if it differs from its baseline in the ranks alone.
     """
 
     label: str
     allocation: RankAllocation
     baseline: RankAllocation
+    is_ranks: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +154,8 @@ class Competitor(Entrant):
 
     @property
     def is_method(self) -> bool:
-        """True if it entered as a recovery method, not as what a search found."""
-        return self.label not in (FINALIST, BEST_RANDOM)
+        """True if it entered as a recovery method of the run file."""
+        return self.label not in (FINALIST, BEST_RANDOM, TUNED, STACK)
 
     @property
     def is_gain(self) -> bool:
@@ -161,7 +172,7 @@ class Confirmed:
         runs: Runs by allocation, one per seed; fewer of one that failed.
         competitors: The finalists, best of the search first, then the best random allocation, then
             the recovery methods. None where LoRA ran alone.
-        reference: LoRA of the default rank.
+        reference: LoRA by the recipe.
     """
 
     rules: Rules
@@ -184,19 +195,19 @@ class Confirmed:
             rules: What the race is about.
             runs: Finished runs by allocation.
             entrants: What entered.
-            reference: LoRA of the default rank.
+            reference: LoRA by the recipe.
             failed: Allocations of which a fine-tune failed, and how.
         """
         confirmed = cls(rules=rules, runs=runs, competitors=(), reference=reference)
-        count = sum(entrant.allocation != entrant.baseline for entrant in entrants)
+        count = comparisons(entrants)
 
         def result(entrant: Entrant) -> Competitor:
             fields = vars(entrant)
             if entrant.allocation == entrant.baseline:
                 return Competitor(**fields, reason=Reason.SAME)
-            if entrant.allocation in failed:
-                detail = failed[entrant.allocation]
-                return Competitor(**fields, reason=Reason.FAILED, detail=detail)
+            for allocation in (entrant.allocation, entrant.baseline):
+                if allocation in failed:
+                    return Competitor(**fields, reason=Reason.FAILED, detail=failed[allocation])
             comparison = confirmed._compared(entrant, rules.metric, count)
             return Competitor(**fields, comparison=comparison)
 
@@ -205,22 +216,38 @@ class Confirmed:
     @property
     def comparisons(self) -> int:
         """Number of comparisons that intervals and verdicts are corrected for, at least 1."""
-        return max(1, sum(c.allocation != c.baseline for c in self.competitors))
+        return comparisons(self.competitors)
 
     @property
     def chosen(self) -> Competitor | None:
-        """The competitor that the verdict is about; None if none was compared.
+        """What the first sentence is about; None if nothing was compared with the recipe.
 
-        That with the greatest mean difference: of those that are a gain or, if there is none, of
-        all that were compared.
+        What is delivered, or else the one with the greatest difference from the recipe.
         """
-        return _best(self.competitors)
+        return self._best(self._gains()) or self._best(
+            [c for c in self.competitors if c.comparison is not None and not c.is_ranks]
+        )
+
+    @property
+    def ranks(self) -> Competitor | None:
+        """The rank allocation that the second sentence is about; None if none was compared.
+
+        That with the greatest difference: of those that are a gain or, if there is none, of all.
+        """
+        compared = [c for c in self.competitors if c.is_ranks and c.comparison is not None]
+        gains = [c for c in compared if c.is_gain]
+        return max(gains or compared, key=_estimate) if compared else None
 
     @property
     def searched(self) -> RankAllocation | None:
-        """The best rank allocation, by the same rule among those; None if there is none."""
-        best = _best([c for c in self.competitors if not c.is_method])
-        return None if best is None else best.allocation
+        """The best rank allocation that was searched or given; None if there is none."""
+        found = [
+            c
+            for c in self.competitors
+            if c.label in (FINALIST, BEST_RANDOM) and c.comparison is not None
+        ]
+        gains = [c for c in found if c.is_gain]
+        return max(gains or found, key=_estimate).allocation if found else None
 
     @property
     def methods(self) -> dict[str, RankAllocation]:
@@ -230,35 +257,91 @@ class Confirmed:
 
     @property
     def baseline(self) -> RankAllocation:
-        """LoRA at the parameters of the chosen one, or else of the first that entered."""
-        first = self.chosen or next(iter(self.competitors), None)
-        return self.reference if first is None else first.baseline
+        """Even ranks on the stack: what the ranks are compared with, or else would be."""
+        ranks = self.ranks or next((c for c in self.competitors if c.is_ranks), None)
+        if ranks is not None:
+            return ranks.baseline
+        stack = self._labeled(STACK) or self._labeled(TUNED)
+        return self.reference if stack is None else stack.allocation
 
     @property
     def delivered(self) -> RankAllocation:
-        """The chosen allocation if it is a gain, else the baseline."""
-        chosen = self.chosen
-        return chosen.allocation if chosen is not None and chosen.is_gain else self.baseline
+        """What is shown to gain over the recipe, the best of it; the recipe's LoRA otherwise."""
+        best = self._best(self._gains())
+        return self.reference if best is None else best.allocation
+
+    def _gains(self) -> list[Competitor]:
+        """Returns the competitors that may be delivered: those shown to gain over the recipe.
+
+        Ranks have to gain over even ones first. So each of them, and tuned LoRA behind the stack,
+        is tested where the test before it has passed, which takes no further error rate.
+        """
+        stack = self._labeled(STACK)
+        return [
+            c
+            for c in self.competitors
+            if c.is_gain
+            and (c.label != TUNED or stack is None or stack.is_gain)
+            and (not c.is_ranks or self._over_recipe(c, self.rules.metric).is_gain)
+        ]
+
+    def _over_recipe(self, competitor: Competitor, metric: str) -> Difference:
+        against = replace(competitor, baseline=self.reference)
+        return self._compared(against, metric, self.comparisons)
+
+    def _best(self, competitors: Sequence[Competitor]) -> Competitor | None:
+        """Returns the one with the greatest difference from the recipe, the first of equal ones."""
+        metric, weights = self.rules.metric, self.rules.weights
+
+        def mean(competitor: Competitor) -> float:
+            scores = self.reports(competitor.allocation)
+            return sum(score.mean(metric, weights) for score in scores) / len(scores)
+
+        return max(competitors, key=mean, default=None)
+
+    def _labeled(self, label: str) -> Competitor | None:
+        return next((c for c in self.competitors if c.label == label), None)
 
     @property
     def models(self) -> dict[str, RankAllocation]:
-        """Models that reports and comparisons show, by name; LoRA of the default rank once."""
-        models = {UNIFORM: self.baseline}
-        if self.reference != self.baseline and self._is_whole(self.reference):
-            models[DEFAULT_RANK] = self.reference
+        """Models that reports and comparisons show, by name; each of even ranks once."""
+        models: dict[str, RankAllocation] = {}
+        if self.reference != self.baseline:
+            models[RECIPE] = self.reference
+        tuned = self._labeled(TUNED)
+        if tuned is not None and tuned.allocation not in (self.reference, self.baseline):
+            models |= {DEFAULT_RANK: tuned.allocation} if self._is_whole(tuned.allocation) else {}
+        if self._is_whole(self.baseline):
+            models[UNIFORM] = self.baseline
+        stack = self._labeled(STACK)
+        if stack and stack.allocation not in models.values() and self._is_whole(stack.allocation):
+            models[STACK] = stack.allocation
         if self.searched is not None:
             models[SEARCHED] = self.searched
         return models | self.methods | {RECOVERED: self.delivered}
 
     @property
     def labels(self) -> dict[str, str]:
-        """Labels of the LoRA models by name; they state the ranks."""
+        """Labels of the models of even ranks by name; they state the ranks."""
         models = self.models
+        what = {
+            RECIPE: " by the recipe",
+            DEFAULT_RANK: ", tuned",
+            STACK: " on the stack",
+            UNIFORM: self._uniform_label,
+        }
         return {
-            name: baseline_label(models[name].ranks)
-            for name in (UNIFORM, DEFAULT_RANK)
+            name: baseline_label(models[name].ranks) + text
+            for name, text in what.items()
             if name in models
         }
+
+    @property
+    def _uniform_label(self) -> str:
+        """Says what even ranks are beside even."""
+        if self.baseline == self.reference:
+            return ""
+        return " on the stack" if self._labeled(STACK) else ", tuned"
 
     @property
     def fine_tunes(self) -> int:
@@ -274,11 +357,18 @@ class Confirmed:
         return self.rules.seeds[: len(self.runs.get(allocation, ()))]
 
     def differences(self, metrics: Sequence[str]) -> dict[str, Difference]:
-        """Compares the chosen competitor with its baseline, by metric; empty if there is none."""
+        """Compares the chosen competitor with the recipe, by metric; empty if there is none."""
         chosen = self.chosen
-        if chosen is None:
+        if chosen is None or chosen.allocation == self.reference:
             return {}
-        return {metric: self._compared(chosen, metric, self.comparisons) for metric in metrics}
+        return {metric: self._over_recipe(chosen, metric) for metric in metrics}
+
+    def differences_of_ranks(self, metrics: Sequence[str]) -> dict[str, Difference]:
+        """Compares the ranks of the second sentence with even ones, by metric; empty without."""
+        ranks = self.ranks
+        if ranks is None:
+            return {}
+        return {metric: self._compared(ranks, metric, self.comparisons) for metric in metrics}
 
     def _is_whole(self, allocation: RankAllocation) -> bool:
         return self.seeds_of(allocation) == self.rules.seeds
@@ -313,11 +403,13 @@ class Confirmed:
             "baselines": [
                 {
                     "name": self._name(allocation),
-                    "label": baseline_label(allocation.ranks),
+                    "label": self.labels.get(
+                        self._name(allocation) or "", baseline_label(allocation.ranks)
+                    ),
                     "ranks": list(allocation.ranks),
                     "settings": dict(allocation.settings),
                     "parameters": parameters(allocation),
-                    "is_default": allocation == self.reference,
+                    "is_recipe": allocation == self.reference,
                 }
                 for allocation in self._baselines()
             ],
@@ -333,6 +425,10 @@ class Confirmed:
         """Returns the name of an allocation among the models; None if it has none."""
         return next((name for name, a in self.models.items() if a == allocation), None)
 
+    def _baseline_text(self, competitor: Competitor) -> str:
+        name = self._name(competitor.baseline) or ""
+        return self.labels.get(name, baseline_label(competitor.baseline.ranks))
+
     def _entry(self, competitor: Competitor) -> dict[str, Any]:
         runs = self.runs.get(competitor.allocation, ())
         compared = competitor.comparison is not None
@@ -343,10 +439,11 @@ class Confirmed:
             **competitor.allocation.to_json(),
             "baseline": list(competitor.baseline.ranks),
             "baseline_settings": dict(competitor.baseline.settings),
-            "baseline_label": baseline_label(competitor.baseline.ranks),
+            "baseline_label": self._baseline_text(competitor),
             "model": self._name(competitor.allocation) if compared else None,
             "baseline_model": self._name(competitor.baseline),
-            "chosen": competitor is self.chosen,
+            "is_ranks": competitor.is_ranks,
+            "chosen": competitor in (self.chosen, self.ranks),
             "search_objective": sum(r.objective for r in runs) / len(runs) if runs else None,
             "per_seed": [
                 a.mean(metric, weights) - b.mean(metric, weights)
@@ -360,11 +457,18 @@ class Confirmed:
         }
 
 
-def _best(competitors: Sequence[Competitor]) -> Competitor | None:
-    """Returns the one of these that the verdict is about, the first of equal ones."""
-    compared = [(c.comparison.estimate, c) for c in competitors if c.comparison is not None]
-    gains = [(estimate, c) for estimate, c in compared if c.is_gain]
-    return max(gains or compared, key=lambda entry: entry[0])[1] if compared else None
+def comparisons(entrants: Sequence[Entrant]) -> int:
+    """Returns the number of comparisons that the error rate is shared out among, at least 1.
+
+    Tuned LoRA beside a stack takes no part of it: it is delivered only after the stack has passed.
+    """
+    labels = {entrant.label for entrant in entrants}
+    compared = [e for e in entrants if e.allocation != e.baseline]
+    return max(1, sum(e.label != TUNED or STACK not in labels for e in compared))
+
+
+def _estimate(competitor: Competitor) -> float:
+    return competitor.comparison.estimate if competitor.comparison is not None else -math.inf
 
 
 logger = logging.getLogger(__name__)
@@ -434,17 +538,18 @@ class Confirmation:
 
         Args:
             entrants: What enters; of several with the same allocation the first.
-            reference: LoRA of the default rank, which runs in any case.
+            reference: LoRA by the recipe, which runs in any case.
 
         Raises:
-            RecoveryError: If a fine-tune of a baseline diverges; there is no other to take.
+            RecoveryError: If a fine-tune of the reference diverges; there is no other to take.
             OracleError: If it cannot be scored.
         """
         distinct = list({entrant.allocation: entrant for entrant in reversed(entrants)}.values())
         distinct.sort(key=entrants.index)
         racing = [entrant for entrant in distinct if entrant.allocation != entrant.baseline]
-        needed = [entrant.baseline for entrant in racing or distinct[:1]] or [reference]
-        every = dict.fromkeys([*needed, reference, *(entrant.allocation for entrant in racing)])
+        needed = [reference]
+        baselines = [entrant.baseline for entrant in racing]
+        every = dict.fromkeys([reference, *baselines, *(entrant.allocation for entrant in racing)])
         runs: dict[RankAllocation, list[Outcome]] = {a: [] for a in every}
         failed: dict[RankAllocation, str] = {}
         seeds = self._rules.seeds
@@ -463,7 +568,7 @@ class Confirmation:
                         self._check_not_failed(allocation, seed)
                     runs[allocation].append(self._result(allocation, seed))
                 except (RecoveryError, OracleError) as error:
-                    # Baselines ran first: what fails now is no fault of the corpus or the oracle.
+                    # It ran first: what fails now is no fault of the corpus or the oracle.
                     if allocation in needed:
                         raise
                     logger.warning("Out: %s with seed %d failed: %s", allocation, seed, error)

@@ -141,6 +141,9 @@ def test_any_unknown_key_is_refused(table, key, value):
 def values(hint, rule):
     low, high = rule.get("low", rule.get("above")), rule.get("high", rule.get("below"))
     limits = {"exclude_min": "above" in rule, "exclude_max": "below" in rule}
+    if "word" in rule:
+        listed = st.sets(st.floats(1e-6, 1e6), min_size=1, max_size=4)
+        return st.one_of(st.just(rule["word"]), listed.map(lambda rates: tuple(sorted(rates))))
     if "choices" in rule:
         return st.sampled_from(rule["choices"])
     if typing.get_origin(hint) is tuple:
@@ -171,7 +174,10 @@ def configs(cls):
         fields["report_documents"] = fields["report_documents"].filter(lambda count: count != 1)
     if "gains" in fields:
         fields["seeds"] = fields["seeds"].filter(lambda count: count != 1)
-    if "methods" in fields:
+    if "learning_rates" in fields:
+        fields["methods"] = st.just(())
+    elif "methods" in fields:
+        fields["stack"] = st.just(("compensate", "distill"))
         further = st.lists(st.text(), max_size=3, unique=True).filter(
             lambda names: "rankadaptor" not in names
         )

@@ -13,7 +13,8 @@ from rankadaptor_plugin.corpus.sequences import TrainingSequence
 from rankadaptor_plugin.recovery import adapters
 from rankadaptor_plugin.recovery.batches import padded
 from rankadaptor_plugin.recovery.fused_lora import FusedLinear, adapted_product, can_fuse, fused
-from rankadaptor_plugin.recovery.training import checkpointed, compiled, mixed_precision
+from rankadaptor_plugin.recovery.memory import mixed_precision
+from rankadaptor_plugin.recovery.training import checkpointed, compiled
 
 ROWS = [
     TrainingSequence(tokens, tokens)

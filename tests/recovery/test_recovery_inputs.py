@@ -100,8 +100,16 @@ REFUSED = {
         *(CorpusError, "has no training sequences", "Give at least one row"),
     ),
     "distillation without a teacher": (
-        {"recipe": dataclasses.replace(CONFIG, distill_weight=0.5)},
-        *(ConfigError, "distill_weight is above 0", "no predictions of a teacher"),
+        {"method": "distill"},
+        *(ConfigError, "The method distills", "no predictions of a teacher"),
+    ),
+    "a method that starts from compensated weights": (
+        {"method": "compensate"},
+        *(ConfigError, "The method compensate trains a compensated model", "Compensate it first"),
+    ),
+    "a budget above the trained rank": (
+        {"method": "squeeze:1"},
+        *(ConfigError, "squeeze:1 trains", "fewer than the budget of", "Name a greater rank"),
     ),
 }
 
@@ -188,8 +196,8 @@ def test_quantized_weights_are_refused_on_a_cpu(tmp_path, write_run_file, comman
 def test_a_teacher_of_another_vocabulary_is_refused(refused, make_llama):
     teacher = LiveTeacher(make_llama(vocab_size=41))
     refused(
-        *(ConfigError, "a vocabulary of 41 tokens", "one of 40", "distill_weight = 0"),
-        recipe=dataclasses.replace(CONFIG, distill_weight=0.5),
+        *(ConfigError, "a vocabulary of 41 tokens", "one of 40", "leave distill out"),
+        method="distill",
         teacher=teacher,
     )
 
@@ -210,7 +218,7 @@ def test_kept_predictions_of_another_vocabulary_are_refused(refused, corpus):
     refused(
         *(ConfigError, "vocabulary"),
         data=Corpus(sequences=taught, dropped=0),
-        recipe=dataclasses.replace(CONFIG, distill_weight=0.5),
+        method="distill",
     )
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rankadaptor_plugin.config.tables import RecoveryConfig
+from rankadaptor_plugin.config.tables import INITS, RecoveryConfig
 from rankadaptor_plugin.core.errors import ConfigError, CorpusError
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.corpus.sequences import TrainingSequence
@@ -51,7 +51,13 @@ TRAINED = (
     "eva+dora",
     "adalora",
     "lora-fa",
+    "lora-fa+gradient",
     "pattern:2-4",
+    "gradient",
+    "dora+gradient",
+    "lora+eva",
+    "squeeze",
+    "squeeze:9+gradient",
 )
 EVERY = (*TRAINED, "none")
 CONFIG = RecoveryConfig(
@@ -283,7 +289,7 @@ def test_dropout_is_of_training_only(name, make):
 def test_half_precision_keeps_float32_adapters(name, make):
     base = make["uneven"]().to(torch.bfloat16)
     before = {n: t.clone() for n, t in base.state_dict().items()}
-    tuned = start(base, name)
+    tuned = start(base, name, steps=3)
     if name != "none":
         train(tuned, steps=3)
     during = logits_of(tuned.model)
@@ -480,13 +486,17 @@ def test_eva_needs_sequences(make):
 @st.composite
 def methods(draw) -> Method:
     name = draw(st.sampled_from(sorted(METHODS)))
-    on = draw(st.sets(st.sampled_from(METHODS[name]))) if METHODS[name] else set()
-    if on >= {"dora", "pissa"}:
-        on = on - {"pissa"}
+    on = draw(st.sets(st.sampled_from(METHODS[name])))
+    inits = [switch for switch in sorted(on) if switch in INITS]
+    if "dora" in on and "pissa" in inits:
+        inits.remove("pissa")
     ranks = ()
     if name == "pattern":
         ranks = tuple(draw(st.lists(st.integers(0, 99), min_size=1).filter(any)))
-    return Method(name, ranks, **dict.fromkeys(on, True))
+    if name == "squeeze":
+        ranks = draw(st.sampled_from([(), (16,)]))
+    flags = dict.fromkeys(on - {*INITS}, True)
+    return Method(name, ranks, init=inits[0] if inits else "random", **flags)
 
 
 @given(methods())
@@ -502,6 +512,10 @@ def test_a_method_is_read_as_it_is_written(method):
         ("rslora + dora", "dora+rslora"),
         ("rankadaptor+pissa", "rankadaptor+pissa"),
         ("pattern: 04-6", "pattern:4-6"),
+        ("compensate+gradient+distill", "gradient+distill+compensate"),
+        ("LoRA+EVA", "lora+eva"),
+        ("distill+eva", "lora+eva+distill"),
+        ("squeeze: 016", "squeeze:16"),
         ("lora", "lora"),
     ],
 )
@@ -515,12 +529,15 @@ def test_a_method_has_one_written_form(text, written):
         ("", "Unknown recovery method ''. Give one of: lora, rankadaptor"),
         ("adlora", "Unknown recovery method 'adlora'. Did you mean 'adalora'?"),
         ("lora:4", "Unknown recovery method 'lora:4'"),
-        ("lora+eva", "Unknown switch 'eva' in the recovery method 'lora+eva'"),
+        ("gradient+pissa", "has two kinds of first weights, gradient and pissa"),
+        ("squeeze:4-8", "trains at one rank"),
+        ("squeeze:", "has no list of ranks"),
+        ("none+distill", "none cannot be combined with distill: it takes only compensate"),
         ("lora+rslra", "Did you mean 'rslora'?"),
         ("eva+", "Unknown switch ''"),
-        ("adalora+dora", "adalora cannot be combined with dora: it takes no switch"),
+        ("adalora+dora", "adalora cannot be combined with dora: it takes only distill or"),
         ("none+pissa", "none cannot be combined with pissa"),
-        ("eva+pissa", "eva cannot be combined with pissa: it takes only dora or rslora"),
+        ("eva+pissa", "eva cannot be combined with pissa: it takes only dora or rslora or"),
         ("lora-fa+rslora", "lora-fa cannot be combined with rslora"),
         ("dora+pissa", "Choose one of the two"),
         ("pattern", "has no list of ranks"),

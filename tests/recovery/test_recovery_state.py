@@ -18,6 +18,7 @@ from rankadaptor_plugin.core.errors import (
 from rankadaptor_plugin.corpus.sequences import Corpus, TrainingSequence
 from rankadaptor_plugin.recovery import training
 from rankadaptor_plugin.recovery.fine_tune import recover
+from rankadaptor_plugin.recovery.memory import MicroBatch
 
 CONFIG = RecoveryConfig(
     max_steps=4,
@@ -121,7 +122,7 @@ def test_memory_that_does_not_suffice_for_held_out_rows_is_an_own_reason_to_halv
 
 @pytest.mark.parametrize(("size", "half"), [(16, 8), (6, 3), (9, 3), (7, 1), (2, 1)])
 def test_half_a_pass_divides_the_whole_one(size, half):
-    micro = training.MicroBatch(size)
+    micro = MicroBatch(size)
     micro.halve()
     assert micro.size == half
 

@@ -14,7 +14,7 @@ from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.core.trials import Phase, Trial, TrialState
 from rankadaptor_plugin.report import tables
 from rankadaptor_plugin.report.report import markdown, page, write_report
-from rankadaptor_plugin.report.words import interval, verdict_sentence
+from rankadaptor_plugin.report.words import gain_sentence, interval, recovered_line
 from rankadaptor_plugin.verdict.race import baseline_label
 from rankadaptor_plugin.verdict.statistics import Difference, Seeds
 
@@ -88,14 +88,44 @@ def report_data(
     found = comparison(0.0132, 0.0081)
     return {
         "verdict": {
-            "sentence": verdict_sentence(found, uniform),
+            "headline": "recovered 12.0 of the 24.0 points that pruning cost",
+            "sentence": gain_sentence(found, "the stack", "LoRA r=8 by the recipe"),
+            "ranks": "ranks alone: no gain beyond noise",
+            "costs": "at equal optimizer steps; it learned from the unpruned model's predictions",
+            "method": "distill",
             "delivered": delivered,
             "baseline": baseline_label(uniform),
             "comparisons": {
                 "accuracy": found.to_json(),
                 "choice_logprob": comparison(0.0314, 0.0123).to_json(),
             },
+            "comparisons_of_ranks": {"accuracy": comparison(0.001, 0.008).to_json()},
         },
+        "tune": {
+            "recipe": 1e-4,
+            "learning_rate": 1e-3,
+            "stack": "distill",
+            "parts": ["distill"],
+            "at_edge": True,
+            "fine_tunes": 3,
+            "seconds": 61.0,
+            "curves": {
+                "lora": [
+                    {"learning_rate": 1e-4, "mean": -0.8, "values": [-0.8], "reason": ""},
+                    {"learning_rate": 0.1, "mean": None, "values": [], "reason": "loss | is nan"},
+                ]
+            },
+            "tried": [
+                {
+                    "part": "distill",
+                    "difference": comparison(0.1, 0.05).to_json(),
+                    "by_seed": [0.1],
+                    "stays": True,
+                    "reason": "",
+                }
+            ],
+        },
+        "compensation": {"sequences": 12, "text": ["recovery corpus", "c4"], "seconds": 3.0},
         "tasks": list(tasks),
         "metrics": ["accuracy", "choice_logprob", "margin"],
         "results": {},
@@ -258,66 +288,68 @@ def check(data: dict) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("estimate", "half_width", "ranks", "sentence"),
+    ("estimate", "half_width", "sentence"),
     [
-        (0.013, 0.008, [8, 8], "gain of 1.3 +- 0.8 points over LoRA r=8 at equal parameters"),
+        (0.013, 0.008, "gain of 1.3 +- 0.8 points over LoRA r=8 at equal parameters, by it"),
         (
             -0.002,
             0.011,
-            [8, 8],
-            "no gain beyond noise: LoRA r=8 is delivered "
-            "(-0.2 +- 1.1 points over it at equal parameters)",
+            "no gain beyond noise: -0.2 +- 1.1 points over LoRA r=8 at equal parameters, by it",
         ),
         (
             -0.0002,
             0.011,
-            [7, 8],
-            "no gain beyond noise: LoRA r=7 to 8 is delivered "
-            "(0.0 +- 1.1 points over it at equal parameters)",
+            "no gain beyond noise: 0.0 +- 1.1 points over LoRA r=8 at equal parameters, by it",
         ),
         (
             -0.02,
             0.005,
-            [8],
-            "no gain: the searched allocation is worse than LoRA r=8 by 2.0 +- 0.5 points; "
-            "LoRA r=8 is delivered",
+            "no gain: it is worse than LoRA r=8 by 2.0 +- 0.5 points at equal parameters",
         ),
         (
             0.00841,
             0.00838,
-            [7, 8],
-            "gain of 0.841 +- 0.838 points over LoRA r=7 to 8 at equal parameters",
+            "gain of 0.841 +- 0.838 points over LoRA r=8 at equal parameters, by it",
         ),
         (
             -0.0084,
             0.0082,
-            [8],
-            "no gain: the searched allocation is worse than LoRA r=8 by 0.84 +- 0.82 points; "
-            "LoRA r=8 is delivered",
+            "no gain: it is worse than LoRA r=8 by 0.84 +- 0.82 points at equal parameters",
         ),
         (
             0.01,
             float("inf"),
-            [8],
-            "no gain beyond noise: LoRA r=8 is delivered "
-            "(1.0 +- n/a points over it at equal parameters)",
+            "no gain beyond noise: 1.0 +- n/a points over LoRA r=8 at equal parameters, by it",
         ),
     ],
 )
-def test_verdict(estimate: float, half_width: float, ranks: list[int], sentence: str) -> None:
-    assert verdict_sentence(comparison(estimate, half_width), ranks) == sentence
+def test_a_gain_is_said_in_one_sentence(estimate: float, half_width: float, sentence: str) -> None:
+    assert gain_sentence(comparison(estimate, half_width), "it", "LoRA r=8") == sentence
 
 
-@pytest.mark.parametrize(("ranks", "label"), [([4], "LoRA r=4"), ([4, 5], "LoRA r=4 to 5")])
-def test_verdict_without_a_distinct_finalist(ranks, label) -> None:
-    expected = f"the search found nothing better than {label}, which is delivered"
-    assert verdict_sentence(None, ranks) == expected
+@pytest.mark.parametrize(
+    ("base", "pruned", "recovered", "line"),
+    [
+        (0.9, 0.5, 0.7, "recovered 20.0 of the 40.0 points that pruning cost"),
+        (0.9, 0.5, 0.5, "recovered none of the 40.0 points that pruning cost"),
+        (0.9, 0.5, 0.92, "recovered all of the 40.0 points that pruning cost, and 2.0 more"),
+        (0.5, 0.5, 0.6, "pruning cost nothing in accuracy; recovery adds 10.0 points"),
+        (0.5, 0.6, 0.55, "pruning cost nothing in accuracy; recovery adds -5.0 points"),
+    ],
+)
+def test_the_first_line_says_what_is_recovered(base, pruned, recovered, line) -> None:
+    assert recovered_line(base, pruned, recovered) == line
+
+
+def test_the_first_line_has_the_unit_of_its_metric_and_the_task() -> None:
+    line = recovered_line(-1.0, -2.0, -1.5, metric="gold_logprob", task="piqa")
+    assert line == "recovered 0.500 of the 1.000 nats per byte that pruning cost on piqa"
 
 
 @given(st.floats(-1, 1), st.floats(0, 1))
 def test_the_sentence_never_contradicts_the_interval(estimate: float, half_width: float) -> None:
     found = comparison(estimate, half_width)
-    sentence = verdict_sentence(found, [8])
+    sentence = gain_sentence(found, "it", "LoRA r=8")
     assert sentence.startswith("gain of") == found.is_gain
     assert ("worse than" in sentence) == found.is_loss
     assert "-0.0 " not in sentence
@@ -332,11 +364,13 @@ def test_the_sentence_never_contradicts_the_interval(estimate: float, half_width
 def test_full_report(delivered: str) -> None:
     data = report_data(delivered=delivered)
     text, html = check(data)
-    assert text.startswith("# gain of 1.3 +- 0.8 points")
+    assert text.startswith("# recovered 12.0 of the 24.0 points that pruning cost")
+    assert "- gain of 1.3 +- 0.8 points over LoRA r=8 by the recipe at equal parameters" in text
     assert "gain of 1.3 ± 0.8 points" in html
     header = tables.scores(data, "accuracy").header
-    assert ("searched LoRA" in header) == (delivered == "uniform")
-    assert header[-1] == f"recovered ({delivered})"
+    names = {"uniform": "uniform LoRA", "searched": "searched ranks"}
+    assert [name for name in header if "(delivered)" in name] == [f"{names[delivered]} (delivered)"]
+    assert "recovered" not in header
     for value in ("1.3 +- 0.8", "0.5 to 2.1", "0.031 +- 0.012"):
         assert value in text
     assert "█" in text
@@ -387,13 +421,13 @@ def test_all_trials_failed() -> None:
     data = report_data(trials=3, fail=(0, 1, 2), delivered="uniform")
     del data["scores"]["searched"], data["allocations"]["searched"]
     del data["parameters"]["trainable"]["searched"]
-    data["verdict"]["comparisons"] = {}
-    data["verdict"]["sentence"] = verdict_sentence(None, [8])
+    data["verdict"] |= {"comparisons": {}, "comparisons_of_ranks": {}, "sentence": "nothing"}
     data["confirm"]["competitors"] = []
     data["cost"]["per_trial"] = data["cost"]["peak_memory_bytes"] = None
     text, html = check(data)
     assert "No trial is complete." in html
-    assert "The comparison that decides" not in text + html
+    assert "What was gained over the recipe" not in text + html
+    assert "What the ranks alone gave" not in text + html
     assert "n/a" in text
 
 
@@ -440,7 +474,7 @@ def test_lora_is_called_by_its_ranks_and_its_size_where_two_are_shown() -> None:
     data = report_data(delivered="uniform")
     data["labels"] = {"uniform": "LoRA r=8"}
     header = tables.scores(data, "accuracy").header
-    assert header == ("task", "base", "pruned", "LoRA r=8", "searched LoRA", "recovered (LoRA r=8)")
+    assert header == ("task", "base", "pruned", "LoRA r=8 (delivered)", "searched ranks")
     data["labels"] = {"uniform": "LoRA r=5 to 6", "lora": "LoRA r=8"}
     data["methods"] = ["lora"]
     data["scores"]["lora"] = data["scores"]["uniform"]
@@ -449,7 +483,7 @@ def test_lora_is_called_by_its_ranks_and_its_size_where_two_are_shown() -> None:
     for shown in (text, html):
         assert "LoRA r=8, 40,000 parameters" in shown
         assert "LoRA r=5 to 6, 29,952 parameters" in shown
-    assert text.count("Delivered: LoRA r=5 to 6.") == 1
+    assert text.count("Delivered: LoRA r=5 to 6, 29,952 parameters, an adapter of pruned/.") == 1
     assert "uniform" not in text
 
 
@@ -466,7 +500,10 @@ def test_everything_is_escaped() -> None:
     data["device"] = "<img src=https://example.org/x>"
     data["versions"] = {"<b>": "</table><script>"}
     data["search"]["stop_reason"] = "<b>now</b>"
-    data["verdict"]["sentence"] = "<b>gain</b>"
+    data["verdict"] |= dict.fromkeys(("headline", "sentence", "ranks", "costs"), "<b>gain</b>")
+    data["tune"]["curves"] = {"<b>": data["tune"]["curves"]["lora"]}
+    data["tune"]["tried"][0] |= {"part": "<b>", "stays": False, "reason": "<b>"}
+    data["compensation"]["text"] = ["<b>"]
     data["verdict"]["baseline"] = "<b>"
     data["config"] = {"x": "</pre><script>", "y": {"z": "```\n<b>"}}
     data["trials"][7]["reason"] = "</td><b>|"

@@ -139,7 +139,7 @@ def test_nothing_to_show_is_nothing(render):
 def test_markdown_has_a_table_per_prompt_and_decoding_with_the_models_in_order():
     found = tables(markdown(several()))
     names = ["base", "pruned", "uniform", "searched"]
-    labels = ["base", "pruned", "uniform LoRA", "searched LoRA"]
+    labels = ["base", "pruned", "uniform LoRA", "searched ranks"]
     assert found == [
         [[label, f"{name} {decoding}"] for label, name in zip(labels, names, strict=True)]
         for decoding in ("greedy", "sampled", "greedy", "sampled")
@@ -155,7 +155,7 @@ def test_markdown_names_kind_decoding_and_prompt():
 def test_html_has_a_grid_per_prompt_and_decoding_with_the_models_in_order():
     text = html(several())
     found = Reader(text).cells
-    labels = ["base", "pruned", "uniform LoRA", "searched LoRA"]
+    labels = ["base", "pruned", "uniform LoRA", "searched ranks"]
     assert found[0::2] == labels * 4
     greedy = [f"{name} greedy" for name in ("base", "pruned", "uniform", "searched")]
     assert found[1:8:2] == greedy
@@ -269,7 +269,7 @@ def test_the_table_has_models_in_rows_and_measures_by_decoding_in_columns():
         *("perplexity, sampled", "distinct-1, sampled", "distinct-2, sampled"),
         "repetition, sampled",
     )
-    assert [row[0] for row in table.rows] == ["base", "pruned", "uniform LoRA", "searched LoRA"]
+    assert [row[0] for row in table.rows] == ["base", "pruned", "uniform LoRA", "searched ranks"]
     assert {row[1:] for row in table.rows} == {("4.00", "0.50", "1.00", "0.00") * 2}
     assert table.left == (0,)
 

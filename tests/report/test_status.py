@@ -43,7 +43,8 @@ def test_a_finished_run_shows_its_verdict(finished, command, tmp_path):
         f"5 of 5, best: trial {best.position + 1}, gold_logprob {best.objective:.4f}, "
         f"ranks {best.allocation}"
     )
-    assert lines["verdict"] == finished.report["verdict"]["sentence"]
+    verdict = finished.report["verdict"]
+    assert lines["verdict"].startswith(f"{verdict['headline']}; {verdict['sentence']}; ranks alone")
     assert lines["time"].endswith(" s used")
     assert lines["log"].endswith(" finished")
     assert lines["report"].endswith("report.html")

@@ -19,6 +19,8 @@ from rankadaptor_plugin.search.study import TrialStore
 from rankadaptor_plugin.verdict.race import (
     BEST_RANDOM,
     FINALIST,
+    STACK,
+    TUNED,
     Confirmation,
     Entrant,
     Reason,
@@ -85,7 +87,10 @@ def race(
 ):
     labels = [(FINALIST, a) for a in finalists]
     labels += [(BEST_RANDOM, best_random)] if best_random else []
-    entrants = [Entrant(label=label, allocation=a, baseline=baseline_for(a)) for label, a in labels]
+    entrants = [
+        Entrant(label=label, allocation=a, baseline=baseline_for(a), is_ranks=True)
+        for label, a in labels
+    ]
     reference = more.pop("reference", UNIFORM)
     options = {"run": run, "folder": folder, "store": store, "rules": RULES}
     confirmation = Confirmation(**{**options, "on_run": lambda *_: None, **more})
@@ -132,8 +137,10 @@ def test_the_one_that_gains_is_delivered(folder, store):
 def test_where_all_are_worse_uniform_lora_has_won(folder, store):
     result = race(folder, store, ToyRuns({**EQUAL, A: -1.0, B: -2.0}))
     assert (result.searched, result.delivered) == (A, UNIFORM)
-    assert result.chosen.comparison.is_loss
-    assert result.differences(["choice_logprob"])["choice_logprob"] == result.chosen.comparison
+    assert result.chosen is None  # nothing was compared with the recipe but ranks
+    assert result.ranks.comparison.is_loss
+    ranks = result.differences_of_ranks(["choice_logprob"])
+    assert ranks["choice_logprob"] == result.ranks.comparison
 
 
 def test_of_several_gains_the_greatest_is_delivered(folder, store):
@@ -203,58 +210,101 @@ def test_where_nothing_differs_uniform_lora_runs_alone(folder, store, finalists)
     assert result.delivered == result.baseline == UNIFORM
 
 
-# --------------------------------------------------------------------- LoRA of the default rank
+# ---------------------------------------------------------------- the recipe, tuning, the stack
+
+RECIPE = replace(UNIFORM, method="lora", settings=(("learning_rate", 0.001),))
+PLAIN = replace(UNIFORM, method="lora")
 
 
-def test_lora_of_the_default_rank_runs_beside_the_baseline_of_equal_size(folder, store):
-    """With a free budget the baseline has the size of what was searched, not the default rank."""
-    run = ToyRuns({**EQUAL, A: 0.5})
-    result = race(folder, store, run, (A,), baseline_for=lambda _: SMALL, reference=UNIFORM)
-    assert run.calls == rounds((SEEDS, (SMALL, UNIFORM, A)))
-    assert result.models == {"uniform": SMALL, "lora": UNIFORM, "searched": A, "recovered": A}
-    assert result.labels == {"uniform": "LoRA r=5", "lora": "LoRA r=7"}
-    plain = result.to_json(lambda allocation: 10 * sum(allocation.ranks))
-    assert [(b["name"], b["label"], b["parameters"]) for b in plain["baselines"]] == [
-        ("uniform", "LoRA r=5", 100),
-        ("lora", "LoRA r=7", 140),
-    ]
-    assert [b["is_default"] for b in plain["baselines"]] == [False, True]
-    (entry,) = plain["competitors"]
-    assert (entry["model"], entry["baseline_model"], entry["baseline_label"]) == (
-        "searched",
-        "uniform",
-        "LoRA r=5",
-    )
-
-
-def test_lora_of_the_default_rank_comes_once_where_it_is_the_baseline(folder, store):
-    result = race(folder, store, ToyRuns(EQUAL))
-    assert result.labels == {"uniform": "LoRA r=7"}
-    assert "lora" not in result.models
-    assert [b["is_default"] for b in result.to_json(lambda _: 1)["baselines"]] == [True]
-
-
-def test_lora_of_the_default_rank_may_race(folder, store):
-    run = ToyRuns({**EQUAL, A: 0.2, UNIFORM: 0.6, SMALL: 0.0}, noise=0.01)
+def levers(folder, store, worth, noise=0.01, diverges=(), ranks=((A, UNIFORM),)):
     entrants = [
-        Entrant(label="finalist", allocation=A, baseline=SMALL),
-        Entrant(label="lora", allocation=UNIFORM, baseline=SMALL),
+        Entrant(label=STACK, allocation=UNIFORM, baseline=RECIPE),
+        Entrant(label=TUNED, allocation=PLAIN, baseline=RECIPE),
+        *(Entrant(label=FINALIST, allocation=a, baseline=b, is_ranks=True) for a, b in ranks),
     ]
+    run = ToyRuns({RECIPE: 0.0, PLAIN: 0.0, UNIFORM: 0.0, A: 0.0, **worth}, noise=noise)
+    run.diverges = diverges
     confirmation = Confirmation(
         run=run, folder=folder, store=store, rules=RULES, on_run=lambda *_: None
     )
-    result = confirmation.confirm(entrants, UNIFORM)
-    assert run.calls == rounds((SEEDS, (SMALL, UNIFORM, A)))
-    assert (result.chosen.label, result.delivered) == ("lora", UNIFORM)
-    assert result.comparisons == 2
+    return confirmation.confirm(entrants, RECIPE)
 
 
-def test_lora_of_the_default_rank_that_diverges_is_left_out(folder, store):
-    run = ToyRuns({**EQUAL, A: 0.5}, diverges={(UNIFORM, SEEDS[0])})
-    result = race(folder, store, run, (A,), baseline_for=lambda _: SMALL)
-    assert "lora" not in result.models
+def test_the_stack_is_compared_with_the_recipe_and_ranks_with_even_ones_on_it(folder, store):
+    result = levers(folder, store, {UNIFORM: 0.5, PLAIN: 0.2, A: 0.5})
+    assert (result.delivered, result.chosen.label) == (UNIFORM, STACK)
+    assert not result.ranks.is_gain
+    assert result.comparisons == 2  # tuned LoRA takes no part of the error rate
+    assert result.differences(["choice_logprob"])["choice_logprob"].estimate == pytest.approx(
+        0.5, abs=0.02
+    )
+    assert result.models == {
+        "recipe": RECIPE,
+        "lora": PLAIN,
+        "uniform": UNIFORM,
+        "searched": A,
+        "recovered": UNIFORM,
+    }
+    assert result.labels == {
+        "recipe": "LoRA r=7 by the recipe",
+        "lora": "LoRA r=7, tuned",
+        "uniform": "LoRA r=7 on the stack",
+    }
+
+
+def test_ranks_that_gain_on_the_stack_are_delivered(folder, store):
+    result = levers(folder, store, {UNIFORM: 0.5, A: 0.7})
+    assert (result.delivered, result.chosen.label) == (A, FINALIST)
+    over_recipe = result.differences(["choice_logprob"])["choice_logprob"]
+    assert over_recipe.estimate == pytest.approx(0.7, abs=0.02)
+    assert result.ranks.comparison.estimate == pytest.approx(0.2, abs=0.02)
+
+
+def test_ranks_cannot_carry_a_stack_that_does_not_gain(folder, store):
+    result = levers(folder, store, {UNIFORM: -0.5, A: -0.2})
+    assert result.ranks.is_gain
+    assert result.delivered == RECIPE
+
+
+def test_tuned_lora_is_delivered_where_it_is_better_than_a_stack_that_gains(folder, store):
+    assert levers(folder, store, {UNIFORM: 0.3, PLAIN: 0.6}).delivered == PLAIN
+
+
+def test_tuned_lora_is_not_tested_behind_a_stack_that_does_not_gain(folder, store):
+    result = levers(folder, store, {UNIFORM: -0.3, PLAIN: 0.6})
+    assert result.delivered == RECIPE
+
+
+def test_a_stack_that_diverges_is_out_with_the_ranks_on_it(folder, store):
+    result = levers(folder, store, {A: 0.7}, diverges={(UNIFORM, SEEDS[1])})
+    assert result.delivered == RECIPE
+    assert [(c.label, c.reason) for c in result.competitors] == [
+        (STACK, Reason.FAILED),
+        (TUNED, None),
+        (FINALIST, Reason.FAILED),
+    ]
+
+
+def test_even_ranks_of_another_size_have_a_column_of_their_own(folder, store):
+    """With a free budget the baseline has the size of what was searched, not the default rank."""
+    result = levers(folder, store, {UNIFORM: 0.5, A: 0.9, SMALL: 0.6}, ranks=((A, SMALL),))
+    assert (result.models["uniform"], result.models["stack"]) == (SMALL, UNIFORM)
     assert result.delivered == A
-    assert [b["label"] for b in result.to_json(lambda _: 1)["baselines"]] == ["LoRA r=5"]
+    plain = result.to_json(lambda allocation: 10 * sum(allocation.ranks))
+    assert [(b["name"], b["parameters"], b["is_recipe"]) for b in plain["baselines"]] == [
+        ("uniform", 100, False),
+        ("recipe", 140, True),
+    ]
+    entry = plain["competitors"][-1]
+    assert (entry["model"], entry["baseline_model"]) == ("searched", "uniform")
+    assert entry["baseline_label"] == "LoRA r=5 on the stack"
+
+
+def test_the_recipe_comes_once_where_nothing_is_tuned(folder, store):
+    result = race(folder, store, ToyRuns(EQUAL))
+    assert result.labels == {"uniform": "LoRA r=7"}
+    assert set(result.models) == {"uniform", "searched", "recovered"}
+    assert [b["is_recipe"] for b in result.to_json(lambda _: 1)["baselines"]] == [True]
 
 
 def test_ranks_that_are_mixed_are_named_by_their_ends():
@@ -312,10 +362,10 @@ def test_a_competitor_that_cannot_be_scored_is_out(folder, store):
     result = race(folder, store, Unscored(EQUAL))
     assert result.competitors[0].detail == "A score of task toy is not a number."
     with pytest.raises(OracleError, match="task toy"):
-        race(RunFolder(folder.path / "other"), store, Unscored(EQUAL), baseline_for=lambda _: A)
+        race(RunFolder(folder.path / "other"), store, Unscored(EQUAL), reference=A)
 
 
-def test_a_baseline_that_diverges_ends_the_run(folder, store):
+def test_a_recipe_that_diverges_ends_the_run(folder, store):
     with pytest.raises(RecoveryError, match="loss is nan"):
         race(folder, store, ToyRuns(EQUAL, diverges={(UNIFORM, SEEDS[1])}))
     rest = ToyRuns(EQUAL)
@@ -409,8 +459,8 @@ def test_the_plain_values_say_all_of_the_race(folder, store):
 
 def test_other_metrics_are_compared_with_the_same_correction(folder, store):
     result = race(folder, store, ToyRuns(ONE_GAINS, noise=0.01))
-    found = result.differences(["choice_logprob", "accuracy"])
-    assert found["choice_logprob"] == result.chosen.comparison
+    found = result.differences_of_ranks(["choice_logprob", "accuracy"])
+    assert found["choice_logprob"] == result.ranks.comparison
     assert found["accuracy"].comparisons == found["choice_logprob"].comparisons
     assert found["accuracy"].estimate == pytest.approx(found["choice_logprob"].estimate / 3)
 

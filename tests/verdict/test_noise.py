@@ -67,7 +67,7 @@ def test_a_strong_effect_is_told_from_noise(tmp_path, config):
     assert found.scores["objective"].icc == pytest.approx(found.scores["choice_logprob"].icc)
     assert not found.floor.below_noise
     assert found.seconds == 3.0
-    assert found.left == (10 - 5) + 4 * (2 + 1)
+    assert found.left == (10 - 5) + 4 * (2 + 3)  # two finalists, the stack, tuned LoRA, the recipe
 
 
 def test_no_effect_is_below_the_noise(tmp_path, config):
@@ -169,7 +169,7 @@ def test_it_is_plain_data_and_reads_well(tmp_path, config):
         "A fine-tune with its evaluation",
     ):
         assert line in text
-    assert plain["fine_tunes_left"] == 17
+    assert plain["fine_tunes_left"] == 25
 
 
 def scored(values):

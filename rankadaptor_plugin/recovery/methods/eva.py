@@ -48,6 +48,7 @@ def attach_eva(
     sequences: Sequence[TrainingSequence],
     *,
     seed: int,
+    redistributes: bool = True,
 ) -> PeftModel:
     """Puts an adapter on a model whose ranks and A matrices come from the model's inputs.
 
@@ -57,6 +58,7 @@ def attach_eva(
         settings: Scaling, dropout and the like.
         sequences: What the model is fine-tuned on.
         seed: Seed of the order of the sequences.
+        redistributes: False keeps the ranks, and takes the A matrices alone.
 
     Raises:
         CorpusError: If there are no sequences.
@@ -64,7 +66,7 @@ def attach_eva(
     """
     if not sequences:
         raise CorpusError("EVA reads the corpus, which is empty. Give at least one sequence.")
-    components = _Components(bare, ranks)
+    components = _Components(bare, ranks, redistributes=redistributes)
     try:
         with evaluated(bare):
             for given in _stream(sequences, 2 * max(components.most.values()), seed):
@@ -87,17 +89,23 @@ def attach_eva(
     )
     with torch.no_grad():
         for name, module in adapted_modules(model).items():
-            weight_of(module, "lora_A").copy_(components.of(name)[: chosen[name]])
+            first = components.of(name)[: chosen[name]]
+            weight_of(module, "lora_A")[: len(first)] = first  # ranks may exceed the inputs
     return model
 
 
 class _Components:
     """The principal components of the inputs of all matrices, batch by batch."""
 
-    def __init__(self, model: PreTrainedModel, ranks: Mapping[str, int]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, ranks: Mapping[str, int], *, redistributes: bool
+    ) -> None:
         self._model, self._budget = model, sum(ranks.values())
+        self._ranks = None if redistributes else dict(ranks)
         self.most = {
-            name: min(_MORE * rank, *matrix_shape(model.get_submodule(name)))
+            name: min(
+                (_MORE if redistributes else 1) * rank, *matrix_shape(model.get_submodule(name))
+            )
             for name, rank in ranks.items()
         }
         self._names = list(ranks)
@@ -176,7 +184,9 @@ class _Components:
         ]
 
     def ranks(self) -> dict[str, int]:
-        """Distributes the budget; modules may get none."""
+        """Distributes the budget, unless the ranks stay; modules may get none."""
+        if self._ranks is not None:
+            return self._ranks
         shares = [self._shares(name) for name in self._names]
         owners = [i for i, share in enumerate(shares) for _ in share]
         order = torch.cat(shares).argsort(descending=True, stable=True)[: self._budget]
