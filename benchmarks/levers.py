@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -34,17 +35,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from embedded_default import processor
+from scipy.stats import rankdata
 from transformers.utils import logging as transformers_logging
 
 from rankadaptor_plugin.config import run_file
 from rankadaptor_plugin.config.tables import OracleConfig
-from rankadaptor_plugin.core.document_results import with_documents, write_documents
+from rankadaptor_plugin.core.document_results import read_documents, with_documents, write_documents
 from rankadaptor_plugin.core.files import write_file
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.core.run_folder import RunFolder
-from rankadaptor_plugin.core.scores import LOG_LIKELIHOOD, Score, TaskScore
+from rankadaptor_plugin.core.scores import LOG_LIKELIHOOD, METRICS, Score, TaskScore
 from rankadaptor_plugin.models.checkpoints import load_model
 from rankadaptor_plugin.models.device import attending, faster_attention
 from rankadaptor_plugin.models.pruned_model import PrunedModel, load_pruned
@@ -62,6 +65,7 @@ from rankadaptor_plugin.recovery.fused_lora import fused
 from rankadaptor_plugin.recovery.memory import MicroBatch
 from rankadaptor_plugin.recovery.methods.methods import parse_method
 from rankadaptor_plugin.recovery.training import mean_loss
+from rankadaptor_plugin.verdict.noise_floor import reliability
 from rankadaptor_plugin.verdict.statistics import Model, compare, mean_interval, model_of
 
 if TYPE_CHECKING:
@@ -329,6 +333,7 @@ def report(options: argparse.Namespace, bench: Bench, arms: Sequence[Arm]) -> No
     print("| --- |" + " --: |" * (len(header) - 1))
     for name, entry in table.items():
         print(_line(name, entry, bool(options.text)))
+    judges = judged_scores(options, bench, [arm for arm in arms if arm.rate])
     result = {
         "date": date.today().isoformat(),
         "machine": f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores",
@@ -340,9 +345,61 @@ def report(options: argparse.Namespace, bench: Bench, arms: Sequence[Arm]) -> No
             "seeds": options.seeds,
         },
         "arms": table,
+        "scores": judges,
     }
     path = RESULTS / f"levers-{options.name}-{date.today().isoformat()}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
+
+def judged_scores(
+    options: argparse.Namespace, bench: Bench, arms: Sequence[Arm]
+) -> dict[str, dict[str, Any]]:
+    """Tells how well each score on the search documents judges an arm from one fine-tune.
+
+    Printed and returned by score: the ICC between arms (more than one seed), and Spearman's
+    correlation, mean over the seeds, with the report accuracy and with the held-out loss of the arm
+    in the other seeds (of one seed: in the same fine-tune), with percentiles of a bootstrap over
+    the arms.
+    """
+    weights = bench.prepared.context.oracle.weights("search")
+    shape = (len(arms), options.seeds)
+    tables = {metric: np.zeros(shape) for metric in METRICS}
+    truth = {"accuracy": np.zeros(shape), "loss": np.zeros(shape)}
+    for (i, arm), seed in itertools.product(enumerate(arms), range(options.seeds)):
+        row = row_of(bench.work, [f"{arm}-{seed}"], weights)
+        search = read_documents(bench.work / f"{arm}-{seed}.search.parquet")
+        for metric, table in tables.items():
+            shares = [
+                weight * np.mean(search[task].values[metric]) for task, weight in weights.items()
+            ]
+            table[i, seed] = sum(shares) / sum(weights.values())
+        truth["accuracy"][i, seed] = row.mean("accuracy")["mean"]
+        truth["loss"][i, seed] = row.mean(ROWS)["mean"]
+    rng, found = np.random.default_rng(0), {}
+    print("\n| score | ICC | with accuracy | with held-out loss |\n| --- | --: | --: | --: |")
+    for metric, table in tables.items():
+        entry: dict[str, Any] = {"icc": reliability(table.tolist()).icc if shape[1] > 1 else None}
+        for name, values in truth.items():
+            resampled = [rng.integers(0, shape[0], shape[0]) for _ in range(1000)]
+            drawn = [_correlation(table[rows], values[rows]) for rows in resampled]
+            low, high = np.nanpercentile(drawn, [2.5, 97.5])
+            entry[name] = [_correlation(table, values), float(low), float(high)]
+        found[metric] = entry
+        icc = "" if entry["icc"] is None else f"{entry['icc']:.2f}"
+        cells = [f"{entry[n][0]:.2f} ({entry[n][1]:.2f} to {entry[n][2]:.2f})" for n in truth]
+        print(f"| {metric} | {icc} | " + " | ".join(cells) + " |")
+    return found
+
+
+def _correlation(scores: Any, truth: Any) -> float:
+    """Returns the mean over seeds of the rank correlation with the truth of the other seeds."""
+    count = scores.shape[1]
+    found = []
+    for seed in range(count):
+        others = [s for s in range(count) if s != seed] or [seed]
+        ours, theirs = rankdata(scores[:, seed]), rankdata(truth[:, others].mean(axis=1))
+        found.append(np.corrcoef(ours, theirs)[0, 1])
+    return float(np.mean(found))
 
 
 def _line(name: str, entry: dict[str, Any], has_text: bool) -> str:

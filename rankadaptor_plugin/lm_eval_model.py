@@ -23,6 +23,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from rankadaptor_plugin.core.errors import ArtifactError, ConfigError
+from rankadaptor_plugin.core.run_folder import RunFolder
 from rankadaptor_plugin.models.checkpoints import check_checkpoint
 from rankadaptor_plugin.models.pruned_model import RECORD
 from rankadaptor_plugin.pipeline.context import register_families, registries
@@ -137,7 +138,7 @@ def locate(pretrained: object, adapter: object | None) -> tuple[Path, Path | Non
             "run folder; a model of the Hub loads with --model hf."
         )
     if not (folder / "config.json").exists() and (folder / "inputs.json").exists():
-        run, folder = folder, folder / "pruned"
+        run, folder = folder, RunFolder(folder).base_of(own or folder / "adapter")
         if not folder.is_dir():
             raise _unfinished(run, "pruned model")
         if own is None and not (run / "adapter").is_dir():

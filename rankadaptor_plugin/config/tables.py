@@ -739,6 +739,14 @@ class RunConfig:
             raise ConfigError(
                 '[recovery] methods is empty. Name at least one, such as "rankadaptor" or "lora".'
             )
+        without = self.prune.compensate == NO_COMPENSATION or self.prune.method == "channel"
+        if self.names("compensate") and (without or self.quantize):
+            raise ConfigError(
+                f"[recovery] methods {list(methods)} start from compensated weights, which there "
+                f'are none of with [prune] method = "{self.prune.method}", compensate = '
+                f'"{self.prune.compensate}" and quantize = "{self.quantize}". Set method = "width" '
+                f'or "depth", compensate = "{LEAST_SQUARES}" and quantize = "", or leave them out.'
+            )
         if len(set(methods)) < len(methods):
             raise ConfigError(
                 f"[recovery] methods {list(methods)} names a method twice. Name each one once."
@@ -779,7 +787,9 @@ class RunConfig:
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts of the stack that this run can try."""
-        able = self.prune.compensate != NO_COMPENSATION and not self.quantize
+        # A cut hidden size is another residual stream, which nothing can be fitted to.
+        able = self.prune.compensate != NO_COMPENSATION and self.prune.method != "channel"
+        able = able and not self.quantize
         return tuple(p for p in self.recovery.stack if able or p != "compensate")
 
     @property
@@ -792,9 +802,12 @@ class RunConfig:
         """True if some fine-tune starts from compensated weights."""
         return self._uses("compensate")
 
+    def names(self, switch: str) -> bool:
+        """True if a recovery method has a switch."""
+        return any(switch in method.lower().split("+") for method in self.recovery.methods)
+
     def _uses(self, switch: str) -> bool:
-        methods = (*self.recovery.methods, *self.tune.methods)
-        return switch in self.parts or any(switch in m.lower().split("+") for m in methods)
+        return switch in self.parts or self.names(switch)
 
     @property
     def searches(self) -> bool:

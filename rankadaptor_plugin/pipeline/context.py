@@ -143,6 +143,12 @@ class RunContext:
     attention: str = ""
     compensation: Compensation | None = None
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the stack that the run can try, with what it has."""
+        has = self.compensation is not None
+        return tuple(part for part in self.config.parts if has or part != "compensate")
+
 
 def registries(manager: pluggy.PluginManager) -> Registries:
     """Returns all names that the plugins register."""

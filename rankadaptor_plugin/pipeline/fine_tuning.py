@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.core.errors import ConfigError
@@ -19,13 +20,14 @@ from rankadaptor_plugin.recovery.adapters import bare_model, base_of
 from rankadaptor_plugin.recovery.fine_tune import recover
 from rankadaptor_plugin.recovery.fused_lora import fused
 from rankadaptor_plugin.recovery.methods.methods import parse_method
+from rankadaptor_plugin.recovery.slots import nearest_allocation
 from rankadaptor_plugin.verdict.race import is_stored, run_name, stored_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from rankadaptor_plugin.core.ranks import RankAllocation
+    from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace
     from rankadaptor_plugin.core.run_folder import RunFolder
     from rankadaptor_plugin.core.scores import Score
     from rankadaptor_plugin.models.pruned_model import PrunedModel
@@ -67,7 +69,7 @@ class FineTuner:
         self._last: RecoveredAdapter  # the last fine-tune, whose adapter is on the model
         self._applied = contextlib.ExitStack()  # holds compensated weights in the model
         self._is_compensated = False
-        self.tuned = Tuned.untuned(context.config)
+        self.tuned = Tuned.untuned(context.config, context.parts)
 
     @contextlib.contextmanager
     def cleared(self) -> Iterator[None]:
@@ -93,19 +95,20 @@ class FineTuner:
             self._applied.close()
         self._is_compensated = compensated
 
-    def search_run(self, allocation: RankAllocation, seed: int) -> Outcome:
+    def search_run(self, allocation: RankAllocation, seed: int, *, anew: bool = False) -> Outcome:
         """Fine-tunes an allocation and scores it on the search documents.
 
-        What the tune stage has made already is not made again.
+        Args:
+            allocation: The ranks, and perhaps method and settings.
+            seed: Seed of the fine-tune.
+            anew: Also where the tune stage has made the same one, whose scores are returned if not.
         """
-        name = f"tune/{run_name(self.tuned.resolved(allocation), seed)}"
-        if is_stored(self._folder, name):
-            made = stored_run(self._folder, name, lambda: self._run(allocation, seed), "search")
-            return replace(made, seconds={})  # which count there
-        return self._run(allocation, seed)
-
-    def _run(self, allocation: RankAllocation, seed: int) -> Outcome:
         resolved = self.tuned.resolved(allocation)
+        name = f"tune/{run_name(resolved, seed)}"
+        if not anew and is_stored(self._folder, name):
+            again = partial(self.search_run, allocation, seed, anew=True)
+            made = stored_run(self._folder, name, again, "search")
+            return replace(made, seconds={})  # which count there
         method, settings = parse_method(resolved.method), dict[str, Any](resolved.settings)
         if method.compensate != self._is_compensated:
             self._start_from(compensated=method.compensate)
@@ -147,7 +150,7 @@ class FineTuner:
 
     def report_run(self, allocation: RankAllocation, seed: int) -> Outcome:
         """Fine-tunes and scores on both sets of documents; one seed's adapter is kept."""
-        run = self._run(allocation, seed)
+        run = self.search_run(allocation, seed, anew=True)
         began = time.perf_counter()
         report = self._score("report")
         report_seconds = time.perf_counter() - began
@@ -169,6 +172,11 @@ class FineTuner:
         """Scores the model with its adapter, which computes as it did in the training."""
         with fused(base_of(self._resident)):
             return self._context.oracle.score(self._resident, documents)
+
+    def nearest(self, space: RankSpace) -> RankAllocation:
+        """Returns the allocation nearest to the ranks that the last fine-tune came out with."""
+        bare, seed = base_of(self._resident), self._context.config.seed
+        return nearest_allocation(bare, self._last.ranks, space, seed)
 
     def is_whole(self, allocation: RankAllocation, seed: int) -> bool:
         """True if a run that was scored has left its adapter, where it should."""

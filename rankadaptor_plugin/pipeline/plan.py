@@ -392,7 +392,7 @@ class Planner:
             "prune": base + kept + self._pruning(),
             "evaluate": base + self._evaluating("base", timed.report),
             "teacher": base + self._evaluating("base", timed.report),
-            "compensate": base + self._in_use("pruned") + self._evaluating("base", timed.report),
+            "compensate": base + self._weights("pruned") + self._evaluating("base", timed.report),
         }
         stages = [
             StagePlan(name=name, fine_tunes=0, seconds=seconds, memory=memory[name])

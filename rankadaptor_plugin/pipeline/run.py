@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rankadaptor_plugin.core.errors import PluginError
+from rankadaptor_plugin.core.errors import PluginError, UnsupportedModelError
 from rankadaptor_plugin.core.run_folder import PREDICTIONS, RunFolder, digest
 from rankadaptor_plugin.core.scores import Score
 from rankadaptor_plugin.models.checkpoints import load_model
@@ -368,8 +368,14 @@ class _Session:
         if not needs_compensation(self.config):
             return None
         self._progress("compensate", 0)
-        with self.folder.timed("compensate"):
-            found = compensated(pruned, self.base_model, self.context, self.folder)
+        try:
+            with self.folder.timed("compensate"):
+                found = compensated(pruned, self.base_model, self.context, self.folder)
+        except UnsupportedModelError as error:
+            if self.config.names("compensate"):
+                raise
+            logger.warning("Not compensated, so the stack goes without it: %s", error)
+            return None
         self.context = replace(self.context, compensation=found)
         self._progress("compensate", 1)
         return found

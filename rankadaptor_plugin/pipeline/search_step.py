@@ -24,14 +24,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from rankadaptor_plugin.core.errors import RankSpaceError
-from rankadaptor_plugin.core.trials import TrialState
+from rankadaptor_plugin.core.errors import OracleError, RankSpaceError, RecoveryError
+from rankadaptor_plugin.core.trials import Phase, TrialState
 from rankadaptor_plugin.models.structures import (
     decoder_layers,
     group_matrices,
     is_transposed,
     structure_of,
 )
+from rankadaptor_plugin.recovery.methods.methods import parse_method
 from rankadaptor_plugin.search.allocations import given_allocation
 from rankadaptor_plugin.search.samplers import SamplerSettings
 from rankadaptor_plugin.search.search import LEAST_TRIALS, SearchResult, StopReason, search
@@ -115,6 +116,8 @@ class SearchStep:
             if not self._config.searches:
                 return _unsearched(store, StopReason.METHODS)
             self._go_on(store, noise)
+            if len(store.trials()) == (len(noise.trials(self._space)) if noise else 0):
+                self._start_from_squeeze(store)
             # A search that was begun already is brought to its end.
             hopeless = (
                 noise is not None
@@ -216,6 +219,32 @@ class SearchStep:
                 store.add(trial, self._space)
                 self._hook.rankadaptor_after_trial(trial=trial, context=self._context)
             self._progress("search", len(store.trials()), total)
+
+    def _start_from_squeeze(self, store: TrialStore) -> None:
+        """Tries first what ``squeeze`` makes of the ranks, where that races and room is left."""
+        names = [m for m in self._config.recovery.methods if parse_method(m).name == "squeeze"]
+        trials = store.trials()
+        if not names or len(trials) >= self._config.search.n_trials:
+            return
+        seed, uniform = self._config.seed, self._space.limited_uniform()
+        try:
+            self._tuner.search_run(replace(uniform, method=names[0]), seed)
+            proposed = self._tuner.nearest(self._space)
+            if any(trial.allocation == proposed for trial in trials):
+                return
+            made = self._tuner.search_run(proposed, seed)
+        except (RecoveryError, OracleError) as error:
+            logger.warning("The search does not start from squeeze: %s", error)
+            return
+        trial = made.trial(
+            position=len(trials),
+            phase=Phase.INITIALIZATION,
+            allocation=proposed,
+            seed=seed,
+            parameters=self._space.parameters(proposed),
+        )
+        store.add(trial, self._space)
+        self._hook.rankadaptor_after_trial(trial=trial, context=self._context)
 
     def _search(self, store: TrialStore, add_seconds: Callable[[], None]) -> SearchResult:
         config = self._config

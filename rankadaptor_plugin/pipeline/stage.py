@@ -152,6 +152,7 @@ class _Stage:
                 self.config,
                 self.objective,
                 self.space.limited_uniform(),
+                parts=self.context.parts,
                 on_run=on_run,
                 allows=partial(self.budget.allows, "tune"),
             )

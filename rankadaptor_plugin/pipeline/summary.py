@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from rankadaptor_plugin.pipeline.context import Recovered, RunContext
     from rankadaptor_plugin.pipeline.tune_step import Tuned
     from rankadaptor_plugin.report.schema import (
+        Column,
         Confirm,
         Entry,
         Footprint,
@@ -214,7 +215,7 @@ def _verdict(results: StageResults, context: RunContext) -> Verdict:
     names = {a: n for n, a in reversed(confirmed.models.items()) if n != RECOVERED}
     place = {"task": target, "metric": metrics[0]}
     label = _label(confirmed.reference, results)
-    sentence = f"nothing was compared with {label}, which is delivered"
+    sentence = f"{label} is delivered"
     if differences and confirmed.chosen is not None:
         sentence = words.gain_sentence(
             differences[metrics[0]],
@@ -415,14 +416,8 @@ def report_data(
     evaluation = summary.evaluation_seconds + measured.evaluation_seconds
     spent = summary.fine_tuning_seconds + evaluation
     scores = columns | summary.scores
-    row, metric = summary.verdict.get("target") or "mean", metrics[0]
-    means = {name: column[row][metric]["mean"] for name, column in scores.items()}
-    base, cut, recovered = (cast("float", means[n]) for n in ("base", "pruned", RECOVERED))
-    headline = words.recovered_line(
-        base, cut, recovered, metric=metric, task=summary.verdict.get("target", "")
-    )
     return {
-        "verdict": {**summary.verdict, "headline": headline},
+        "verdict": _with_headline(summary.verdict, scores, metrics[0]),
         "tasks": list(weights),
         "metrics": list(metrics),
         "weights": dict(weights),
@@ -473,6 +468,17 @@ def report_data(
         "tune": summary.tune,
         "compensation": context.compensation.record if context.compensation else None,
     }
+
+
+def _with_headline(verdict: Verdict, scores: Mapping[str, Column], metric: str) -> Verdict:
+    """Returns the verdict with its first line, which says what is recovered."""
+    task = verdict.get("target", "")
+    base, pruned, recovered = (
+        cast("float", scores[name][task or "mean"][metric]["mean"])
+        for name in ("base", "pruned", RECOVERED)
+    )
+    line = words.recovered_line(base, pruned, recovered, metric=metric, task=task)
+    return {**verdict, "headline": line}
 
 
 def versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_plugin.config.tables import AUTO, UNIFORM_LORA
@@ -70,10 +71,10 @@ class Tuned:
     seconds: tuple[Mapping[str, float], ...] = ()
 
     @classmethod
-    def untuned(cls, config: RunConfig) -> Tuned:
-        """Returns what the run file says, all parts of its stack among it."""
+    def untuned(cls, config: RunConfig, parts: Sequence[str]) -> Tuned:
+        """Returns the rate of the run file, and all parts of the stack."""
         rate = config.recovery.learning_rate
-        return cls(recipe=rate, learning_rate=rate, parts=config.parts)
+        return cls(recipe=rate, learning_rate=rate, parts=tuple(parts))
 
     @property
     def stack(self) -> str:
@@ -140,6 +141,7 @@ class TuneStep:
         config: The run file.
         objective: What is maximized.
         uniform: LoRA of the default rank.
+        parts: The parts of the stack to try.
         on_run: Told the number of finished runs and of all runs.
         allows: Says whether there is time for so many more runs.
     """
@@ -152,11 +154,13 @@ class TuneStep:
         objective: Objective,
         uniform: RankAllocation,
         *,
+        parts: Sequence[str],
         on_run: Callable[[int, int], None],
         allows: Callable[[int], bool] = lambda runs: True,
     ) -> None:
         self._run, self._folder, self._config, self._objective = run, folder, config, objective
         self._uniform, self._on_run, self._allows = uniform, on_run, allows
+        self._tried_parts = tuple(parts)
         self._seeds = noise_seeds(config.seed, config.tune.seeds)
         self._runs: dict[RankAllocation, list[Outcome]] = {}
         self._failed: dict[RankAllocation, str] = {}
@@ -170,7 +174,7 @@ class TuneStep:
         """
         rates = learning_rates(self._config)
         if not rates:
-            return Tuned.untuned(self._config)
+            return Tuned.untuned(self._config, self._tried_parts)
         self._on_run(0, self._planned)
         curves = {UNIFORM_LORA: self._curve(UNIFORM_LORA, rates)}
         rate, at_edge = self._best(curves[UNIFORM_LORA], UNIFORM_LORA), self._at_edge
@@ -178,7 +182,7 @@ class TuneStep:
             logger.warning(
                 "The learning rate is not tuned: it does not fit into the time of the run"
             )
-            return replace(Tuned.untuned(self._config), parts=())
+            return Tuned.untuned(self._config, ())
         if rate is None:
             tried_rates = ", ".join(f"{r:g}" for r in sorted(curves[UNIFORM_LORA]))
             reason = next(iter(self._failed.values()))
@@ -251,10 +255,11 @@ class TuneStep:
 
     def _best(self, rates: Sequence[float], method: str) -> float | None:
         """Returns the smallest rate that cannot be told from the best; None if all failed."""
-        means = {rate: mean for rate in rates if (mean := self._mean(self._arm(method, rate)))}
+        tried = ((rate, self._mean(self._arm(method, rate))) for rate in rates)
+        means = {rate: mean for rate, mean in tried if mean is not None}
         if not means:
             return None
-        best = max(means, key=lambda rate: means[rate][0])
+        best = max(means, key=lambda rate: means[rate])
         arms = {rate: self._arm(method, rate) for rate in sorted(means)}
         return next(
             rate
@@ -266,7 +271,7 @@ class TuneStep:
         """Adds the parts of the stack one by one; returns those that stay, and all."""
         parts: tuple[str, ...] = ()
         tried: list[dict[str, Any]] = []
-        for part in self._config.parts:
+        for part in self._tried_parts:
             with_it, without = (
                 self._arm(str(parse_method("+".join((UNIFORM_LORA, *names)))), rate)
                 for names in ((*parts, part), parts)
@@ -308,15 +313,14 @@ class TuneStep:
         self._runs[arm] = made
         return True
 
-    def _mean(self, arm: RankAllocation) -> tuple[float] | None:
+    def _mean(self, arm: RankAllocation) -> float | None:
         runs = self._runs.get(arm)
-        return (sum(run.objective for run in runs) / len(runs),) if runs else None
+        return fmean(run.objective for run in runs) if runs else None
 
     def _point(self, arm: RankAllocation) -> dict[str, Any]:
         runs = self._runs.get(arm, [])
-        mean = self._mean(arm)
         return {
-            "mean": mean and mean[0],
+            "mean": self._mean(arm),
             "values": [run.objective for run in runs],
             "reason": self._failed.get(arm, ""),
         }

@@ -1,8 +1,9 @@
 """Pruning: importance scores and cuts; the only package that knows torch-pruning.
 
 Three pruners: `width` (heads and MLP channels, LLM-Pruner), `channel` (the hidden size) and `depth`
-(whole blocks, Shortened LLaMA). `compensation` refits what is left. Scores of units are in `importance`, streamed gradients in
-`gradients`, and what all pruners share, with the bridge to torch-pruning, in `cutting`.
+(whole blocks, Shortened LLaMA). `compensation` refits what is left. Scores of units are in
+`importance`, streamed gradients in `gradients`, and what all pruners share, with the bridge to
+torch-pruning, in `cutting`.
 """
 
 from __future__ import annotations

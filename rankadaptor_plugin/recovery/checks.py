@@ -39,10 +39,18 @@ def check(
         student: Configuration of a model that was pruned already; None if the run prunes.
 
     Raises:
-        ConfigError: If a method is unknown or cannot have a switch of the run, two are the same, or
-            the teacher predicts other tokens.
+        ConfigError: If a method is unknown or cannot have a switch of the run, two are the same,
+            squeeze trains less than it may keep, or the teacher predicts other tokens.
     """
     check_methods(config.recovery)
+    for text in config.recovery.methods:
+        method, budget = parse_method(text), config.rank_space.default_rank
+        if method.name == "squeeze" and method.ranks and method.ranks[0] < budget:
+            raise ConfigError(
+                f'[recovery] methods: "{text}" trains at a lower rank than its budget, '
+                f"[rank_space] default_rank {budget}. Name a greater rank, such as "
+                f"squeeze:{2 * budget}."
+            )
     if config.distills and teacher is not None and student is not None:
         check_teacher(teacher, student)
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rankadaptor_plugin.corpus.sequences import TrainingSequence
     from rankadaptor_plugin.recovery.teacher import LiveTeacher
 
 _SEEDS = 2**63  # as many as torch takes
@@ -152,21 +153,12 @@ def recover(
     allocation = _as_allocation(allocation)
     config, table = _as_settings(recipe)
     corpus = _as_corpus(corpus, tokenizer, table, model)
-    whole = config.steps_for(len(corpus.sequences))
-    config = replace(config, max_steps=whole, num_train_epochs=0.0)
-    name = method or allocation.method or _method(config)
-    spec = methods.parse_method(name).with_switches(config)
+    config = replace(config, max_steps=config.steps_for(len(corpus.sequences)), num_train_epochs=0)
+    spec = _spec(method or allocation.method or _method(config), config)
     steps = 0 if spec.name == methods.NONE else config.max_steps
-    micro = MicroBatch(config.per_device_train_batch_size)
+    teacher = _teacher_of(spec, teacher, model, corpus)
     config = replace(config, distill_weight=config.distill_weight if spec.distill else 0.0)
-    teacher = teacher if spec.distill else None
-    if spec.compensate:
-        raise ConfigError(
-            f"The method {spec} trains a compensated model, which recover() is handed as it is. "
-            "Compensate it first (rankadaptor_plugin.pruning.compensate), and leave the switch out."
-        )
-    if spec.distill:
-        check_predictions(model.config, corpus.sequences, teacher)
+    micro = MicroBatch(config.per_device_train_batch_size)
     held_out = HeldOut(corpus, config, steps, micro)
     with restored_on_failure(model), torch.random.fork_rng(devices=seeded_devices(model.device)):
         torch.manual_seed(seed)  # PEFT's own first weights draw from it
@@ -187,9 +179,7 @@ def recover(
             tuned, order, config, steps, micro=micro, teacher=teacher, on_step=look
         )
         held_out.restore(tuned)
-        if not losses:  # nothing was trained: what the losses are as it is
-            held_out.after(tuned, 0)
-            losses = [training.mean_loss(tuned.model.get_base_model(), next(order), micro)]
+        losses = losses or [_untrained(tuned, next(order), micro, held_out)]
         finished = tuned.finish()
     train_loss = statistics.fmean(losses[-max(1, len(losses) // 10) :])
     return RecoveredAdapter(
@@ -201,12 +191,41 @@ def recover(
         validation_loss=held_out.loss,
         seconds=time.perf_counter() - began,
         per_device_train_batch_size=micro.size,
-        provenance={
-            **_record(allocation, spec, corpus, config),
-            **{"seed": seed, "steps": steps},
-            **{"train_loss": train_loss, "validation_loss": held_out.loss},
-        },
+        provenance=_record(allocation, spec, corpus, config)
+        | {"seed": seed, "steps": steps, "train_loss": train_loss}
+        | {"validation_loss": held_out.loss},
     )
+
+
+def _untrained(
+    tuned: methods.Tuned, batch: Sequence[TrainingSequence], micro: MicroBatch, held_out: HeldOut
+) -> float:
+    """Returns the loss where nothing was trained, and looks at the held-out one."""
+    held_out.after(tuned, 0)
+    return training.mean_loss(tuned.model.get_base_model(), batch, micro)
+
+
+def _spec(name: str, config: RecoveryConfig) -> methods.Method:
+    return methods.parse_method(name).with_switches(config)
+
+
+def _teacher_of(
+    spec: methods.Method, teacher: LiveTeacher | None, model: PreTrainedModel, corpus: Corpus
+) -> LiveTeacher | None:
+    """Returns the teacher at hand of a method that distills.
+
+    Raises:
+        ConfigError: If there is nobody to learn from, or the method starts from other weights.
+    """
+    if spec.compensate:
+        raise ConfigError(
+            f"The method {spec} trains a compensated model, which recover() is handed as it is. "
+            "Compensate it first (rankadaptor_plugin.pruning.compensate), and leave the switch out."
+        )
+    if not spec.distill:
+        return None
+    check_predictions(model.config, corpus.sequences, teacher)
+    return teacher
 
 
 def _record(

@@ -7,11 +7,12 @@ costs nothing.
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from rankadaptor_plugin.config.tables import RecoveryConfig
 from rankadaptor_plugin.core.errors import ConfigError, RankSpaceError
-from rankadaptor_plugin.core.ranks import RankSpace, Setting
+from rankadaptor_plugin.core.ranks import RankAllocation, RankSpace, Setting
 from rankadaptor_plugin.core.registry import suggestion
 from rankadaptor_plugin.models.structures import (
     decoder_layers,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rankadaptor_plugin.config.tables import RankSpaceConfig
-    from rankadaptor_plugin.core.ranks import RankAllocation
     from rankadaptor_plugin.models.modeling_rankadaptor import Structure
 
 _LISTED = 1000  # rank spaces up to this size are listed, to see if there is a choice
@@ -149,6 +149,33 @@ def rank_space(
 def _setting(name: str, values: tuple[float, ...], default: float) -> Setting:
     # Uniform LoRA has the default, and is measured in the same study.
     return Setting(name, tuple(sorted({*values, default})), default)
+
+
+def nearest_allocation(
+    model: PreTrainedModel, ranks: Mapping[str, int], space: RankSpace, seed: int
+) -> RankAllocation:
+    """Returns the allocation of a space nearest to ranks by module, such as those of ``squeeze``.
+
+    A slot has the mean of its modules' ranks, rounded to a candidate; random steps then meet budget
+    and limits.
+
+    Args:
+        model: The pruned model.
+        ranks: The rank of each module; those that are absent have none.
+        space: Its rank space.
+        seed: Seed of the steps.
+    """
+    numbered = RankAllocation(tuple(range(1, space.slots + 1)))
+    values: dict[int, list[int]] = {slot: [] for slot in numbered.ranks}
+    for layer, name, slot in matrix_ranks(model, numbered):
+        values[slot].append(ranks.get(f"{layer}.{name}", 0))
+    nearest = tuple(
+        min(space.candidates, key=lambda rank: abs(rank - fmean(values[slot])))
+        if space.searchable[slot - 1]
+        else space.default_rank
+        for slot in numbered.ranks
+    )
+    return space.within_budget(space.with_defaults(RankAllocation(nearest)), seed)
 
 
 def module_ranks(

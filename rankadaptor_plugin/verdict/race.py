@@ -324,24 +324,20 @@ class Confirmed:
     def labels(self) -> dict[str, str]:
         """Labels of the models of even ranks by name; they state the ranks."""
         models = self.models
+        tuned = " on the stack" if self._labeled(STACK) else ", tuned"
         what = {
             RECIPE: " by the recipe",
             DEFAULT_RANK: ", tuned",
             STACK: " on the stack",
-            UNIFORM: self._uniform_label,
+            UNIFORM: "" if self.baseline == self.reference else tuned,
         }
+        if not (self._labeled(STACK) or self._labeled(TUNED)):
+            what = dict.fromkeys(what, "")  # nothing but ranks differs
         return {
             name: baseline_label(models[name].ranks) + text
             for name, text in what.items()
             if name in models
         }
-
-    @property
-    def _uniform_label(self) -> str:
-        """Says what even ranks are beside even."""
-        if self.baseline == self.reference:
-            return ""
-        return " on the stack" if self._labeled(STACK) else ", tuned"
 
     @property
     def fine_tunes(self) -> int:

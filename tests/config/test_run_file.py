@@ -183,6 +183,7 @@ def configs(cls):
         )
         fields["methods"] = further.map(lambda names: ("rankadaptor", *names))
         fields["lora_alpha"] = st.just(0.0)  # beside a searched alpha_over_rank
+        fields["learning_rate"] = st.floats(1e-6, 1.0)
     if "device_map" in fields:
         fields["device"] = st.just("auto")  # the only one beside a device map
     if "output" in fields:
@@ -193,9 +194,9 @@ def configs(cls):
         fields["method"], fields["allocation"] = st.sampled_from(["bayes", "paper"]), st.just("")
         fields["pareto"] = st.just(False)  # needs another budget
     if "candidates" in fields and "default_rank" in fields:
-        for key in ("alpha_over_rank", "learning_rate"):
-            several = st.sets(st.floats(1e-6, 1e6), max_size=3)
-            fields[key] = several.map(lambda values: tuple(sorted(values)))
+        several = st.sets(st.floats(1e-6, 1e6), max_size=3)
+        fields["alpha_over_rank"] = several.map(lambda values: tuple(sorted(values)))
+        fields["learning_rate"] = st.just(())  # not beside the tune stage
         distinct = st.sets(st.integers(1, 64), min_size=1, max_size=4)
         fields["candidates"] = distinct.map(lambda ranks: (*sorted(ranks), 100))
         fields["default_rank"] = st.integers(64, 99)

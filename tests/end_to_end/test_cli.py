@@ -69,10 +69,10 @@ def test_the_file_that_init_writes_runs(tmp_path, command):
     done = command("run", path, *smaller)
     assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["Verdict", "Report", "Adapter"]
+    assert lines[0].startswith("Verdict: ")
     out = tmp_path / "runs" / "mine"
-    assert lines[1] == f"Report:  {out / 'report.html'} (also .md, .json)"
-    assert lines[2] == f"Adapter: {out / 'adapter'}"
+    assert lines[-2] == f"Report:  {out / 'report.html'} (also .md, .json)"
+    assert lines[-1] == f"Adapter: {out / 'adapter'}"
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
 
 

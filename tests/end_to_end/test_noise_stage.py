@@ -342,14 +342,17 @@ def test_a_gain_below_the_noise_ends_without_a_search(below):
     assert floor["below_noise"]
     assert floor["plausible_gain_high"] < floor["detectable_gain"]
     assert report["search"]["stop_reason"] == "noise floor"
-    assert report["verdict"]["sentence"] == (
-        "no search: no plausible gain rises above the noise; LoRA r=8 is delivered"
+    assert report["verdict"]["sentence"] == "LoRA r=8 is delivered"
+    assert report["verdict"]["ranks"] == (
+        "ranks alone: no search, as no plausible gain rises above the noise"
     )
-    assert below.result.stdout.startswith("Verdict: no search: ")
+    assert "ranks alone: no search" in below.result.stdout
     assert report["verdict"]["delivered"] == "uniform"
     assert report["verdict"]["comparisons"] == {}
     assert [trial["ranks"] for trial in report["trials"]] == report["noise"]["allocations"]
-    assert below.counter.fine_tunes == FINE_TUNES + CONFIRMED // 2
+    # What the search would have taken goes into a seed more.
+    assert below.counter.fine_tunes == FINE_TUNES + CONFIRMED // 2 + 1
+    assert len(report["confirm"]["seeds"]) == 4
 
 
 def test_a_search_can_be_asked_for_all_the_same(

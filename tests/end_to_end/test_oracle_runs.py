@@ -89,8 +89,8 @@ def test_a_search_by_perplexity_is_judged_by_accuracy(two_oracles):
         assert trial["objective"] == values["log_likelihood"] < 0
     assert report["tasks"] == TASKS
     assert report["metrics"] == ["accuracy", "choice_logprob", "margin", "gold_logprob"]
-    assert report["verdict"]["comparisons"].keys() == set(report["metrics"])
-    assert "points" in report["verdict"]["sentence"]
+    assert report["verdict"]["comparisons_of_ranks"].keys() == set(report["metrics"])
+    assert "points" in report["verdict"]["ranks"]
     assert report["documents"] == {"search": {"text": 12}, "report": dict.fromkeys(TASKS, 20)}
     assert_rendered(two_oracles.folder, "log_likelihood, mean of the tasks (nats per token)")
 
@@ -117,8 +117,8 @@ def test_perplexity_alone_is_judged_in_nats_per_token(perplexity_alone):
     report = perplexity_alone.report
     assert report["metrics"] == ["log_likelihood"]
     assert report["tasks"] == ["text"]
-    assert "nats per token" in report["verdict"]["sentence"]
-    assert report["verdict"]["comparisons"].keys() == {"log_likelihood"}
+    assert "nats per token" in report["verdict"]["headline"] + report["verdict"]["ranks"]
+    assert report["verdict"]["comparisons_of_ranks"].keys() == {"log_likelihood"}
     documents = report["documents"]
     assert documents["search"] == {"text": 12}
     assert 0 < documents["report"]["text"] <= LAST_ROWS - 12  # rows may repeat

@@ -104,14 +104,16 @@ def test_the_report_is_complete_and_agrees_with_itself(finished):
             assert column["mean"][metric]["mean"] == pytest.approx(sum(values) / 2)
 
     verdict = report["verdict"]
-    comparison = verdict["comparisons"]["accuracy"]
+    comparison = verdict["comparisons_of_ranks"]["accuracy"]
     assert verdict["delivered"] == ("searched" if comparison["low"] > 0 else "uniform")
     assert report["scores"]["recovered"] == report["scores"][verdict["delivered"]]
     assert report["allocations"]["recovered"] == report["allocations"][verdict["delivered"]]
     for metric in METRICS:
         means = [report["scores"][n]["mean"][metric]["mean"] for n in ("searched", "uniform")]
-        assert verdict["comparisons"][metric]["estimate"] == pytest.approx(means[0] - means[1])
-    assert finished.stdout.splitlines()[0] == f"Verdict: {verdict['sentence']}"
+        ranks = verdict["comparisons_of_ranks"][metric]
+        assert ranks["estimate"] == pytest.approx(means[0] - means[1])
+    lines = [verdict[key] for key in ("headline", "sentence", "ranks")]
+    assert finished.stdout.startswith("Verdict: " + "\n         ".join(lines) + "\nReport: ")
 
     trainable = report["parameters"]["trainable"]
     assert trainable["searched"] <= trainable["uniform"] == trainable["recovered"]
@@ -156,7 +158,9 @@ def test_a_second_run_repeats_nothing_and_quiet_prints_the_verdict_alone(
 ):
     result = command("run", finished_copy, "--quiet", plugin=observer)
     assert result.exit_code == 0, result.stderr
-    assert result.stdout == f"{finished.report['verdict']['sentence']}\n"
+    verdict = finished.report["verdict"]
+    lines = [verdict[key] for key in ("headline", "sentence", "ranks")]
+    assert result.stdout == "\n".join(lines) + "\n"
     assert observer.trials == []
     again = report_of(finished_copy.parent / "out")
     assert without_costs(again) == {
@@ -228,7 +232,7 @@ def test_a_single_target_is_searched_and_judged_alone(tmp_path, write_run_file, 
     assert report["objective"] == {"metric": "gold_logprob", "target": "tiny_piqa"}
     for trial in report["trials"]:
         assert trial["objective"] == trial["score"]["tiny_piqa"]["values"]["gold_logprob"]
-    comparison = report["verdict"]["comparisons"]["gold_logprob"]
+    comparison = report["verdict"]["comparisons_of_ranks"]["gold_logprob"]
     cells = [
         report["scores"][n]["tiny_piqa"]["gold_logprob"]["mean"] for n in ("searched", "uniform")
     ]

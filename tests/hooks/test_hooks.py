@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import tomllib
+from copy import deepcopy
 from pathlib import Path
 
 import optuna
@@ -32,10 +33,12 @@ from rankadaptor_plugin.corpus.corpus import load_corpus
 from rankadaptor_plugin.hooks import specs
 from rankadaptor_plugin.models.families import LLAMA
 from rankadaptor_plugin.models.pruned_model import PrunedModel
+from rankadaptor_plugin.models.structures import layer_units
 from rankadaptor_plugin.oracle.oracle import OracleSettings
 from rankadaptor_plugin.oracle.tasks import Tasks
 from rankadaptor_plugin.pipeline.context import GROUP, RunContext, registries
 from rankadaptor_plugin.plugins import plugin_manager
+from rankadaptor_plugin.pruning.cutting import remove
 from rankadaptor_plugin.report.progress import Progress
 from rankadaptor_plugin.testing.oracles import OracleConformance
 from rankadaptor_plugin.testing.search import PerformanceModelConformance, SamplerConformance
@@ -234,6 +237,17 @@ def test_hook_rankadaptor_register_commands(example, tmp_path):
 
 
 @pytest.mark.filterwarnings(OLD_NAME)
+def test_hook_rankadaptor_compensate(example, model, tokenizer):
+    base = deepcopy(model)
+    remove(layer_units(model)[1].mlp, range(12))  # half of them
+    pruned = PrunedModel.of(model, tokenizer)
+    words = {"base": base, "pruned": pruned, "sequences": [], "config": None}
+    found = example.hook.rankadaptor_compensate(method="rescale", **words)
+    name = "model.layers.1.mlp.down_proj.weight"
+    torch.testing.assert_close(found.weights[name], 2 * pruned.model.get_parameter(name))
+    assert example.hook.rankadaptor_compensate(method="other", **words) is None
+
+
 def test_hook_rankadaptor_post_prune(example, model, tokenizer, context):
     pruned = PrunedModel.of(model, tokenizer)
     pruned.save(context.folder / "pruned")

@@ -32,6 +32,8 @@ def config(**tables):
         "noise": {"seeds": 3, "allocations": 4},
         "search": {"n_trials": 30},
         "confirm": {"finalists": 2, "seeds": 6},
+        "tune": {"learning_rates": []},
+        "recovery": {"stack": []},
     }
     for name, table in tables.items():
         data[name] = {**data.get(name, {}), **table}
@@ -44,7 +46,7 @@ RACED = 3  # allocations: two finalists and uniform LoRA
 def test_the_fine_tunes_of_a_run_are_counted_once():
     whole = fine_tunes(config(), Size.of(config()))
     # The first four trials are those of the noise floor.
-    assert whole == {"noise": 12, "search": 26, "random": 0, "confirm": 6 * RACED}
+    assert whole == {"tune": 0, "noise": 12, "search": 26, "random": 0, "confirm": 6 * RACED}
     twice = config(confirm={"best_random": True})
     assert fine_tunes(twice, Size.of(twice))["random"] == 30
 
@@ -52,14 +54,39 @@ def test_the_fine_tunes_of_a_run_are_counted_once():
 def test_what_is_done_is_not_planned_again():
     done = Done(noise=12, search=10, race=1)
     rest = fine_tunes(config(), Size.of(config()), done)
-    assert rest == {"noise": 0, "search": 20, "random": 0, "confirm": 17}
+    assert rest == {"tune": 0, "noise": 0, "search": 20, "random": 0, "confirm": 17}
 
 
 def test_a_run_without_search_is_its_comparison():
     fixed = config(recovery={"methods": ["dora"]})
     size = Size.of(fixed)
     assert (size.noise_seeds, size.trials) == (0, 0)
-    assert fine_tunes(fixed, size) == {"noise": 0, "search": 0, "random": 0, "confirm": 12}
+    counts = {"tune": 0, "noise": 0, "search": 0, "random": 0, "confirm": 12}
+    assert fine_tunes(fixed, size) == counts
+
+
+TUNED = {"tune": {"learning_rates": [1e-3, 2e-3]}, "recovery": {"stack": ["distill"]}}
+
+
+def test_the_tuned_stack_is_counted_and_serves_the_noise_floor_too():
+    tuned = config(**TUNED)
+    whole = fine_tunes(tuned, Size.of(tuned))
+    assert whole == {
+        "tune": 2 * (2 + 1),
+        "noise": 12 - 2,
+        "search": 26,
+        "random": 0,
+        "confirm": 6 * (RACED + 2),
+    }
+
+
+def test_tuning_is_cut_last():
+    tuned = config(**TUNED)
+    whole, least = Size.of(tuned), smallest(tuned)
+    assert (whole.tune, least.tune) == (6, 0)
+    kept = Size(noise_seeds=0, trials=2, seeds=3, tune=6)
+    assert cut(tuned, COSTS, seconds_of(tuned, kept, COSTS)) == kept
+    assert cut(tuned, COSTS, seconds_of(tuned, kept, COSTS) - 1).tune == 0
 
 
 def test_the_seconds_of_a_run_are_those_of_its_parts():

@@ -27,6 +27,7 @@ def tuner(make_llama, tmp_path):
     tokens = [torch.randint(3, 40, (n,), generator=generator) for n in (3, 5, 6, 8, 4, 7, 5, 9)]
     context = SimpleNamespace(
         config=SimpleNamespace(recovery=CONFIG),
+        parts=(),
         corpus=Corpus(sequences=[TrainingSequence(one, one) for one in tokens], dropped=0),
         teacher=None,
         attention="",

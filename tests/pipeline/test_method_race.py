@@ -22,6 +22,7 @@ from rankadaptor_plugin.config.tables import (
     RankSpaceConfig,
     RecoveryConfig,
     SearchConfig,
+    TuneConfig,
 )
 from rankadaptor_plugin.config.tables import RunConfig as Config
 from rankadaptor_plugin.core.errors import ConfigError, RankSpaceError, RecoveryError
@@ -32,12 +33,14 @@ from rankadaptor_plugin.core.trials import Outcome, Phase, Trial, TrialState
 from rankadaptor_plugin.pipeline.stage import (
     found_entrants,
     given_entrants,
+    race_entrants,
     trained_parameters,
 )
+from rankadaptor_plugin.pipeline.tune_step import Tuned
 from rankadaptor_plugin.recovery.checks import check_methods
 from rankadaptor_plugin.report import tables
 from rankadaptor_plugin.report.report import markdown, page
-from rankadaptor_plugin.report.words import METHODS, alone_sentence, verdict_sentence
+from rankadaptor_plugin.search.search import SearchResult, StopReason
 from rankadaptor_plugin.search.study import TrialStore
 from rankadaptor_plugin.verdict.comparison import compare_runs
 from rankadaptor_plugin.verdict.race import (
@@ -48,7 +51,6 @@ from rankadaptor_plugin.verdict.race import (
     fresh_seeds,
     run_name,
 )
-from rankadaptor_plugin.verdict.statistics import Difference, Seeds
 
 UNIFORM = RankAllocation((8, 8))
 FOUND = RankAllocation((2, 12))
@@ -80,6 +82,7 @@ class Runs:
         )
 
 
+RECIPE = RankAllocation((8, 8), (("learning_rate", 1e-4),), "lora")
 WORTH = {UNIFORM: 0.0, FOUND: 0.0, ADALORA: 0.0, NONE: -1.0}
 ENTRANTS = (
     Entrant(label="adalora", allocation=ADALORA, baseline=UNIFORM),
@@ -142,7 +145,9 @@ def test_a_trial_keeps_its_method_and_old_records_have_none():
 
 def config(*methods: str, **tables_) -> Config:
     return Config(
-        recovery=RecoveryConfig(methods=methods), oracle=OracleConfig(tasks=("a",)), **tables_
+        recovery=RecoveryConfig(methods=methods, stack=()),
+        oracle=OracleConfig(tasks=("a",)),
+        **{"tune": TuneConfig(learning_rates=()), **tables_},
     )
 
 
@@ -161,16 +166,23 @@ def config(*methods: str, **tables_) -> Config:
 )
 def test_fine_tunes_of_all_methods_are_counted(methods, competitors, a_seed):
     found = config(*methods, confirm=ConfirmConfig(seeds=4))
-    assert (found.competitors, found.race_fine_tunes) == (competitors, 4 * a_seed)
+    assert (found.comparisons, found.race_fine_tunes) == (competitors, 4 * a_seed)
+
+
+def test_tuned_lora_and_the_stack_are_counted_too():
+    found = Config(oracle=OracleConfig(tasks=("a",)))
+    assert found.race_fine_tunes == 6 * (1 + 2 + 2)  # the recipe, both levers, two finalists
+    assert found.comparisons == 1 + 2  # tuned LoRA behind the stack takes no error rate
+    assert config("lora", tune=TuneConfig()).race_fine_tunes == 6 * 2
 
 
 def test_finalists_with_baselines_of_their_own_are_counted_too():
     free = RankSpaceConfig(budget="free")
-    # LoRA of the default rank runs beside them; as a method that races it is one more comparison.
+    # LoRA by the recipe, of the default rank, runs beside them.
     assert config("rankadaptor", rank_space=free).race_fine_tunes == 6 * 5
     assert config("rankadaptor", "dora", rank_space=free).race_fine_tunes == 6 * 6
     lora = config("rankadaptor", "lora", rank_space=free)
-    assert (lora.competitors, lora.race_fine_tunes) == (3, 6 * 5)
+    assert (lora.comparisons, lora.race_fine_tunes) == (2, 6 * 5)
 
 
 @pytest.mark.parametrize(
@@ -220,59 +232,92 @@ def test_methods_are_checked_by_name():
 
 
 def test_a_method_has_the_ranks_of_uniform_lora():
-    (found,) = given_entrants(["eva+dora"], SPACE)
-    assert found.baseline == SPACE.uniform()
+    (found,) = given_entrants(["eva+dora"], SPACE, RECIPE)
+    assert (found.baseline, found.is_ranks) == (RECIPE, False)
     assert found.allocation == replace(SPACE.uniform(), method="eva+dora")
 
 
 def test_a_method_keeps_the_limits_of_uniform_lora():
-    (found,) = given_entrants(["dora"], replace(SPACE, budget=None, max_rank_sum=20))
+    (found,) = given_entrants(["dora"], replace(SPACE, budget=None, max_rank_sum=20), RECIPE)
     assert sum(found.allocation.ranks) <= 20
-    assert found.allocation.ranks == found.baseline.ranks
 
 
 def test_a_list_of_ranks_is_lora_against_uniform_lora_of_its_size():
-    (found,) = given_entrants(["pattern:2-6"], SPACE)
+    (found,) = given_entrants(["pattern:2-6"], SPACE, RECIPE)
     assert found.allocation == RankAllocation((2, 2, 6, 6))
-    assert found.baseline == RankAllocation((4, 4, 4, 4))
+    assert (found.baseline, found.is_ranks) == (RankAllocation((4, 4, 4, 4)), True)
 
 
 def test_a_list_of_ranks_may_have_a_method_on_top():
-    (found,) = given_entrants(["pattern:2-6+dora"], SPACE)
+    (found,) = given_entrants(["pattern:2-6+dora"], SPACE, RECIPE)
     assert found.allocation == RankAllocation((2, 2, 6, 6), method="dora")
-    assert found.baseline == RankAllocation((4, 4, 4, 4))
+    assert found.baseline == RankAllocation((4, 4, 4, 4), method="dora")
 
 
 def test_a_list_of_ranks_by_layer_holds_for_every_group():
     space = replace(SPACE, groups=("attention", "mlp"))
-    (found,) = given_entrants(["pattern:2-6"], space)
+    (found,) = given_entrants(["pattern:2-6"], space, RECIPE)
     assert found.allocation.ranks == (2, 2, 6, 6)
-    (one,) = given_entrants(["pattern:4"], space)
+    (one,) = given_entrants(["pattern:4"], space, RECIPE)
     assert one.allocation == one.baseline
 
 
 def test_a_method_may_take_the_ranks_that_were_found():
     methods = ["rankadaptor", "dora", "rankadaptor+dora", "lora"]
-    best = Entrant(label="finalist", allocation=FOUND, baseline=UNIFORM)
-    assert found_entrants(methods, best, UNIFORM) == [
-        Entrant(
-            label="rankadaptor+dora", allocation=replace(FOUND, method="dora"), baseline=UNIFORM
-        )
+    assert found_entrants(methods, FOUND, RECIPE) == [
+        Entrant(label="rankadaptor+dora", allocation=replace(FOUND, method="dora"), baseline=RECIPE)
     ]
-    assert [e.label for e in given_entrants(methods, SPACE)] == ["dora"]
+    assert [e.label for e in given_entrants(methods, SPACE, RECIPE)] == ["dora"]
 
 
-def test_lora_races_against_the_size_that_was_found_where_that_differs():
-    small = RankAllocation((5, 5))
-    best = Entrant(label="finalist", allocation=FOUND, baseline=small)
-    assert found_entrants(["rankadaptor", "lora"], best, UNIFORM) == [
-        Entrant(label="lora", allocation=UNIFORM, baseline=small)
+def entrants_of(tuned, *methods, trials=(FOUND,), **more):
+    store = SearchResult(trials=(), stop=StopReason.N_TRIALS, interrupted=0, recommended=trials)
+    return race_entrants(config(*methods, **more), SPACE, tuned, store)
+
+
+def test_the_stack_and_ranks_on_it_race_with_the_recipe():
+    tuned = Tuned(recipe=1e-3, learning_rate=1e-2, parts=("gradient",))
+    even = SPACE.uniform()
+    reference, entrants = entrants_of(tuned, "rankadaptor")
+    assert reference == replace(even, method="lora", settings=(("learning_rate", 1e-3),))
+    assert [(e.label, e.allocation, e.baseline, e.is_ranks) for e in entrants] == [
+        ("stack", even, reference, False),
+        ("LoRA, tuned", replace(even, method="lora"), reference, False),
+        ("finalist", FOUND, even, True),
     ]
+
+
+def test_without_a_stack_tuned_lora_is_what_ranks_are_compared_with():
+    _, entrants = entrants_of(Tuned(recipe=1e-3, learning_rate=1e-2, parts=()), "rankadaptor")
+    assert [(e.label, e.allocation) for e in entrants] == [
+        ("LoRA, tuned", SPACE.uniform()),
+        ("finalist", FOUND),
+    ]
+
+
+def test_where_the_recipe_was_right_ranks_are_compared_with_it():
+    reference, entrants = entrants_of(
+        Tuned(recipe=1e-3, learning_rate=1e-3, parts=()), "rankadaptor"
+    )
+    assert reference == SPACE.uniform()
+    assert [(e.label, e.baseline) for e in entrants] == [("finalist", reference)]
+
+
+def test_settings_that_were_searched_along_are_not_credited_to_ranks():
+    """Even ranks get the same learning rate and alpha."""
+    settings = (("alpha_over_rank", 4.0), ("learning_rate", 5e-3))
+    warm = replace(FOUND, settings=settings)
+    _, entrants = entrants_of(
+        Tuned(recipe=1e-3, learning_rate=1e-3, parts=()), "rankadaptor", trials=(warm,)
+    )
+    (found,) = entrants
+    assert dict(found.baseline.settings) == dict(settings)
+    assert found.baseline.ranks == SPACE.uniform().ranks
 
 
 def test_a_list_of_ranks_beyond_a_hard_limit_is_refused():
     with pytest.raises(RankSpaceError, match=r"160 trainable parameters .* max_parameters is 150"):
-        given_entrants(["pattern:2-6"], replace(SPACE, budget=None, max_parameters=150))
+        given_entrants(["pattern:2-6"], replace(SPACE, budget=None, max_parameters=150), RECIPE)
 
 
 # ------------------------------------------------------------------------------- what it trains
@@ -325,48 +370,6 @@ def test_methods_race_without_any_finalist(race):
     assert found.to_json(lambda _: 1)["competitors"][0]["method"] == "adalora"
 
 
-# ------------------------------------------------------------------------------------ the verdict
-
-GAIN = Difference(
-    estimate=0.012,
-    low=0.004,
-    high=0.020,
-    half_width=0.008,
-    confidence=0.95,
-    comparisons=2,
-    p=0.004,
-    p_adjusted=0.008,
-    seeds=Seeds(5, 5, paired=True, left_out=0),
-    documents=600,
-    left_out=0,
-)
-NO_GAIN = replace(GAIN, estimate=0.003, low=-0.006, high=0.012, half_width=0.009)
-
-
-def test_the_verdict_names_the_method():
-    assert verdict_sentence(GAIN, [8], subject="adalora") == (
-        "gain of 1.2 +- 0.8 points over LoRA r=8 at equal parameters, by adalora"
-    )
-    assert verdict_sentence(NO_GAIN, [8], subject="eva") == (
-        "no gain beyond noise: LoRA r=8 is delivered "
-        "(0.3 +- 0.9 points over it at equal parameters, by eva)"
-    )
-
-
-def test_the_verdict_claims_equal_parameters_only_where_they_are():
-    words = "with 6 % more trainable parameters"
-    assert verdict_sentence(GAIN, [8], subject="dora", parameters=words) == (
-        "gain of 1.2 +- 0.8 points over LoRA r=8 with 6 % more trainable parameters, by dora"
-    )
-
-
-def test_the_verdict_says_that_nothing_was_compared():
-    assert alone_sentence([8, 8]) == ("nothing was compared: LoRA r=8 ran alone and is delivered")
-    assert verdict_sentence(None, [8], subject=METHODS) == (
-        "no recovery method is shown to be better than LoRA r=8, which is delivered"
-    )
-
-
 # ------------------------------------------------------------------------------------- whole runs
 
 
@@ -407,10 +410,10 @@ def test_methods_race_without_a_search(methods_alone):
 def test_the_report_has_a_column_for_each_method(methods_alone):
     report = methods_alone.report
     header = tables.scores(report, "accuracy").header
-    best = report["verdict"]["delivered"]
-    shown = [name for name in report["methods"] if name != best]
-    label = report["labels"].get(best, best)
-    assert header == ("task", "base", "pruned", "LoRA r=8", *shown, f"recovered ({label})")
+    assert [name.removesuffix(" (delivered)") for name in header] == [
+        *("task", "base", "pruned", "LoRA r=8", *report["methods"])
+    ]
+    assert sum(name.endswith(" (delivered)") for name in header) == 1
     for text in (methods_alone.markdown, methods_alone.html):
         assert "adalora, trainable" in text
         assert "no adapter" in text
@@ -421,20 +424,19 @@ def test_a_delivered_list_of_ranks_is_shown_by_layer(methods_alone):
     report["verdict"]["delivered"] = name
     report["allocations"]["recovered"] = [4] * 4 + [12] * 4
     report["scores"]["recovered"] = report["scores"][name]
-    assert "Delivered: pattern:4-12. " in markdown(report)
+    assert "Delivered: pattern:4-12, an adapter of pruned/. " in markdown(report)
     assert re.search(f"LoRA r=8 +{name} ranks", markdown(report))
     assert "layer 7: searched rank 12" not in page(methods_alone.report)
     assert f"layer 7: {name} rank 12" in page(report)
-    assert tables.scores(report, "accuracy").header[-1] == f"recovered ({name})"
-    assert tables.scores(report, "accuracy").header.count(name) == 0
+    assert tables.scores(report, "accuracy").header[-1] == f"{name} (delivered)"
 
 
 def test_a_delivered_method_of_uniform_ranks_shows_those_alone(methods_alone):
     report = deepcopy(methods_alone.report)
     report["verdict"]["delivered"] = "adalora"
     assert list(tables.allocations(report)) == ["uniform"]
-    assert "Delivered: adalora. " in markdown(report)
-    assert "<dd>adalora</dd>" in page(report)
+    assert "Delivered: adalora, an adapter of pruned/. " in markdown(report)
+    assert "<dd>adalora, an adapter of pruned/</dd>" in page(report)
 
 
 def test_the_report_has_the_trained_parameters_of_each_method(methods_alone):
@@ -472,7 +474,7 @@ def test_methods_race_the_searched_ranks_in_one_report(run):
 def test_uniform_lora_alone_is_delivered_and_nothing_is_claimed(run):
     found = run("lora")
     report = found.report
-    assert report["verdict"]["sentence"] == alone_sentence([8])
+    assert report["verdict"]["sentence"] == "LoRA r=8 is delivered"
     assert (report["verdict"]["delivered"], report["verdict"]["comparisons"]) == ("uniform", {})
     assert len(report["results"]["uniform"]) == 3
     assert "No race was run. LoRA ran alone, with 3 seeds." in found.markdown
@@ -483,14 +485,14 @@ def test_columns_of_lora_are_labeled_by_their_ranks_whatever_was_searched(run):
     free = {"budget": "free", "candidates": [2, 4], "default_rank": 8}
     report = run("rankadaptor", "lora", rank_space=free, search={"n_trials": 3}).report
     ranks = report["allocations"]
-    assert ranks["lora"] == [8] * 8
+    assert ranks["recipe"] == [8] * 8
     assert max(ranks["uniform"]) <= 4
-    assert report["labels"]["lora"] == "LoRA r=8"
-    header = tables.scores(report, "accuracy").header
-    for name in ("lora", "uniform"):
+    assert report["labels"]["recipe"] == "LoRA r=8"
+    header = " | ".join(tables.scores(report, "accuracy").header)
+    for name in ("recipe", "uniform"):
         count = report["parameters"]["trainable"][name]
         assert f"{report['labels'][name]}, {count:,} parameters" in header
     assert "uniform LoRA" not in header
     labels = [c["label"] for c in report["confirm"]["competitors"]]
-    assert labels == ["finalist", "lora"]
-    assert len(report["results"]["lora"]) == 3
+    assert labels == ["finalist"]
+    assert len(report["results"]["recipe"]) == 3

@@ -145,7 +145,7 @@ def test_a_plan_that_times_the_pruned_model_writes_nothing(finished_copy, write_
 def test_a_run_that_does_not_fit_its_hours_is_cut_and_said(planned, timed):
     # Evaluations of 5640 s and six fine-tunes of 4000 leave time for 4 trials and a half.
     plan = planned(search={"max_hours": 38_600 / 3600})
-    assert plan["size"] == {"noise_seeds": 0, "trials": 4, "seeds": 3}
+    assert plan["size"] == {"noise_seeds": 0, "trials": 4, "seeds": 3, "tune": 0}
     (said,) = plan["cuts"]
     assert said == "search: 4 of 5 trials fit into max_hours 10.7222"
     assert f"Cut: {said}." in plan_text(plan, 80)

@@ -147,7 +147,7 @@ def test_recovery_follows_the_last_group_of_the_last_interactive_step(tmp_path, 
             group.prune()
         assert len(results) == step
     assert results[0].folder == tmp_path / "out"
-    assert results[0].report["verdict"]["sentence"] == results[0].verdict
+    assert results[0].report["verdict"]["sentence"] in results[0].verdict
     assert (results[0].adapter / "adapter_config.json").is_file()
     assert type(model) is PrunedLlamaForCausalLM
     assert not any("lora" in name for name, _ in model.named_parameters())

@@ -52,9 +52,8 @@ class Runs:
 
 
 def tune(path, runs, config, **more):
-    step = TuneStep(
-        runs, RunFolder(path), config, OBJECTIVE, UNIFORM, **{"on_run": lambda *_: None, **more}
-    )
+    options = {"on_run": lambda *_: None, "parts": config.parts, **more}
+    step = TuneStep(runs, RunFolder(path), config, OBJECTIVE, UNIFORM, **options)
     return step.run()
 
 

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rankadaptor_plugin.config.tables import INITS, RecoveryConfig
+from rankadaptor_plugin.config.tables import INITS, RankSpaceConfig, RecoveryConfig
 from rankadaptor_plugin.core.errors import ConfigError, CorpusError
 from rankadaptor_plugin.core.ranks import RankAllocation
 from rankadaptor_plugin.corpus.sequences import TrainingSequence
+from rankadaptor_plugin.models.structures import matrix_shape
 from rankadaptor_plugin.pruning.depth import keep_layers
 from rankadaptor_plugin.recovery.adapters import (
     ADAPTER,
@@ -40,7 +41,7 @@ from rankadaptor_plugin.recovery.methods.methods import (
     pattern_allocation,
 )
 from rankadaptor_plugin.recovery.methods.pissa import principal
-from rankadaptor_plugin.recovery.slots import module_ranks
+from rankadaptor_plugin.recovery.slots import module_ranks, nearest_allocation, rank_space
 from rankadaptor_plugin.testing.families import choose_cuts, logits_of, remove_units
 
 TRAINED = (
@@ -585,3 +586,31 @@ def test_lora_is_the_adapter_that_has_always_been(make):
     expected = attach(make["uneven"](), RankAllocation((4, 2, 3)), seed=5)
     for name in ("lora", "rankadaptor"):
         assert same(weights(start(make["uneven"](), name, seed=5).model), weights(expected))
+
+
+# ------------------------------------------------------------------------------------------ squeeze
+
+
+def test_squeeze_spends_its_budget_where_singular_values_are_worth_most(make):
+    base = make["uneven"]()
+    tuned = start(base, "squeeze:9", ranks=(4, 4, 4), steps=8)
+    train(tuned, steps=8)
+    model = tuned.finish()
+    ranks = adapter_ranks(model)
+    costs = {name: sum(matrix_shape(bare_model(model).get_submodule(name))) for name in ranks}
+    budget = sum(4 * cost for cost in costs.values())
+    spent = sum(ranks[name] * cost for name, cost in costs.items())
+    assert budget - max(costs.values()) < spent <= budget
+    assert len(set(ranks.values())) > 1
+
+
+def test_the_ranks_of_modules_become_an_allocation_of_the_space(make):
+    base = make["uneven"]()
+    space = rank_space(base, [True] * 3, RankSpaceConfig(candidates=(1, 2, 3, 4), default_rank=2))
+    names = list(module_ranks(base, RankAllocation((1, 1, 1))))
+    ranks = {name: {"0": 4, "1": 2, "2": 1}[name.split(".")[2]] for name in names}
+    found = nearest_allocation(base, ranks, space, 0)
+    assert found.ranks[0] > found.ranks[2]
+    assert space.contains(found)
+    free = replace(space, budget=None)
+    assert nearest_allocation(base, ranks, free, 0).ranks == (4, 2, 1)

@@ -293,18 +293,7 @@ def begin(
     settings = replace(
         adapters.LoraSettings.of(config), use_dora=method.dora, use_rslora=method.rslora
     )
-    check_scaling(method, config)
-    if base is adapters.base_of(base) and adapters.has_adapters(adapters.base_of(base)):
-        raise RecoveryError(
-            "The model has the adapter of an earlier fine-tune on it. Give RecoveredAdapter.model "
-            "in its place, or call its unload() first."
-        )
-    bare = adapters.bare_model(base)
-    if method.name == "adalora" and len(set(getattr(bare, "hf_device_map", {}).values())) > 1:
-        raise ConfigError(
-            "The recovery method adalora compares ranks on one device, but the model is spread "
-            'over several. Leave it out, or set device_map = "".'
-        )
+    bare = _checked_base(base, method, config)
     if method.name == "pattern":
         allocation = pattern_allocation(method.ranks, len(decoder_layers(bare)))
     ranks = module_ranks(bare, allocation, config.target_modules)
@@ -340,3 +329,22 @@ def begin(
     if method.init == "pissa":
         return start_from_principal(model, seed)
     return Tuning(model=model, trained=adapters.trainable_parameters(model))
+
+
+def _checked_base(
+    base: PreTrainedModel | PeftModel, method: Method, config: RecoveryConfig
+) -> PreTrainedModel:
+    """Returns the bare model, once it is known that the method can be put on it; see `begin`."""
+    check_scaling(method, config)
+    if base is adapters.base_of(base) and adapters.has_adapters(adapters.base_of(base)):
+        raise RecoveryError(
+            "The model has the adapter of an earlier fine-tune on it. Give RecoveredAdapter.model "
+            "in its place, or call its unload() first."
+        )
+    bare = adapters.bare_model(base)
+    if method.name == "adalora" and len(set(getattr(bare, "hf_device_map", {}).values())) > 1:
+        raise ConfigError(
+            "The recovery method adalora compares ranks on one device, but the model is spread "
+            'over several. Leave it out, or set device_map = "".'
+        )
+    return bare
