@@ -376,6 +376,8 @@ class _Session:
                 raise
             logger.warning("Not compensated, so the stack goes without it: %s", error)
             return None
+        if self.context.teacher is not None:
+            self.base_model()  # back on its device
         self.context = replace(self.context, compensation=found)
         self._progress("compensate", 1)
         return found

@@ -183,23 +183,24 @@ class _Stream:
         self.states: list[torch.Tensor] = []
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
         self.real = [batch.mask.bool() for batch in batches]
+        self._gives_tuples: bool | None = None
         for batch in batches:
             self._calls.append([])
             self._begin(model, batch)
 
     def _begin(self, model: PreTrainedModel, batch: Batch) -> None:
-        """Notes what each layer is called with; of the layers only the first runs."""
-        is_tuple: list[bool] = []
+        """Notes what each layer is called with; of the layers only the first runs, once."""
         first: list[torch.Tensor] = []
 
         def note(forward: Any, *args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
-            if not is_tuple:
+            if not first:
                 first.append(hidden.cpu())
-                is_tuple.append(isinstance(forward(*args, **kwargs), tuple))
+            if self._gives_tuples is None:
+                self._gives_tuples = isinstance(forward(*args, **kwargs), tuple)
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             self._calls[-1].append((args[1:], rest))
-            return (hidden,) if is_tuple[0] else hidden
+            return (hidden,) if self._gives_tuples else hidden
 
         where = model.get_input_embeddings().weight.device
         decoder: Any = model.get_decoder()
