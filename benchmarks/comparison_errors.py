@@ -6,8 +6,9 @@ Simulated: 2 tasks of 100 documents, confidence 0.95 of all comparisons together
 asked for. A value is the document's difficulty, what the model makes of it, what the seed makes of
 all of them, and chance; accuracy is whether it is above 0. "seeds" is the standard deviation that a
 seed adds, in multiples of what documents and chance add to a mean. Each of several models is
-compared with one baseline. False: any of equally good models differs from it. Power: the first
-model, better by four standard errors of the paired difference with six seeds, is found better.
+compared with one baseline, as in a race. False: any of equally good models differs from it. Power:
+the first model, better by four standard errors of the paired difference with six seeds, is found
+better.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Case:
         seedless: True if no seed changes the baseline.
         binary: True if a document is right or wrong, as in accuracy.
         heavy: True if some seeds are far off: Student's t with 3 degrees of freedom.
+        uneven: True if seeds move the first model twice as far as the others.
     """
 
     seeds: int
@@ -53,6 +55,7 @@ class Case:
     seedless: bool = False
     binary: bool = False
     heavy: bool = False
+    uneven: bool = False
 
     @property
     def name(self) -> str:
@@ -63,6 +66,7 @@ class Case:
         parts += ["baseline without seeds"] if self.seedless else []
         parts += ["accuracy"] if self.binary else []
         parts += ["seeds far off"] if self.heavy else []
+        parts += ["first model moved twice as far"] if self.uneven else []
         return ", ".join(parts)
 
     def draw(self, rng: np.random.Generator, effect: float) -> list[Model]:
@@ -79,7 +83,8 @@ class Case:
             by_seed = rng.normal(size=(count, 1)) if drawn is None else drawn
             values = difficulty + rng.normal(size=size) + rng.normal(size=(count, size))
             if not (last and self.seedless):
-                values += sd * by_seed + (shared[:count] if self.paired else 0)
+                far = 2 if self.uneven and number == 0 else 1
+                values += far * sd * by_seed + (shared[:count] if self.paired else 0)
             values += effect if number == 0 else 0.0
             values = (values > 0).astype(float) if self.binary else values
             seeds = [None] if count == 1 else range(count * number * (not self.paired), 10**9)
@@ -108,6 +113,8 @@ CASES = [
     ),
     *(Case(seeds=seeds, by_seed=b, binary=True) for seeds in (3, 6) for b in (0.0, 5.0)),
     *(Case(seeds=seeds, by_seed=5.0, heavy=True) for seeds in (3, 6)),
+    *(Case(seeds=seeds, by_seed=5.0, comparisons=3, uneven=True) for seeds in (3, 6)),
+    *(Case(seeds=seeds, by_seed=5.0, comparisons=3, heavy=True) for seeds in (3, 6)),
 ]
 
 
@@ -126,8 +133,10 @@ def differences(case: Case, rng: np.random.Generator, effect: float) -> list[Dif
     *models, baseline = case.draw(rng, effect)
     weights = dict.fromkeys(TASKS, 1.0)
     metric = "accuracy" if case.binary else "margin"
+    race = [*models, baseline] if case.paired else []
     return [
-        compare(model, baseline, metric, weights, comparisons=case.comparisons) for model in models
+        compare(model, baseline, metric, weights, comparisons=case.comparisons, race=race)
+        for model in models
     ]
 
 

@@ -845,9 +845,13 @@ class RunConfig:
     @property
     def race_fine_tunes(self) -> int:
         """Most fine-tunes in the race."""
+        return self.confirm.seeds * self.race_models
+
+    @property
+    def race_models(self) -> int:
+        """Most models in the race, at least 1."""
         methods = self._raced_methods
         baselines = 0 if self.common_baseline else self._allocations
         baselines += sum(PATTERN in method for method in methods)
         # LoRA by the recipe always runs.
-        arms = 1 + self.levers + self._allocations + len(methods) + baselines
-        return self.confirm.seeds * arms
+        return 1 + self.levers + self._allocations + len(methods) + baselines

@@ -111,7 +111,7 @@ def fine_tunes(config: RunConfig, size: Size, done: Done | None = None) -> dict[
     shared = min(size.noise_seeds, config.tune.seeds) if size.tune else 0
     begun = max(done.search, config.noise.allocations if noise else 0)
     again = size.trials if config.confirm.best_random else 0
-    race = size.seeds * (config.race_fine_tunes // config.confirm.seeds)
+    race = size.seeds * config.race_models
     return {
         "tune": max(0, size.tune - done.tune),
         "noise": max(0, noise - max(shared, done.noise)),

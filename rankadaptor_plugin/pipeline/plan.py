@@ -437,15 +437,13 @@ class Planner:
         table = self._config.generation
         if not table.max_new_tokens or (self._folder.path / "generations.json").exists():
             return 0.0
-        models = (
-            4 + self._config.race_fine_tunes // self._config.confirm.seeds
-        )  # base, pruned, compensated
+        models = 4 + self._config.race_models  # base, pruned, compensated, delivered
         return 2 * models * len(prompts(self._config)) * table.max_new_tokens * timed.token
 
     def _disk(self) -> int:
         """Returns the bytes of the run folder: the pruned model, and an adapter per competitor."""
         item = self._prepared.dtype.itemsize
-        adapters = self._config.race_fine_tunes // self._config.confirm.seeds + 1
+        adapters = self._config.race_models + 1
         costs = rank_costs(self._pruned, targets=self._config.recovery.target_modules)
         trained = self._config.rank_space.default_rank * sum(costs)
         return self._costs_of["pruned"].parameters * item + adapters * trained * 4

@@ -33,7 +33,7 @@ from rankadaptor_plugin.verdict.race import (
     STACK,
     TUNED,
     baseline_label,
-    run_name,
+    run_path,
 )
 from rankadaptor_plugin.verdict.statistics import score_cells
 
@@ -134,7 +134,7 @@ def stage_summary(
         },
         results={
             name: [
-                {"file": f"evaluations/{run_name(allocation, seed)}.parquet", "seed": seed}
+                {"file": f"{run_path(allocation, seed)}.parquet", "seed": seed}
                 for seed in confirmed.seeds_of(allocation)
             ]
             for name, allocation in models.items()

@@ -259,9 +259,11 @@ def _kept_divergence(logits: torch.Tensor, teacher: TeacherTokens) -> torch.Tens
     # Of a sure student, 1 minus the probabilities of the kept tokens would be rounding alone.
     others = logits.scatter(1, indices, torch.finfo(logits.dtype).min).logsumexp(1, keepdim=True)
     rest = (others - total).clamp(min=LEAST)
+    # Converted first: below autocast, halves of another kind cannot be joined.
+    theirs = [values.to(logits.dtype) for values in (teacher.log_probabilities, teacher.rest)]
     return functional.kl_div(
         torch.cat([kept, rest], dim=1),
-        torch.cat([teacher.log_probabilities, teacher.rest[:, None]], dim=1).to(logits.dtype),
+        torch.cat([theirs[0], theirs[1][:, None]], dim=1),
         reduction="sum",
         log_target=True,
     )

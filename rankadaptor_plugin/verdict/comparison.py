@@ -142,6 +142,8 @@ def compare_runs(
     positions = list(combinations(range(len(models)), 2))
     raced = {(a, b): models[a].raced(models[b]) for a, b in positions}
     others = sum(count is None for count in raced.values())
+    met = {models[a].folder: models[a] for (a, _), count in raced.items() if count}
+    races = {folder: _race(model, name, weights) for folder, model in met.items()}
     pairs = {
         (a, b): compare(
             values[a],
@@ -150,6 +152,7 @@ def compare_runs(
             weights,
             confidence=confidence,
             comparisons=raced[a, b] or others,
+            race=races[models[a].folder] if raced[a, b] else (),
         )
         for a, b in positions
     }
@@ -164,6 +167,23 @@ def _values(model: RunModel, results: Results, metric: str, tasks: dict[str, flo
         }
         for seed, documents in results.items()
     }
+
+
+def _race(model: RunModel, metric: str, tasks: dict[str, float]) -> list[Model]:
+    """Returns the values of all models of the race that a model met others in."""
+    race = model.report["confirm"]
+    return [
+        _values(
+            model,
+            {
+                seed: read_documents(model.folder / file)
+                for seed, file in zip(race["seeds"], files, strict=True)
+            },
+            metric,
+            tasks,
+        )
+        for files in race.get("files", [])
+    ]
 
 
 def _tasks(model: RunModel, result: Results, metric: str) -> list[str]:
@@ -450,6 +470,11 @@ def _report(folder: Path) -> dict[str, Any]:
         whole = whole and all(math.isfinite(weight) and weight >= 0 for weight in weights)
         whole = whole and isinstance(report["parameters"].get("trainable", {}), dict)
         whole = whole and all(isinstance(method, str) for method in report.get("methods", []))
+        race = report.get("confirm") or {}
+        whole = whole and all(
+            len(files) == len(race["seeds"]) and all(isinstance(file, str) for file in files)
+            for files in race.get("files", [])
+        )
     except (AttributeError, KeyError, TypeError):
         whole = False
     if not whole:

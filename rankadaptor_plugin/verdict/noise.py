@@ -240,6 +240,7 @@ def assessed(
             # The race's intervals hold for all comparisons together.
             confidence=1 - (1 - confirm.confidence) / config.comparisons,
             document_sd=document_sd(tried, decisive, weights, report_documents),
+            models=max(2, config.race_models),
         )
         floor = assess(
             scores[decisive], scores[OBJECTIVE], config.search.n_trials, design, seed_scale=scale

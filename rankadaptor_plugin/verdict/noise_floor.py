@@ -48,7 +48,7 @@ Array = NDArray[np.float64]
 MOST_SEEDS = 10**6
 """`fine_tunes_to_detect` takes a difference that needs more seeds for one that none can show."""
 
-_NODES = 64  # quantiles of what seeds may show of their variance
+_NODES = 64, 8  # quantiles of what seeds may show of their variance: in two models, in others
 _STEPS = 50  # of a bisection: to the last digit
 
 
@@ -61,6 +61,7 @@ class Design:
         confidence: Confidence of the interval of the difference, in (0, 1).
         document_sd: Standard error of the difference that is due to the choice of documents and
             does not shrink with more seeds, in the unit of the score.
+        models: Models of the race, at least 2: what seeds do is told from all of them.
 
     Raises:
         ConfigError: If a number is out of its range.
@@ -69,6 +70,7 @@ class Design:
     seeds: int
     confidence: float = 0.95
     document_sd: float = 0.0
+    models: int = 2
 
     def __post_init__(self) -> None:
         check_fraction("confidence", self.confidence)
@@ -87,14 +89,18 @@ class Design:
         """
         check_fraction("power", power)
         df, level = self.seeds - 1, (1 + self.confidence) / 2
+        others = self.models - 2
         from_seeds = np.asarray(2 * np.square(seed_sd) / self.seeds)
-        critical = special.stdtrit(df, level)
-        if not self.document_sd:
+        critical = special.stdtrit(df * (1 + others), level)
+        if not (self.document_sd or others):
             factor = max(0.0, float(special.nctdtrinc(df, 1 - power, critical)))
             return np.asarray(factor * np.sqrt(from_seeds))
         # The interval takes the seeds' variance as these seeds show it, that of many documents as
         # it is. The power is the mean over what the seeds may show.
-        shown = special.chdtri(df, (np.arange(_NODES) + 0.5) / _NODES) / df
+        shown = _shown(df, _NODES[0])
+        if others:
+            every = (shown + others * _shown(df * others, _NODES[1])[:, None]) / (1 + others)
+            shown = np.maximum(shown, every).ravel()
         squares = critical**2 * from_seeds[..., None] * shown
         half_widths = np.sqrt(squares + (special.ndtri(level) * self.document_sd) ** 2)
         stderr = np.sqrt(from_seeds + self.document_sd**2)
@@ -341,6 +347,11 @@ def seed_scale(
 def _table(scores: Sequence[Sequence[Score]], task: str, metric: str) -> Array:
     """Returns values by allocation, seed and document."""
     return np.array([[s.tasks[task].per_document[metric] for s in row] for row in scores])
+
+
+def _shown(df: int, count: int) -> Array:
+    """Returns quantiles of a variance of 1 as it shows with so many degrees of freedom."""
+    return np.asarray(special.chdtri(df, (np.arange(count) + 0.5) / count) / df)
 
 
 def _check_sd(value: float) -> None:

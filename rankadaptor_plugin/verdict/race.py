@@ -58,6 +58,11 @@ def run_name(allocation: RankAllocation, seed: int) -> str:
     return f"{hashlib.sha256(str(allocation).encode()).hexdigest()[:12]}-{seed}"
 
 
+def run_path(allocation: RankAllocation, seed: int) -> str:
+    """Returns the path of a run's files in the run folder, without ending."""
+    return f"evaluations/{run_name(allocation, seed)}"
+
+
 def stored_run(
     folder: RunFolder,
     name: str,
@@ -366,6 +371,10 @@ class Confirmed:
             return {}
         return {metric: self._compared(ranks, metric, self.comparisons) for metric in metrics}
 
+    def _whole(self) -> list[RankAllocation]:
+        """Returns what ran with all seeds."""
+        return [allocation for allocation in self.runs if self._is_whole(allocation)]
+
     def _is_whole(self, allocation: RankAllocation) -> bool:
         return self.seeds_of(allocation) == self.rules.seeds
 
@@ -381,6 +390,7 @@ class Confirmed:
             self.rules.weights,
             confidence=self.rules.confidence,
             comparisons=comparisons,
+            race=[self._model(allocation, metric) for allocation in self._whole()],
         )
 
     def to_json(self, parameters: Callable[[RankAllocation], int]) -> dict[str, Any]:
@@ -410,6 +420,10 @@ class Confirmed:
                 for allocation in self._baselines()
             ],
             "competitors": [self._entry(competitor) for competitor in self.competitors],
+            "files": [
+                [f"{run_path(allocation, seed)}.parquet" for seed in self.rules.seeds]
+                for allocation in self._whole()
+            ],
         }
 
     def _baselines(self) -> list[RankAllocation]:
@@ -578,7 +592,7 @@ class Confirmation:
         return Confirmed.of(rules, finished, distinct, reference, failed)
 
     def _is_stored(self, allocation: RankAllocation, seed: int) -> bool:
-        name = f"evaluations/{run_name(allocation, seed)}"
+        name = run_path(allocation, seed)
         return is_stored(self._folder, name) and self._is_whole(allocation, seed)
 
     def _result(self, allocation: RankAllocation, seed: int) -> Outcome:
@@ -593,7 +607,7 @@ class Confirmation:
                 )
             return run
 
-        name = f"evaluations/{run_name(allocation, seed)}"
+        name = run_path(allocation, seed)
         is_whole = self._is_whole(allocation, seed)
         result = stored_run(self._folder, name, make, "report", is_whole=is_whole)
         self._record(allocation, seed, result)

@@ -12,7 +12,11 @@ leave open, each at its own quantile of Student's t, after W. G. Howe, JASA 69 (
 
 with a term ``t^2 v`` for the seeds of each model where they are not paired. The chance of a single
 pair of seed and document is contained in both variances and taken out of the second; where few
-seeds agree by luck, the interval is still no narrower than that chance makes it. Intervals that
+seeds agree by luck, the interval is still no narrower than that chance makes it. In a race, in
+which several models have the same seeds, what seeds leave open is the larger of what the two models
+show and what all models show, at the degrees of freedom of all (a randomized block design): two
+models with a handful of seeds say little of a variance, and a model that seeds change more than
+others still gets its due. Intervals that
 hold for several comparisons together share the error rate out among them (Bonferroni), and end
 where the metric does. Error rates and power: ``benchmarks/comparison_errors.py``.
 """
@@ -22,7 +26,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -165,6 +169,7 @@ def compare(
     *,
     confidence: float = 0.95,
     comparisons: int = 1,
+    race: Sequence[Model] = (),
 ) -> Difference:
     """Compares two models, document by document and, where they share seeds, seed by seed.
 
@@ -180,6 +185,8 @@ def compare(
         weights: Weight per task; tasks left out weigh nothing.
         confidence: Confidence of all comparisons together, in (0, 1).
         comparisons: Number of comparisons that are looked at together, this one included.
+        race: All models that were fine-tuned with the same seeds, these two included; what seeds
+            do to all of them is told better than what they do to two.
 
     Raises:
         OracleError: If a task is absent or has no documents in common, values are not finite, or
@@ -197,6 +204,8 @@ def compare(
         sides[1].append(-theirs)
     tables = [[a + b for a, b in zip(*sides, strict=True)]] if seeds.paired else sides
     evidence = _Evidence.of(tables, list(shares.values()))
+    if seeds.paired and seeds.first > 1 and race:
+        evidence = evidence.steadied(_seed_variance(race, used[0], shares))
     half_width = evidence.half_width((1 - confidence) / comparisons)
     lowest, highest = bounds(metric)
     p = evidence.p_value()
@@ -325,6 +334,11 @@ class _Evidence:
             by_chance=(sum(chances), float(pairs)),
         )
 
+    def steadied(self, variance: tuple[float, float]) -> _Evidence:
+        """Returns the same with what the seeds of a whole race leave open, if that is no less."""
+        ((own, _),), (whole, freedom) = self.by_seed, variance
+        return replace(self, by_seed=((max(own, whole), freedom),))
+
     def half_width(self, error_rate: float) -> float:
         """Returns half the width of the two-sided interval with an error rate, in (0, 1]."""
         total, freedom = self.by_document
@@ -351,6 +365,24 @@ class _Evidence:
             lambda x: self.half_width(math.exp(x)) - size, math.log(_SMALLEST), 0.0, rtol=1e-12
         )
         return math.exp(log_rate)
+
+
+def _seed_variance(
+    race: Sequence[Model], seeds: Sequence[int | None], shares: Mapping[str, float]
+) -> tuple[float, float]:
+    """Returns the variance of a mean paired difference that seeds make, and its freedom.
+
+    From what is left of each model's mean with each seed once the means of the model and of the
+    seed are taken out.
+    """
+    means: Any = 0.0
+    for task, share in shares.items():
+        tables, _ = _aligned(task, [[model[seed] for seed in seeds] for model in race])
+        means = means + share * np.array([values.mean(axis=1) for values in tables])
+    rest = means - means.mean(0) - means.mean(1, keepdims=True) + means.mean()
+    rest[np.abs(rest) <= _ROUNDING * np.abs(means).max()] = 0.0
+    freedom = float((len(race) - 1) * (len(seeds) - 1))
+    return 2 * float(np.square(rest).sum()) / freedom / len(seeds), freedom
 
 
 def _chance(values: Values) -> float:

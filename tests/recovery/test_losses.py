@@ -105,6 +105,16 @@ def test_half_precision_predictions_of_a_student_are_taken_in_float32():
     assert torch.equal(found, token_loss(student.float(), targets, teacher, weight=0.5))
 
 
+def test_predictions_kept_in_half_precision_serve_below_autocast():
+    student, targets = logits(4, 9, 0), torch.zeros(4, dtype=torch.int64)
+    tokens = kept(logits(4, 9, 1), 3)
+    half = TeacherTokens(tokens.indices, tokens.log_probabilities.half(), tokens.rest.half())
+    expected = token_loss(student, targets, half, weight=0.5)
+    for precision in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", precision):
+            assert torch.equal(token_loss(student, targets, half, weight=0.5), expected)
+
+
 def test_distillation_without_predictions_is_refused():
     with pytest.raises(ValueError, match="needs the teacher's predictions"):
         token_loss(logits(1, 3, 0), torch.tensor([0]), weight=0.5)

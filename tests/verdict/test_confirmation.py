@@ -436,7 +436,9 @@ def test_the_report_keeps_its_documents_and_comes_back_equal(folder, store):
 def test_the_plain_values_say_all_of_the_race(folder, store):
     result = race(folder, store, ToyRuns(ONE_GAINS, noise=0.01))
     plain = json.loads(json.dumps(result.to_json(lambda _: 140), allow_nan=False))
-    assert {key: plain[key] for key in plain if key not in ("competitors", "baselines")} == {
+    assert {
+        key: plain[key] for key in plain if key not in ("competitors", "baselines", "files")
+    } == {
         "error_rate": 0.05,
         "confidence": 0.95,
         "comparisons": 2,
@@ -444,6 +446,8 @@ def test_the_plain_values_say_all_of_the_race(folder, store):
         "seeds": list(SEEDS),
         "fine_tunes": 12,
     }
+    assert [len(files) for files in plain["files"]] == [len(SEEDS)] * 3
+    assert all((folder.path / file).is_file() for files in plain["files"] for file in files)
     loser, winner = plain["competitors"]
     assert (loser["reason"], winner["reason"], winner["chosen"]) == (None, None, True)
     assert (winner["ranks"], winner["baseline"]) == ([12, 2], [7, 7])

@@ -48,15 +48,23 @@ def test_least_gain_has_its_power_in_the_noncentral_t() -> None:
     assert stats.nct.sf(critical, 4, gain / (2.0 * math.sqrt(2 / 5))) == pytest.approx(0.8)
 
 
-@pytest.mark.parametrize(("seeds", "document_sd"), [(3, 0.1), (5, 0.5), (3, 2.0)])
+@pytest.mark.parametrize(
+    ("seeds", "document_sd", "models"),
+    [(3, 0.1, 2), (5, 0.5, 2), (3, 2.0, 2), (3, 0.0, 4), (6, 0.5, 4), (6, 0.1, 3)],
+)
 @pytest.mark.parametrize("power", [0.5, 0.8])
-def test_least_gain_with_documents_by_simulation(seeds, document_sd, power) -> None:
+def test_least_gain_with_documents_by_simulation(seeds, document_sd, models, power) -> None:
     """The interval is that of the verdict, with documents enough that their variance is known."""
     rng, count = np.random.default_rng(1), 20_000
-    gain = least_detectable_gain(seeds, 1.0, power=power, document_sd=document_sd)
-    differences = gain + math.sqrt(2) * rng.normal(size=(count, seeds))
+    gain = least_detectable_gain(seeds, 1.0, power=power, document_sd=document_sd, models=models)
+    scores = rng.normal(size=(count, models, seeds))
+    rest = scores - scores.mean(1, keepdims=True) - scores.mean(2, keepdims=True)
+    rest += scores.mean((1, 2), keepdims=True)
+    df = (models - 1) * (seeds - 1)
+    differences = gain + scores[:, 0] - scores[:, 1]
+    own, every = differences.var(1, ddof=1), 2 * np.square(rest).sum((1, 2)) / df
     differences += document_sd * rng.normal(size=(count, 1))
-    squares = stats.t.ppf(0.975, seeds - 1) ** 2 * differences.var(1, ddof=1) / seeds
+    squares = stats.t.ppf(0.975, df) ** 2 * np.maximum(own, every) / seeds
     half_widths = np.sqrt(squares + (stats.norm.ppf(0.975) * document_sd) ** 2)
     assert np.mean(differences.mean(1) > half_widths) == pytest.approx(power, abs=0.015)
 

@@ -24,7 +24,7 @@ from rankadaptor_plugin.pipeline.commands import compare
 from rankadaptor_plugin.plugins import plugin_manager
 from rankadaptor_plugin.report.console import comparison_text
 from rankadaptor_plugin.verdict.comparison import compare_runs
-from rankadaptor_plugin.verdict.race import Confirmed, Entrant, Rules, run_name
+from rankadaptor_plugin.verdict.race import Confirmed, Entrant, Rules, run_path
 
 TASKS = {"tiny_boolq": 1.0, "tiny_piqa": 1.0}
 LEVELS = {"base": 0.8, "pruned": 0.4, "uniform": 0.6, "searched": 0.6}
@@ -272,15 +272,16 @@ def races(draw):
 def test_the_verdict_of_a_run_and_its_comparison_agree_to_the_bit(confirmed, metric):
     with TemporaryDirectory() as name:
         folder = Path(name)
-        results = {}
-        for model, allocation in confirmed.models.items():
-            results[model] = []
+        files = {}
+        for allocation in confirmed.runs:
+            files[allocation] = []
             for seed, score in zip(
                 confirmed.rules.seeds, confirmed.reports(allocation), strict=True
             ):
-                file = f"evaluations/{run_name(allocation, seed)}.parquet"
+                file = f"{run_path(allocation, seed)}.parquet"
                 write_documents(folder / file, score)
-                results[model].append({"file": file, "seed": seed})
+                files[allocation].append({"file": file, "seed": seed})
+        results = {model: files[allocation] for model, allocation in confirmed.models.items()}
         report = {
             "results": results,
             "weights": confirmed.rules.weights,

@@ -116,6 +116,22 @@ def test_seeds_and_documents_add_up_each_at_its_own_quantile():
     assert result.half_width == pytest.approx(math.sqrt(seeds + documents))
 
 
+def test_what_seeds_do_is_told_from_a_whole_race():
+    """By the residual of a randomized block design, but never less than the two models show."""
+    rng = np.random.default_rng(5)
+    for scales in ([1.0, 1.0, 1.0, 1.0], [9.0, 1.0, 1.0, 1.0], [0.1, 0.1, 9.0, 1.0]):
+        means = rng.normal(size=(4, 6)) * np.array(scales)[:, None] + rng.normal(size=6)
+        race = [model({"t": np.repeat(row[:, None], 5, axis=1)}) for row in means]
+        rest = means - means.mean(0) - means.mean(1, keepdims=True) + means.mean()
+        every, own = 2 * np.square(rest).sum() / 15, np.var(means[0] - means[1], ddof=1)
+        result = difference(race[0], race[1], race=race)
+        expected = float(t.ppf(0.975, 15)) * math.sqrt(max(every, own) / 6)
+        assert result.half_width == pytest.approx(expected)
+        alone = difference(race[0], race[1])
+        assert difference(race[0], race[1], race=race[:2]).half_width == alone.half_width
+        assert difference(race[0], race[1], race=race[::-1]).estimate == alone.estimate
+
+
 def test_seeds_of_their_own_have_a_term_each():
     ours, theirs = np.array([[1.0], [2.0], [6.0]]), np.array([[0.0], [0.5], [0.7], [0.1]])
     first = model({"t": np.repeat(ours, 5, axis=1)}, [1, 2, 3])
